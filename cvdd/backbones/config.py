@@ -1,0 +1,51 @@
+"""The backbone part of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from cvdd.config_base import ConfigError, StrictConfig
+
+ALLOWED_PACKAGES = ("cvdd", "timm", "torchvision.models")
+
+
+def check_target(target: str) -> str:
+    """Return ``target`` unchanged when it lies in a package whose builders may be called.
+
+    A config is data that people pass around; the check keeps it from naming any callable on the machine.
+
+    Raises:
+        ConfigError: the dotted path is malformed or lies outside ``ALLOWED_PACKAGES``.
+    """
+    inside = any(target.startswith(package + ".") for package in ALLOWED_PACKAGES)
+    if not inside or not all(part.isidentifier() for part in target.split(".")):
+        choices = ", ".join(f"{package}.<...>" for package in ALLOWED_PACKAGES)
+        raise ConfigError(f"backbone.target={target} is not an accepted builder; valid dotted paths: {choices}")
+    return target
+
+
+class BackboneConfig(StrictConfig):
+    """One network: committee members, teachers and students are all described by this."""
+
+    name: str = Field(min_length=1, description="family name shown in tables and used in the initialisation seed")
+    target: str = Field(description="dotted path of the builder, under cvdd, timm or torchvision.models")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the builder, num_classes excepted"
+    )
+    pretrained: bool = Field(default=False, description="start from the ImageNet weights of torchvision or timm")
+    min_size: int = Field(default=32, ge=1, description="smallest image side in pixels that the network accepts")
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_allowed(cls, target: str) -> str:
+        return check_target(target)
+
+    @field_validator("arguments")
+    @classmethod
+    def _reserved_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for reserved, instead in (("num_classes", "dataset"), ("pretrained", "backbone.pretrained")):
+            if reserved in arguments:
+                raise ConfigError(f"backbone.arguments.{reserved} is set by the {instead} config; remove it")
+        return arguments

@@ -1,0 +1,158 @@
+"""BatchNorm, twice: matching its statistics when images are made, and using the batch's own when they are labelled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cvdd.backbones import batchnorm_layers
+from cvdd.config_base import ConfigError
+
+FIRST_LAYER_MULTIPLIER = 10.0
+"""Weight of the first BatchNorm layer in the matching term; the others have 1 (specification, section 2.2)."""
+
+
+class BatchStatistics:
+    """Collects mean and biased variance of the input of every BatchNorm layer during one forward pass.
+
+    Use as a context manager around the forward pass. Statistics are taken per group of consecutive samples, so that
+    several units can share one pass.
+
+    Args:
+        network: the network to watch.
+        groups: number of equal groups of consecutive samples in the batch.
+    """
+
+    def __init__(self, network: nn.Module, groups: int) -> None:
+        self.layers = [layer for _, layer in batchnorm_layers(network)]
+        self.groups = groups
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> BatchStatistics:
+        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self.layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _collect(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        n, c, h, w = inputs[0].shape
+        grouped = inputs[0].reshape(self.groups, n // self.groups, c, h * w)
+        variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
+        self.means.append(mean)
+        self.variances.append(variance)
+
+
+def statistics_distance(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    layers: Sequence[nn.BatchNorm2d],
+    first_multiplier: float = FIRST_LAYER_MULTIPLIER,
+) -> Tensor:
+    """Distance between a batch's statistics and the running ones, summed over layers.
+
+    ``sum_l w_l (||v_l - var_l|| + ||m_l - mean_l||)`` with Euclidean norms over channels, not squared, ``w_0 =
+    first_multiplier``, else 1 (specification of the SRe2L family, section 2.2).
+
+    Args:
+        means: per layer [groups, channels].
+        variances: per layer [groups, channels], biased.
+        layers: the BatchNorm layers, in the order of the statistics.
+        first_multiplier: weight of the first layer.
+
+    Returns:
+        [groups].
+    """
+    total = torch.zeros_like(means[0][:, 0])
+    for index, (mean, variance, layer) in enumerate(zip(means, variances, layers, strict=True)):
+        assert layer.running_mean is not None and layer.running_var is not None
+        distance = (layer.running_var - variance).norm(dim=1) + (layer.running_mean - mean).norm(dim=1)
+        total = total + (first_multiplier if index == 0 else 1.0) * distance
+    return total
+
+
+def require_batchnorm(network: nn.Module, name: str) -> None:
+    """Refuse a network without BatchNorm layers where their statistics are needed.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not batchnorm_layers(network):
+        raise ConfigError(
+            f"member {name} has no BatchNorm layer, so it has no statistics to match or to replace. Choose another "
+            "backbone for it, set method.r_bn=0 (its vote is then its cross-entropy alone), or label.bn_mode=running."
+        )
+
+
+class GroupBatchNorm(nn.Module):
+    """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
+
+    It shares weight and bias with the layer that it stands for and has no running statistics to drift.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.group_size: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [n, c, h, w]; ``n`` is a multiple of ``group_size``, or one group if that is None."""
+        n, c, h, w = x.shape
+        groups = 1 if self.group_size is None else n // self.group_size
+        if groups == 1:
+            return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        # Groups become channels, so that the library's fused kernel computes all of them in one call.
+        folded = x.reshape(groups, n // groups, c, h, w).transpose(0, 1).reshape(n // groups, groups * c, h, w)
+        weight = None if self.weight is None else self.weight.repeat(groups)
+        bias = None if self.bias is None else self.bias.repeat(groups)
+        out = nn.functional.batch_norm(folded, None, None, weight, bias, True, 0.0, self.eps)
+        return out.reshape(n // groups, groups, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+
+
+class BatchStatisticsNetwork(nn.Module):
+    """A frozen network in evaluation mode whose BatchNorm layers use the statistics of the batch at hand.
+
+    This is the labelling network of batch-specific soft labels (CV-DD, section 3.4): running statistics are neither
+    read nor touched and dropout is off.
+
+    Args:
+        network: the trained network; it is copied, not changed.
+        dropout: keep dropout active, as the released program does by accident (fidelity only; labels of networks
+            with dropout are then random).
+    """
+
+    def __init__(self, network: nn.Module, dropout: bool = False) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.layers = [_replace(self.network, name) for name, _ in batchnorm_layers(self.network)]
+        if dropout:
+            for module in self.network.modules():
+                if isinstance(module, nn.Dropout):
+                    module.train()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, group_size: int | None = None) -> Tensor:
+        """Return logits [n, classes]; every ``group_size`` consecutive samples are normalised together."""
+        for layer in self.layers:
+            layer.group_size = group_size
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def _replace(network: nn.Module, name: str) -> GroupBatchNorm:
+    parent_name, _, child = name.rpartition(".")
+    parent = network.get_submodule(parent_name)
+    layer = getattr(parent, child)
+    replacement = GroupBatchNorm(layer)
+    setattr(parent, child, replacement)
+    return replacement
