@@ -1,0 +1,157 @@
+"""What a dataset yaml may say: every fact of a dataset, once."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cvdd.config_base import ConfigError, StrictConfig
+
+SourceName = Literal["digits_photo", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagenet1k", "image_folder"]
+
+MEASURES_CLASSES: tuple[str, ...] = ("image_folder", "tiny_imagenet", "imagenet1k")
+"""Sources that may leave ``classes`` empty and take the sorted folder names."""
+
+
+class DigitsOptions(StrictConfig):
+    """How ``digits_photo`` places handwritten digits on photographs."""
+
+    train_placements: int = Field(default=4, ge=1, description="Images made from each training digit.")
+    test_placements: int = Field(default=2, ge=1, description="Images made from each test digit.")
+    size_range: tuple[int, int] = Field(
+        default=(18, 30), description="Smallest and largest side of a digit, in pixels."
+    )
+    crop_range: tuple[int, int] = Field(
+        default=(32, 128), description="Smallest and largest side of the photograph's square crop, in its own pixels."
+    )
+    test_digits: int = Field(default=500, ge=10, le=1500, description="Digits kept for the test set, a multiple of 10.")
+    seed: int = Field(default=0, ge=0, description="Seed of the split into digits and of every placement.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, (low, high), least, most in (
+            ("size_range", self.size_range, 8, 512),
+            ("crop_range", self.crop_range, 8, 427),  # 427 is the shorter side of scikit-learn's two photographs
+        ):
+            if not least <= low <= high <= most:
+                raise ConfigError(
+                    f"dataset.digits.{name}=[{low},{high}]: give two ordered numbers of pixels from {least} to {most}"
+                )
+        if self.test_digits % 10:
+            raise ConfigError(
+                f"dataset.digits.test_digits={self.test_digits}: must be a multiple of 10, the same number per class"
+            )
+        return self
+
+
+class DatasetConfig(StrictConfig):
+    """One dataset: where it is, what its classes are, and which part of it a run uses."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Readable name, part of artefact names.")
+    source: SourceName = Field(description="Reader of the raw data.")
+    root: str | None = Field(default=None, description="Folder with the raw data; digits_photo needs none.")
+    download: bool = Field(default=False, description="Fetch the raw data into root when it is missing.")
+    origin: str = Field(description="Where the data comes from: address of the archive, or citation.")
+    checksum: str = Field(
+        default="",
+        pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})?$",
+        description="Checksum of the published archive, 'md5:...' or 'sha256:...'; empty if there is no one archive.",
+    )
+    classes: tuple[str, ...] = Field(
+        description="Class names in label order; empty = sorted folder names (image_folder, tiny_imagenet, imagenet1k)."
+    )
+    num_classes: int | None = Field(
+        default=None, ge=2, description="Expected number of classes; null = whatever classes or the folder says."
+    )
+    image_size: int = Field(ge=8, description="Side of the images that networks see, in pixels.")
+    mean: tuple[float, ...] = Field(description="Channel means in [0, 1] (RGB); empty = measured, image_folder only.")
+    std: tuple[float, ...] = Field(
+        description="Channel standard deviations (RGB); empty = measured, image_folder only."
+    )
+    test_resize: int | None = Field(
+        default=None, ge=8, description="Shorter side before the centre crop of image_size; null = image_size itself."
+    )
+    classes_per_unit: int = Field(ge=1, description="Classes optimised together in one block of recover.")
+    jitter: int = Field(ge=0, description="Largest random roll along each axis while recovering, in pixels.")
+    evaluate_on: Literal["test", "validation"] = Field(
+        default="test",
+        description="What students are measured on; validation = a part of the training data, test untouched.",
+    )
+    validation_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Part of the training data that evaluate_on=validation holds out."
+    )
+    split_seed: int = Field(default=0, ge=0, description="Seed of the validation split and of the per-class subsets.")
+    train_per_class: int | None = Field(
+        default=None, ge=1, description="Random training images kept per class; null = all."
+    )
+    test_per_class: int | None = Field(
+        default=None, ge=1, description="Random evaluation images kept per class; null = all."
+    )
+    digits: DigitsOptions | None = Field(default=None, description="Options of digits_photo; null = its defaults.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_classes()
+        self._check_normalisation()
+        self._check_sizes()
+        if self.source != "digits_photo" and not self.root:
+            raise ConfigError(f"dataset.root=FOLDER is needed: {self.source} reads its images from that folder")
+        if self.source != "digits_photo" and self.digits is not None:
+            raise ConfigError(f"dataset.digits is only for dataset.source=digits_photo, not {self.source}")
+        if self.download and self.source in ("image_folder", "imagenet1k"):
+            raise ConfigError(
+                f"dataset.download=true: {self.source} cannot be downloaded; set dataset.download=false and "
+                "dataset.root=FOLDER to a folder that holds it"
+            )
+        return self
+
+    def _check_classes(self) -> None:
+        if not self.classes:
+            if self.source not in MEASURES_CLASSES:
+                raise ConfigError(
+                    f"dataset.classes=[]: {self.source} needs its class names in order; "
+                    f"only {', '.join(MEASURES_CLASSES)} can take them from the folder"
+                )
+            if self.source != "image_folder" and self.num_classes is None:
+                raise ConfigError(f"dataset.num_classes=N is needed when dataset.classes=[] ({self.source})")
+        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"dataset.classes names {repeated[0]!r} more than once")
+        if self.classes and self.num_classes not in (None, len(self.classes)):
+            raise ConfigError(
+                f"dataset.num_classes={self.num_classes} but dataset.classes has {len(self.classes)} names"
+            )
+
+    def _check_normalisation(self) -> None:
+        if bool(self.mean) != bool(self.std):
+            raise ConfigError("dataset.mean and dataset.std: give both, or (image_folder only) leave both empty")
+        if not self.mean and self.source != "image_folder":
+            raise ConfigError(f"dataset.mean=[R,G,B] is needed: only image_folder measures it, not {self.source}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values and len(values) != 3:
+                raise ConfigError(f"dataset.{name}={list(values)}: give three numbers, one per RGB channel")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ConfigError(f"dataset.mean={list(self.mean)}: values are for pixels in [0, 1], not [0, 255]")
+        if not all(0 < value <= 1 for value in self.std):
+            raise ConfigError(f"dataset.std={list(self.std)}: values must lie in (0, 1], for pixels in [0, 1]")
+
+    def _check_sizes(self) -> None:
+        if self.test_resize is not None and self.test_resize < self.image_size:
+            raise ConfigError(
+                f"dataset.test_resize={self.test_resize} is smaller than "
+                f"the crop dataset.image_size={self.image_size}; use null or at least image_size"
+            )
+        if self.jitter >= self.image_size:
+            raise ConfigError(f"dataset.jitter={self.jitter}: must be smaller than image_size={self.image_size}")
+        known = len(self.classes) or self.num_classes
+        if known and self.classes_per_unit > known:
+            raise ConfigError(
+                f"dataset.classes_per_unit={self.classes_per_unit}: {self.name} has only {known} classes; "
+                f"use 1 to {known}"
+            )
+        if self.digits is not None and self.digits.size_range[1] > self.image_size:
+            raise ConfigError(
+                f"dataset.digits.size_range={list(self.digits.size_range)}: a digit must fit "
+                f"dataset.image_size={self.image_size}"
+            )

@@ -1,0 +1,91 @@
+"""Datasets laid out as one folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from cvdd.config_base import ConfigError
+from cvdd.data.config import DatasetConfig
+from cvdd.data.dataset import check_same_classes
+from cvdd.data.source import FileSource
+
+
+def data_root(config: DatasetConfig) -> Path:
+    """Return the raw data's folder, which need not exist."""
+    return Path(config.root or ".").expanduser().resolve()
+
+
+def missing_data(config: DatasetConfig, layout: str, downloadable: bool) -> ConfigError:
+    """Return the error for raw data that is not there; it says what to type and what is expected."""
+    choices = "type dataset.root=FOLDER for data you have" + (
+        ", or dataset.download=true to fetch it" if downloadable else ""
+    )
+    return ConfigError(
+        f"{config.name}: no data in dataset.root={data_root(config)}; {choices}. Expected in that folder: {layout}"
+    )
+
+
+def class_folders(part: Path) -> list[str]:
+    """Return the names of the class folders of ``part``, sorted; hidden ones are left out."""
+    return sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file name is that of an image; hidden files such as ``._x.jpg`` are not."""
+    return path.lower().endswith(IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+
+
+def scan(part: Path, classes: Sequence[str]) -> FileSource:
+    """List the images of every class folder of ``part``, sub-folders included, in class order, then by name.
+
+    Args:
+        part: folder of one part of the data, e.g. ``root/train``.
+        classes: folder names in label order.
+
+    Raises:
+        ConfigError: a class folder is missing or holds no image (the class is named).
+    """
+    absent = [name for name in classes if not (part / name).is_dir()]
+    if absent:
+        raise ConfigError(f"class {absent[0]!r} has no folder in {part}; correct dataset.classes or dataset.root")
+    found = make_dataset(
+        str(part), {name: label for label, name in enumerate(classes)}, is_valid_file=is_image_name, allow_empty=True
+    )
+    prefix = len(str(part)) + 1
+    # torchvision walks the classes by name; labels follow the order of `classes`.
+    found.sort(key=lambda sample: sample[1])
+    labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+    counts = torch.bincount(labels, minlength=len(classes))
+    if (counts == 0).any():
+        empty = classes[int((counts == 0).nonzero()[0])]
+        raise ConfigError(
+            f"class {empty!r} has no image in {part / empty} (looked for {', '.join(IMG_EXTENSIONS)}); "
+            "add images or correct dataset.root"
+        )
+    return FileSource(part, [path[prefix:] for path, _ in found], labels)
+
+
+def sorted_classes(config: DatasetConfig, part: Path, expected: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the class folders of ``part`` in sorted order after checking them.
+
+    Args:
+        config: gives the expected number and, unless empty, the expected names.
+        part: folder with one folder per class.
+        expected: names to expect when ``config.classes`` is empty; empty = any.
+
+    Raises:
+        ConfigError: the number or a name is not the expected one.
+    """
+    found = class_folders(part)
+    if config.num_classes is not None and len(found) != config.num_classes:
+        raise ConfigError(
+            f"{config.name}: {part} holds {len(found)} class folders, expected {config.num_classes}; "
+            "correct dataset.root (or dataset.num_classes and dataset.classes for another selection)"
+        )
+    names = config.classes or tuple(expected) or tuple(found)
+    check_same_classes(names, found, f"folders of {part}")
+    return tuple(names)
