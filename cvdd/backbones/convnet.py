@@ -49,12 +49,11 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
         features = functional.adaptive_avg_pool2d(self.features(images), self.pooled_size)
-        return self.classifier(features.flatten(1))
+        logits: Tensor = self.classifier(features.flatten(1))
+        return logits
 
 
-def convnet(
-    num_classes: int, depth: int = 3, width: int = 128, norm: str = "batch", pooled_size: int = 4
-) -> ConvNet:
+def convnet(num_classes: int, depth: int = 3, width: int = 128, norm: str = "batch", pooled_size: int = 4) -> ConvNet:
     """Build a ConvNet.
 
     Args:

@@ -74,7 +74,8 @@ class DenseNet(nn.Module):
         features = self.conv1(images)
         for name in self.stages:
             features = self.get_submodule(name)(features)
-        return self.linear(torch.mean(functional.relu(self.bn(features)), dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(functional.relu(self.bn(features)), dim=(2, 3)))
+        return logits
 
 
 def densenet(

@@ -51,7 +51,8 @@ class InvertedResidual(nn.Module):
         features = functional.relu(self.bn1(self.conv1(images)))
         features = functional.relu(self.bn2(self.conv2(features)))
         features = self.bn3(self.conv3(features))
-        return features + self.shortcut(images) if self.stride == 1 else features
+        output: Tensor = features + self.shortcut(images) if self.stride == 1 else features
+        return output
 
 
 class MobileNetV2(nn.Module):
@@ -84,7 +85,8 @@ class MobileNetV2(nn.Module):
         """Return the logits of a batch of images."""
         features = functional.relu(self.bn1(self.conv1(images)))
         features = functional.relu(self.bn2(self.conv2(self.layers(features))))
-        return self.linear(torch.mean(features, dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(features, dim=(2, 3)))
+        return logits
 
 
 def mobilenet_v2(

@@ -97,7 +97,8 @@ class ResNet(nn.Module):
         features = functional.relu(self.bn1(self.conv1(images)))
         for name in self.stages:
             features = self.get_submodule(name)(features)
-        return self.linear(torch.mean(features, dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(features, dim=(2, 3)))
+        return logits
 
 
 def resnet(

@@ -101,7 +101,8 @@ class ShuffleNetV2(nn.Module):
         for name in self.stages:
             features = self.get_submodule(name)(features)
         features = functional.relu(self.bn2(self.conv2(features)))
-        return self.linear(torch.mean(features, dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(features, dim=(2, 3)))
+        return logits
 
 
 def shufflenet_v2(
