@@ -295,5 +295,7 @@ def _store_errors(root: Path) -> Iterator[None]:
                 "finished units are kept and the same command goes on."
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise StoreError(f"{root} cannot be written ({error.strerror}). Choose another place: paths.store=DIR.") from error
+            raise StoreError(
+                f"{root} cannot be written ({error.strerror}). Choose another place: paths.store=DIR."
+            ) from error
         raise

@@ -36,7 +36,9 @@ class Views:
     def whole(count: int, height: int, width: int) -> Views:
         """Return views that change nothing."""
         box = torch.tensor([0, 0, height, width])
-        return Views(box.repeat(count, 1), torch.zeros(count, dtype=torch.bool), torch.zeros(count, 2, dtype=torch.long))
+        return Views(
+            box.repeat(count, 1), torch.zeros(count, dtype=torch.bool), torch.zeros(count, 2, dtype=torch.long)
+        )
 
     def __getitem__(self, index: Tensor | slice) -> Views:
         return Views(self.boxes[index], self.flips[index], self.shifts[index])

@@ -1,0 +1,141 @@
+"""The whole chain for a configuration and for the rows that it is compared with."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cvdd.artifact import Artifact
+from cvdd.chain.images import make_images
+from cvdd.chain.labels import Labels, make_labels
+from cvdd.chain.members import make_classifier
+from cvdd.chain.priors import find_priors
+from cvdd.chain.students import make_student
+from cvdd.context import Context
+from cvdd.seeds import derive_seed
+
+FULL_DATA = "full_data"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracy of one student on one distilled set.
+
+    Attributes:
+        row: name of the distilled set: the method, or a row of ``compare``.
+        student: name of the network.
+        protocol: how it was trained.
+        seeds: one student each.
+        students: their artefacts.
+        images: the distilled set; None for all real data.
+        labels: its labels; None for hard labels.
+    """
+
+    row: str
+    student: str
+    protocol: str
+    seeds: tuple[int, ...]
+    students: tuple[Artifact, ...]
+    images: Artifact | None
+    labels: Labels | None
+
+    def values(self, metric: str = "top1") -> list[float]:
+        """One number per seed."""
+        return [float(student.metrics[metric]) for student in self.students]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything about it that belongs in a table, as JSON."""
+        top1 = self.values()
+        seconds = [float(student.manifest["cost"]["wall_seconds"]) for student in self.students]
+        return {
+            "row": self.row,
+            "student": self.student,
+            "protocol": self.protocol,
+            "n": len(top1),
+            "top1": statistics.fmean(top1),
+            "std": statistics.stdev(top1) if len(top1) > 1 else None,
+            "standard_error": statistics.stdev(top1) / math.sqrt(len(top1)) if len(top1) > 1 else None,
+            "best_top1": statistics.fmean(self.values("best_top1")),
+            "top5": statistics.fmean(self.values("top5")),
+            "loss": statistics.fmean(self.values("loss")),
+            "seeds": list(self.seeds),
+            "top1_by_seed": top1,
+            "image_bytes": self.images.bytes if self.images else None,
+            "label_bytes": self.labels.bytes if self.labels else None,
+            "images": self.images.path.name if self.images else None,
+            "labels": self.labels.artifact.path.name if self.labels and self.labels.artifact else None,
+            "students": [student.path.name for student in self.students],
+            "student_seconds": statistics.fmean(seconds),
+            "image_seconds": float(self.images.manifest["cost"]["wall_seconds"]) if self.images else None,
+        }
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A distilled set with its labels, as one row of a comparison.
+
+    Attributes:
+        context: its configuration.
+        row: its name.
+        priors: prior performance of the members, empty where nothing depends on it.
+        images: the images.
+        labels: their labels.
+    """
+
+    context: Context
+    row: str
+    priors: dict[str, float]
+    images: Artifact
+    labels: Labels
+
+
+def distil(context: Context, row: str) -> Distilled:
+    """Make images and labels of one configuration, and everything that they need."""
+    priors = find_priors(context)
+    images = make_images(context, priors)
+    return Distilled(context, row, priors, images, make_labels(context, images, priors))
+
+
+def rows_of(context: Context) -> Iterator[tuple[str, Context]]:
+    """Yield the configuration itself, and the rows that it is compared with."""
+    yield context.config.method.name, context
+    for name, overrides in context.config.compare.items():
+        yield name, context.differing({**overrides, "compare": {}}, name)
+
+
+def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
+    """Measure all students on the configuration's own distilled set and on the rows that it is compared with."""
+    distilled = [distil(row_context, row) for row, row_context in rows_of(context)]
+    results = []
+    for made in distilled:
+        protocol = made.context.config.protocol
+        for name, backbone in context.config.students.items():
+            students = [make_student(made.context, made.labels, name, backbone, seed) for seed in protocol.seeds]
+            results.append(
+                Result(made.row, name, protocol.name, tuple(protocol.seeds), tuple(students), made.images, made.labels)
+            )
+    return distilled, [*results, *_full_data(context)]
+
+
+def _full_data(context: Context) -> Sequence[Result]:
+    config = context.config
+    if not config.protocol.full_data:
+        return []
+    results = []
+    for name, backbone in config.students.items():
+        trained = [
+            make_classifier(context, f"full-{name}-seed{seed}", backbone, derive_seed(seed, "student"))
+            for seed in config.protocol.seeds
+        ]
+        students = tuple(_as_student(artifact) for artifact in trained)
+        results.append(Result(FULL_DATA, name, config.recipe.name, tuple(config.protocol.seeds), students, None, None))
+    return results
+
+
+def _as_student(member: Artifact) -> Artifact:
+    metrics = {key: member.metrics[f"test_{key}"] for key in ("top1", "top5", "loss")}
+    metrics["best_top1"] = metrics["top1"]
+    return Artifact(member.path, {**member.manifest, "metrics": metrics})

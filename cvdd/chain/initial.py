@@ -1,0 +1,76 @@
+"""Stage ``patches``: initial images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cvdd.artifact import Artifact
+from cvdd.chain.members import load_network, make_member
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import to_eval_tensor
+from cvdd.patches import make_patches
+from cvdd.seeds import derive_seed, generator
+
+PATCHES = "patches.safetensors"
+
+
+def make_initial_patches(context: Context) -> Artifact:
+    """Return the patches of all classes, cut from the training images and scored by the observer."""
+    config, data = context.config, context.data()
+    observer = make_member(context, config.patches.observer)
+    seed = derive_seed(config.seed, "patches")
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        # The observer is known by its artefact, a parent; its name in this committee changes nothing.
+        "patches": config.patches.model_dump(mode="json", exclude={"observer"}),
+        "seed": seed,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        backbone = config.committee.members[config.patches.observer].backbone
+        network = load_network(context, observer, backbone).to(context.device)
+        images, losses = [], []
+        with context.progress("patches", len(data.classes)) as advance:
+            for label in range(len(data.classes)):
+                made, loss = make_patches(data, network, config.patches, label, seed)
+                images.append(made)
+                losses.append(loss)
+                advance(1)
+        save_file({"images": torch.stack(images), "losses": torch.stack(losses)}, work / PATCHES)
+        return {"mean_loss": float(torch.stack(losses).mean())}
+
+    name = f"{data.name}-{config.patches.difficulty}-{config.patches.images_per_class}"
+    return context.store.make("patches", name, identity, [observer], build)
+
+
+def initial_images(context: Context, patches: Artifact | None) -> Tensor:
+    """Initial images of all slots: [classes, ipc, 3, size, size] uint8.
+
+    With ``method.init=patches`` slot k starts from patch k; with ``real`` from a random training image, so that the
+    images of a smaller IPC are the first ones of a larger.
+
+    Raises:
+        ConfigError: a class has fewer images than IPC.
+    """
+    config = context.config
+    ipc = config.ipc.images_per_class
+    if patches is not None:
+        return load_file(patches.path / PATCHES)["images"][:, :ipc]
+    data = context.data()
+    chosen = []
+    for label, name in enumerate(data.classes):
+        members = (data.train.labels == label).nonzero()[:, 0]
+        if len(members) < ipc:
+            raise ConfigError(f"class {name} has {len(members)} images; ipc.images_per_class={ipc} needs as many")
+        order = torch.randperm(len(members), generator=generator(config.seed, "real", label))
+        chosen.append(members[order[:ipc]])
+    indices = torch.cat(chosen)
+    pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
+    return pixels.unflatten(0, (len(data.classes), ipc))

@@ -1,0 +1,180 @@
+"""Stage ``train``: committee members, and any network trained on the real data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cvdd.artifact import Artifact, file_checksum, write_atomically
+from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
+from cvdd.classifier import MemberModule, ShuffledBatches
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import Data, check_same_classes, resize_and_crop
+from cvdd.measure import Evaluator
+from cvdd.report.curves import curve_json
+from cvdd.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "weights.safetensors"
+CURVE = "curve.json"
+
+
+def make_member(context: Context, name: str) -> Artifact:
+    """Return a member: imported if it has a checkpoint, trained with the recipe otherwise."""
+    config = context.config
+    member = config.committee.members[name]
+    if member.checkpoint is not None:
+        return _imported(context, name, member.backbone, member.checkpoint)
+    return make_classifier(context, name, member.backbone, derive_seed(config.seed, "member", name))
+
+
+def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
+    """Return a network trained on the real data with ``recipe``.
+
+    The artefact holds the weights, the curve, and top-1, top-5 and loss on test and train images.
+    """
+    data, recipe = context.data(), context.config.recipe
+    # ImageNet's own head is kept by build_network; any other number of classes needs a head that is trained.
+    ready = backbone.pretrained and len(data.classes) == 1000
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "backbone": backbone.model_dump(mode="json"),
+        "recipe": None if ready else recipe.model_dump(mode="json"),
+        "seed": seed,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        network = build_network(backbone, len(data.classes), seed)
+        if not ready:
+            _train(context, name, network, seed, work)
+        else:
+            write_atomically(work / CURVE, b"[]\n")
+        return _finish(context, network, work)
+
+    return context.store.make("members", f"{data.name}-{name}", identity, [], build)
+
+
+def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint: Path) -> Artifact:
+    data = context.data()
+    if not checkpoint.is_file():
+        raise ConfigError(f"committee.members.{name}.checkpoint={checkpoint}: there is no such file")
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "backbone": backbone.model_dump(mode="json"),
+        "checkpoint": file_checksum(checkpoint),
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        network = build_network(backbone, len(data.classes), 0)
+        load_published(checkpoint, network)
+        write_atomically(work / CURVE, b"[]\n")
+        return _finish(context, network, work)
+
+    return context.store.make("members", f"{data.name}-{name}", identity, [], build)
+
+
+def load_network(context: Context, artifact: Artifact, backbone: BackboneConfig) -> nn.Module:
+    """Rebuild the network of a member artefact, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: its classes are not those of the data set, in order.
+    """
+    data = context.data()
+    check_same_classes(list(data.classes), artifact.manifest["identity"]["classes"], f"member {artifact.name}")
+    bare = backbone.model_copy(update={"pretrained": False})
+    network = build_network(bare, len(data.classes), 0)
+    network.load_state_dict(load_file(artifact.path / WEIGHTS))
+    return network.eval().requires_grad_(False)
+
+
+class RealImages(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of real images that do not fit memory, resized and cropped to one size for batched augmentation."""
+
+    def __init__(self, data: Data, side: int) -> None:
+        self.data, self.side = data, side
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        images = [resize_and_crop(self.data.train.image(int(i)), self.side, self.side) for i in index]
+        return torch.stack(images), self.data.train.labels[index]
+
+
+class _Indices(Dataset[Tensor]):
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return index
+
+
+def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> None:
+    config, data = context.config, context.data()
+    recipe = config.recipe
+    evaluator = _evaluator(context)
+    in_memory = data.train.in_memory
+    sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
+    if len(sampler) == 0:
+        raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
+    # Stored a little larger than the network's input, so that a resized crop keeps the detail of large images.
+    side = data.image_size if in_memory else data.image_size * 8 // 7
+    loader: DataLoader[Any] = DataLoader(
+        _Indices() if in_memory else RealImages(data, side),  # type: ignore[arg-type]
+        sampler=sampler,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=0 if in_memory else config.trainer.workers,
+    )
+    with context.progress(f"train {name}", recipe.epochs) as advance:
+
+        def on_epoch(epoch: int, row: dict[str, float]) -> None:
+            advance(1)
+            context.log({f"train/{name}/{key}": value for key, value in row.items()}, step=epoch + 1)
+
+        module = MemberModule(
+            recipe,
+            data.train.stacked() if in_memory else None,
+            data.train.labels,
+            seed,
+            data.mean,
+            data.std,
+            data.image_size,
+            network=network,
+            name=f"member {name}",
+            measure=evaluator,
+            measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
+            on_epoch=on_epoch,
+        )
+        context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp")
+    write_atomically(work / CURVE, curve_json(module.curve))
+
+
+def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:
+    network.to(context.device).eval()
+    test = _evaluator(context)(network)
+    data = context.data()
+    metrics: dict[str, Any] = {f"test_{key}": value for key, value in test.as_dict().items()}
+    if data.train.in_memory:
+        on_train = Evaluator(data, 256, context.device, part="train", test_resize=None)(network)
+        metrics |= {f"train_{key}": value for key, value in on_train.as_dict().items()}
+    metrics["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    metrics["batchnorm_layers"] = len(batchnorm_layers(network))
+    temporary = work / (WEIGHTS + ".tmp")
+    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
+    temporary.replace(work / WEIGHTS)
+    return metrics
+
+
+def _evaluator(context: Context) -> Evaluator:
+    config = context.config
+    return Evaluator(
+        context.data(),
+        config.protocol.eval_batch,
+        context.device,
+        test_resize=config.dataset.test_resize,
+        workers=config.trainer.workers,
+    )

@@ -1,0 +1,55 @@
+"""Prior performance of the members (specification of CV-DD, section 3)."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from cvdd.chain.images import make_images
+from cvdd.chain.labels import make_labels
+from cvdd.chain.students import make_student
+from cvdd.context import Context
+from cvdd.schema import needs_priors
+
+
+def find_priors(context: Context) -> dict[str, float]:
+    """Return each member's prior performance in percent, measured or given; empty where nothing depends on it."""
+    config = context.config
+    if not needs_priors(config):
+        return {}
+    if config.prior.source == "given":
+        return {name: config.prior.values[name] for name in config.committee.members}
+    return {name: measure_prior(context, name) for name in config.committee.members}
+
+
+def measure_prior(context: Context, member: str) -> float:
+    """Distil with one member alone, label with the observer, train its network, and return the top-1 accuracy.
+
+    Every step is an ordinary artefact, so a prior is measured once whatever is changed later in the committee.
+    """
+    config = context.config
+    prior = config.prior
+    overrides: dict[str, Any] = {
+        "committee.size": 1,
+        "committee.draw": "fixed",
+        "committee.fixed": [[member]],
+        "committee.voter": "equal",
+        "method.name": f"prior-{member}",
+        "method.iterations": prior.iterations,
+        "ipc.images_per_class": prior.images_per_class,
+        "patches.images_per_class": max(prior.images_per_class, config.patches.images_per_class),
+        "label.teachers": [prior.observer],
+        "label.epochs": prior.epochs,
+        "label.store": "none",
+        "protocol.epochs": prior.epochs,
+        "protocol.eval_every": prior.epochs,
+        "compare": {},
+    }
+    single = context.differing(overrides, f"prior of {member}")
+    images = make_images(single, {})
+    labels = make_labels(single, images, {})
+    backbone = config.committee.members[prior.observer].backbone
+    students = [
+        make_student(single, labels, prior.observer, backbone, seed, prior.measured_on) for seed in range(prior.seeds)
+    ]
+    return statistics.fmean(float(student.metrics["top1"]) for student in students)

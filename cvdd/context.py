@@ -1,0 +1,124 @@
+"""What every stage is given: the configuration, the store, the device and where to log."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
+from torch.utils.data import DataLoader
+
+from cvdd.artifact import Store
+from cvdd.data import Data, load_data
+from cvdd.progress import Advance, progress
+from cvdd.schema import RunConfig, with_overrides
+
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """Surroundings of a stage.
+
+    Attributes:
+        config: the checked configuration.
+        store: where artefacts are found and made.
+        device: where tensors live.
+        loggers: Lightning loggers; a row goes to all of them.
+        label: which row of the comparison this is; empty for the main one.
+    """
+
+    config: RunConfig
+    store: Store
+    device: torch.device
+    loggers: Sequence[Logger] = ()
+    label: str = ""
+    _loaded: dict[str, Data] = field(default_factory=dict, repr=False)
+
+    def data(self) -> Data:
+        """Load the data set, once per run."""
+        key = self.config.dataset.model_dump_json()
+        if key not in self._loaded:
+            self._loaded[key] = load_data(self.config.dataset, self.store)
+        return self._loaded[key]
+
+    def differing(self, overrides: Mapping[str, Any], label: str) -> Context:
+        """Return a context whose configuration differs in some dotted keys."""
+        return replace(self, config=with_overrides(self.config, dict(overrides)), label=label)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send a row to all loggers."""
+        prefix = f"{self.label}/" if self.label else ""
+        for logger in self.loggers:
+            logger.log_metrics({prefix + key: value for key, value in values.items()}, step=step)
+
+    def log_images(self, key: str, images: torch.Tensor, step: int) -> None:
+        """Send an image [3, h, w] uint8 to the loggers that take images."""
+        from cvdd.loggers import log_image
+
+        for logger in self.loggers:
+            log_image(logger, f"{self.label}/{key}" if self.label else key, images, step)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Advance]:
+        """Show progress in the way that ``trainer.progress`` asks for."""
+        shown = f"{what} ({self.label})" if self.label else what
+        with progress(self.config.trainer.progress, shown, total) as advance:
+            yield advance
+
+    def fit(self, module: pl.LightningModule, loader: DataLoader[Any] | None, epochs: int, checkpoint: Path) -> None:
+        """Run Lightning for so many epochs; go on from the checkpoint that an interrupted call left.
+
+        Checkpoints are taken at the ends of epochs, where Lightning resumes exactly; the caller removes the last one
+        once the result is saved.
+
+        Args:
+            module: what is trained.
+            loader: its batches; None if the module brings them anew in every epoch.
+            epochs: how many.
+            checkpoint: the file; its name ends in ``.tmp``, so that no artefact is sealed with it.
+        """
+        trainer = pl.Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=1,
+            max_epochs=epochs,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=checkpoint.parent,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1 if loader is None else 0,
+            callbacks=[EpochCheckpoint(checkpoint)],
+        )
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+
+
+class EpochCheckpoint(Checkpoint):
+    """Saves the state of training at the end of an epoch, if the last save is some time ago.
+
+    Args:
+        path: of the file; the previous one is replaced atomically.
+        seconds: between saves.
+    """
+
+    def __init__(self, path: Path, seconds: float = SECONDS_BETWEEN_CHECKPOINTS) -> None:
+        super().__init__()
+        self.path, self.seconds = path, seconds
+        self._saved = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; this hook of checkpoints runs after the module's own."""
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if last or time.monotonic() - self._saved < self.seconds:
+            return
+        temporary = self.path.with_name(self.path.name + ".part.tmp")
+        trainer.save_checkpoint(temporary)
+        temporary.replace(self.path)
+        self._saved = time.monotonic()

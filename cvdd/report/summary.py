@@ -1,0 +1,76 @@
+"""What a run leaves behind: metrics.json, results.csv and the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cvdd.artifact import Artifact
+from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.members import make_member
+from cvdd.context import Context
+from cvdd.provenance import code_version
+from cvdd.schema import teachers_of
+
+COLUMNS = (
+    "row student protocol n top1 std standard_error best_top1 top5 loss image_bytes label_bytes image_seconds "
+    "student_seconds seeds images labels"
+).split()
+
+
+def summarise(
+    context: Context, distilled: Sequence[Distilled], results: Sequence[Result], commands: Sequence[str]
+) -> dict[str, Any]:
+    """Collect everything about a run that is worth keeping, as JSON."""
+    config = context.config
+    main = distilled[0]
+    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
+    names = [name for name in config.committee.members if config.method.iterations or name in used]
+    members = {name: make_member(context, name) for name in names}
+    return {
+        "commands": list(commands),
+        "code": code_version(),
+        "dataset": context.data().identity,
+        "classes": list(context.data().classes),
+        "results": [result.summary() for result in results],
+        "members": {
+            name: {
+                "metrics": dict(member.metrics),
+                "prior": main.priors.get(name),
+                "label_weight": dict(zip(main.labels.teachers, main.labels.weights, strict=True)).get(name),
+                "seconds": member.manifest["cost"]["wall_seconds"],
+                "artifact": member.path.name,
+            }
+            for name, member in members.items()
+        },
+        "votes": _votes(main.images),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _votes(images: Artifact) -> list[dict[str, float]]:
+    from cvdd.chain.images import load_history
+
+    return [{"unit": unit, **history["weights"]} for unit, history in load_history(images).items()]
+
+
+def write_results(
+    context: Context, summary: dict[str, Any], distilled: Sequence[Distilled], results: Sequence[Result]
+) -> Path:
+    """Write metrics.json, results.csv and report.html into the run's directory; return the page's path."""
+    from cvdd.report.page import render_page
+
+    output = context.config.paths.output
+    (output / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(summary["results"])
+    (output / "results.csv").write_text(table.getvalue())
+    page = output / "report.html"
+    page.write_text(render_page(context, summary, distilled, results))
+    return page

@@ -1,0 +1,140 @@
+"""What surrounds a job: checks, threads, loggers, results, and an exit code that tells the truth."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from cvdd.artifact import Store, digest_of
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.loggers import finish, make_loggers
+from cvdd.schema import RunConfig
+from cvdd.validation import check
+from cvdd.verbs import VERBS
+
+log = logging.getLogger(__name__)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a command was started.
+
+    Attributes:
+        overrides: what the user typed.
+        sweeping: whether this job is one point of a multirun.
+    """
+
+    overrides: tuple[str, ...]
+    sweeping: bool
+
+
+def run(composed: DictConfig) -> float | None:
+    """Check a composed configuration, do what its verb says, and return the metric that a sweep optimises."""
+    hydra = HydraConfig.get()
+    invocation = Invocation(tuple(hydra.overrides.task), hydra.mode is RunMode.MULTIRUN)
+    try:
+        return run_checked(check(composed), invocation)
+    except ValueError as error:
+        # The message says what to type; a stack trace would only hide it. Inside a sweep Hydra must see the error.
+        if invocation.sweeping or not is_for_users(error):
+            raise
+        log.error("%s", error)
+        sys.exit(USER_ERROR)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code in (0, None):
+            raise
+        log.warning("interrupted; finished units and checkpoints are kept, and the same command goes on from them")
+        sys.exit(INTERRUPTED)
+
+
+def is_for_users(error: ValueError) -> bool:
+    """Whether an error was written by this project for its users, rather than by a defect."""
+    return isinstance(error, ConfigError) or type(error).__module__.startswith("cvdd.")
+
+
+def run_checked(config: RunConfig, invocation: Invocation) -> float | None:
+    """Do what a checked configuration says.
+
+    Returns:
+        the verb's main metric, or None if it has none.
+    """
+    _quiet_libraries()
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    output = config.paths.output
+    output.mkdir(parents=True, exist_ok=True)
+    run_id = digest_of("run", config.model_dump(mode="json", exclude={"paths", "trainer", "logger"}), [])
+    loggers = make_loggers(config, run_name(config, invocation), run_id)
+    context = Context(config, Store(config.paths.store), find_device(config), loggers)
+    failed = True
+    try:
+        metric = VERBS[config.verb](context, invocation_lines(config, invocation))
+        failed = False
+        return metric
+    finally:
+        finish(loggers, failed)
+
+
+def run_name(config: RunConfig, invocation: Invocation) -> str:
+    """Name of a run on a dashboard: the verb and what was typed."""
+    return " ".join([config.verb, *invocation.overrides]) or config.verb
+
+
+def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:
+    """The command that repeats this run."""
+    return [f"python {config.verb}.py {' '.join(_quoted(override) for override in invocation.overrides)}".strip()]
+
+
+def _quoted(override: str) -> str:
+    return f"'{override}'" if any(character in override for character in ' {}[]()$*?<>|&;"') else override
+
+
+def find_device(config: RunConfig) -> torch.device:
+    """Return the device that the configuration asks for.
+
+    Raises:
+        ConfigError: it asks for a GPU and there is none, or for more devices than are supported.
+    """
+    accelerator = config.trainer.accelerator
+    if config.trainer.devices != 1:
+        raise ConfigError(f"trainer.devices={config.trainer.devices}: one process is supported; use trainer.devices=1")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU was found; choose trainer=cpu or trainer=auto")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _quiet_libraries() -> None:
+    # One Trainer per unit would announce the hardware hundreds of times.
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*",
+        ".*`srun` command is available.*",
+        ".*Experiment logs directory.*",
+        ".*Checkpoint directory.*",
+        ".*LeafSpec.*",
+        ".*isinstance.treespec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def write_outputs(output: Path, files: dict[str, Any]) -> None:
+    """Write text files into the run's directory."""
+    for name, text in files.items():
+        (output / name).write_text(text)

@@ -1,0 +1,18 @@
+"""What each command does: four functions of a context that return the metric a sweep optimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from cvdd.context import Context
+from cvdd.verbs.distill import distill
+from cvdd.verbs.evaluate import evaluate
+from cvdd.verbs.relabel import relabel
+from cvdd.verbs.train import train
+
+VerbFunction = Callable[[Context, list[str]], "float | None"]
+
+VERBS: Mapping[str, VerbFunction] = MappingProxyType(
+    {"train": train, "distill": distill, "relabel": relabel, "evaluate": evaluate}
+)

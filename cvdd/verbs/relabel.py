@@ -1,0 +1,25 @@
+"""``relabel``: soft labels."""
+
+from __future__ import annotations
+
+from cvdd.chain.compare import distil
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.report.tables import print_artifact
+
+
+def relabel(context: Context, commands: list[str]) -> float | None:
+    """Make the labels.
+
+    Raises:
+        ConfigError: the configuration says that labels are not stored, so there is nothing to make.
+    """
+    if context.config.label.store == "none":
+        raise ConfigError("label.store=none computes labels when a student asks; use label.store=logits to store them")
+    made = distil(context, context.config.method.name)
+    assert made.labels.artifact is not None
+    teachers = ", ".join(
+        f"{name} {weight:.3f}" for name, weight in zip(made.labels.teachers, made.labels.weights, strict=True)
+    )
+    print_artifact(made.labels.artifact, {"images": str(made.images.path), "teachers": teachers})
+    return None
