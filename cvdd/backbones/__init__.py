@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from cvdd.backbones.batchnorm import batchnorm_layers, has_batchnorm
-from cvdd.backbones.build import build_network
-from cvdd.backbones.config import BackboneConfig
-from cvdd.backbones.published import PUBLISHED_NAMES, PublishedReport, find_published, load_published
+from typing import TYPE_CHECKING
+
+from cvdd.lazy import exports
+
+if TYPE_CHECKING:
+    from cvdd.backbones.batchnorm import batchnorm_layers, has_batchnorm
+    from cvdd.backbones.build import build_network
+    from cvdd.backbones.config import BackboneConfig
+    from cvdd.backbones.published import PUBLISHED_NAMES, PublishedReport, find_published, load_published
+else:
+    __getattr__ = exports(
+        __name__,
+        {
+            "BackboneConfig": "cvdd.backbones.config",
+            "batchnorm_layers": "cvdd.backbones.batchnorm",
+            "build_network": "cvdd.backbones.build",
+            "find_published": "cvdd.backbones.published",
+            "has_batchnorm": "cvdd.backbones.batchnorm",
+            "load_published": "cvdd.backbones.published",
+            "PUBLISHED_NAMES": "cvdd.backbones.published",
+            "PublishedReport": "cvdd.backbones.published",
+        },
+    )
 
 __all__ = [
     "PUBLISHED_NAMES",

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cvdd.config_base import ConfigError
-from cvdd.data import cifar, digits, image_folder, imagenet1k, imagenette, tiny_imagenet
-from cvdd.data.config import DatasetConfig, DigitsOptions
-from cvdd.data.dataset import Data, RawData, check_same_classes, class_hash
-from cvdd.data.resize import resize_and_crop, to_eval_tensor
-from cvdd.data.source import FileSource, ImageSource, TensorSource, decode
-from cvdd.data.splits import keep_per_class, split_validation
+from cvdd.lazy import exports
 
 if TYPE_CHECKING:
-    from cvdd.artifact import Store
+    from cvdd.data.config import DatasetConfig, DigitsOptions
+    from cvdd.data.dataset import Data, RawData, check_same_classes, class_hash
+    from cvdd.data.load import READERS, load_data
+    from cvdd.data.resize import resize_and_crop, to_eval_tensor
+    from cvdd.data.source import FileSource, ImageSource, TensorSource, decode
+else:
+    __getattr__ = exports(
+        __name__,
+        {
+            "check_same_classes": "cvdd.data.dataset",
+            "class_hash": "cvdd.data.dataset",
+            "Data": "cvdd.data.dataset",
+            "DatasetConfig": "cvdd.data.config",
+            "decode": "cvdd.data.source",
+            "DigitsOptions": "cvdd.data.config",
+            "FileSource": "cvdd.data.source",
+            "ImageSource": "cvdd.data.source",
+            "load_data": "cvdd.data.load",
+            "RawData": "cvdd.data.dataset",
+            "READERS": "cvdd.data.load",
+            "resize_and_crop": "cvdd.data.resize",
+            "TensorSource": "cvdd.data.source",
+            "to_eval_tensor": "cvdd.data.resize",
+        },
+    )
 
 __all__ = [
     "READERS",
@@ -33,79 +49,3 @@ __all__ = [
     "resize_and_crop",
     "to_eval_tensor",
 ]
-
-READERS: Mapping[str, Callable[[DatasetConfig, Store], RawData]] = MappingProxyType(
-    {
-        "digits_photo": digits.read,
-        "cifar10": cifar.read_cifar10,
-        "cifar100": cifar.read_cifar100,
-        "tiny_imagenet": tiny_imagenet.read,
-        "imagenette": imagenette.read,
-        "imagenet1k": imagenet1k.read,
-        "image_folder": image_folder.read,
-    }
-)
-"""The reader of every value of ``dataset.source``."""
-
-
-def load_data(config: DatasetConfig, store: Store) -> Data:
-    """Load a dataset: the training part and the part to measure on.
-
-    With ``evaluate_on=validation`` the latter is cut from the training data and the test set is not read at all.
-    Subsets per class are drawn after that split.
-
-    Args:
-        config: the dataset.
-        store: keeps what is made once, such as decoded small images.
-
-    Raises:
-        ConfigError: data is missing or does not fit the config; the message says what to type.
-        ValueError: a file is damaged; the message names it.
-    """
-    raw = READERS[config.source](config, store)
-    if config.classes_per_unit > len(raw.classes):
-        raise ConfigError(
-            f"dataset.classes_per_unit={config.classes_per_unit}: {config.name} has only {len(raw.classes)} classes; "
-            f"use 1 to {len(raw.classes)}"
-        )
-    if config.evaluate_on == "validation":
-        train, test = split_validation(raw.train, raw.classes, config.validation_fraction, config.split_seed)
-    else:
-        train, test = raw.train, raw.test()
-    if config.train_per_class is not None:
-        count, override = config.train_per_class, "dataset.train_per_class"
-        train = keep_per_class(train, raw.classes, count, config.split_seed, override)
-    if config.test_per_class is not None:
-        count, override = config.test_per_class, "dataset.test_per_class"
-        test = keep_per_class(test, raw.classes, count, config.split_seed, override)
-    return Data(
-        train=train,
-        test=test,
-        classes=raw.classes,
-        mean=raw.mean,
-        std=raw.std,
-        image_size=config.image_size,
-        name=config.name,
-        identity=_identity(config, raw, train, test),
-    )
-
-
-def _identity(config: DatasetConfig, raw: RawData, train: ImageSource, test: ImageSource) -> dict[str, Any]:
-    split: dict[str, Any] = {"evaluate_on": config.evaluate_on}
-    if config.evaluate_on == "validation":
-        split |= {"validation_fraction": config.validation_fraction, "split_seed": config.split_seed}
-    parts: dict[str, dict[str, Any]] = {}
-    for name, source, per_class in (("train", train, config.train_per_class), ("test", test, config.test_per_class)):
-        parts[name] = {**split, "images": len(source), "per_class": per_class, "content": source.digest()}
-        if per_class is not None:
-            parts[name]["split_seed"] = config.split_seed
-    parts["test"]["test_resize"] = config.test_resize
-    return {
-        "name": config.name,
-        "source": config.source,
-        "class_hash": class_hash(raw.classes),
-        "image_size": config.image_size,
-        "mean": list(raw.mean),
-        "std": list(raw.std),
-        **parts,
-    }
