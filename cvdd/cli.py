@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-import re
+import os
 import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-NUMBERED_GROUPS = ("ipc", "temperature")
-"""Groups whose files are named by numbers."""
+from cvdd.arguments import ArgumentError, prepare
+from cvdd.outcome import USER_ERROR, told
 
 
-def config_directory() -> str:
+def config_directory() -> Path:
     """Folder of the configuration: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / "conf"
-    return str(installed if installed.is_dir() else package.parent / "conf")
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
-def quote_numbers(arguments: list[str]) -> list[str]:
-    """Write ``ipc=10`` as ``ipc='10'``: Hydra takes a bare number for a value, never for the name of a file.
+def _help(part: str, verb: str) -> str:
+    from cvdd.help import help_part
 
-    Lists of a sweep (``ipc=1,10,50``) are quoted one by one; everything else is left as it is.
-    """
-    number = r"\d+(?:\.\d+)?"
-    pattern = re.compile(rf"({'|'.join(NUMBERED_GROUPS)})=({number}(?:,{number})*)")
-
-    def quoted(argument: str) -> str:
-        match = pattern.fullmatch(argument)
-        return f"{match[1]}=" + ",".join(f"'{part}'" for part in match[2].split(",")) if match else argument
-
-    return [quoted(argument) for argument in arguments]
+    return help_part(part, verb, sys.argv[0])
 
 
 def _command(verb: str) -> None:
-    sys.argv[1:] = quote_numbers(sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=config_directory(), config_name=verb)(_run)()
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:], config_directory())
+    except ArgumentError as error:
+        print(error, file=sys.stderr)
+        sys.exit(USER_ERROR)
+    OmegaConf.register_new_resolver("cvdd_help", _help, replace=True)
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=verb)(_run)()
+    except BrokenPipeError:
+        # The reader of our output has gone, as in --help | head; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(config: DictConfig) -> float | None:
-    from cvdd.runtime import run
+def _run(composed: DictConfig) -> float | None:
+    settings = HydraConfig.get()
+    sweeping = settings.mode is RunMode.MULTIRUN
+    with told(sweeping):
+        from cvdd.validation import check
 
-    return run(config)
+        config = check(composed)
+        # PyTorch and Lightning are imported only once it is known that there is something to do.
+        from cvdd.runtime import Invocation, run
+
+        return run(config, Invocation(tuple(settings.overrides.task), sweeping))
 
 
 def train() -> None:

@@ -15,4 +15,6 @@ class StrictConfig(BaseModel):
     Every field carries a one-line ``description``; it is what ``--help`` prints.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
+    )

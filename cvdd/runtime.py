@@ -1,31 +1,21 @@
-"""What surrounds a job: checks, threads, loggers, results, and an exit code that tells the truth."""
+"""What surrounds a job: threads, device, loggers and results."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.loggers import finish, make_loggers
 from cvdd.schema import RunConfig
-from cvdd.validation import check
 from cvdd.verbs import VERBS
-
-log = logging.getLogger(__name__)
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -41,31 +31,7 @@ class Invocation:
     sweeping: bool
 
 
-def run(composed: DictConfig) -> float | None:
-    """Check a composed configuration, do what its verb says, and return the metric that a sweep optimises."""
-    hydra = HydraConfig.get()
-    invocation = Invocation(tuple(hydra.overrides.task), hydra.mode is RunMode.MULTIRUN)
-    try:
-        return run_checked(check(composed), invocation)
-    except ValueError as error:
-        # The message says what to type; a stack trace would only hide it. Inside a sweep Hydra must see the error.
-        if invocation.sweeping or not is_for_users(error):
-            raise
-        log.error("%s", error)
-        sys.exit(USER_ERROR)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code in (0, None):
-            raise
-        log.warning("interrupted; finished units and checkpoints are kept, and the same command goes on from them")
-        sys.exit(INTERRUPTED)
-
-
-def is_for_users(error: ValueError) -> bool:
-    """Whether an error was written by this project for its users, rather than by a defect."""
-    return isinstance(error, ConfigError) or type(error).__module__.startswith("cvdd.")
-
-
-def run_checked(config: RunConfig, invocation: Invocation) -> float | None:
+def run(config: RunConfig, invocation: Invocation) -> float | None:
     """Do what a checked configuration says.
 
     Returns:

@@ -292,15 +292,19 @@ class RunConfig(StrictConfig):
         if self.prior.source == "given":
             missing = [name for name in names if name not in self.prior.values]
             if missing and needs_priors(self):
-                raise ValueError(f"prior.values has no number for {', '.join(missing)}; add it or use prior=measured")
+                raise ValueError(
+                    f"prior.values has no number for {', '.join(missing)}; add +prior.values.{missing[0]}=PERCENT, or "
+                    "use prior=measured"
+                )
         if self.protocol.epochs > self.label.epochs:
             raise ValueError(
-                f"protocol.epochs={self.protocol.epochs} needs labels of as many epochs; label.epochs={self.label.epochs}"
+                f"protocol.epochs={self.protocol.epochs} needs labels of as many epochs, and label.epochs is "
+                f"{self.label.epochs}; set label.epochs={self.protocol.epochs} or protocol.epochs={self.label.epochs}"
             )
         if self.method.init == "patches" and self.patches.images_per_class < self.ipc.images_per_class:
             raise ValueError(
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
-                f"ipc.images_per_class={self.ipc.images_per_class}"
+                f"ipc.images_per_class={self.ipc.images_per_class}; set it to at least as many"
             )
         return self
 

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Union, get_args, get_origin
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from cvdd.config_base import ConfigError
+from cvdd.fields import Field, field_at, fields, model_at
 from cvdd.schema import RunConfig, with_overrides
+
+__all__ = ["Field", "check", "field_at", "fields"]
+
+REQUIREMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "greater_than": "must be greater than {gt:g}",
+        "greater_than_equal": "must be at least {ge:g}",
+        "less_than": "must be less than {lt:g}",
+        "less_than_equal": "must be at most {le:g}",
+        "too_short": "needs at least {min_length} of them",
+        "too_long": "takes at most {max_length} of them",
+        "string_too_short": "must not be empty",
+        "string_pattern_mismatch": "must match {pattern}",
+        "finite_number": "must be a finite number",
+        "int_parsing": "must be a whole number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "string_type": "must be text; quote a number, as in '{{value}}'",
+        "list_type": "must be a list, as in [a,b]",
+        "tuple_type": "must be a list, as in [a,b]",
+        "dict_type": "must hold keys and values, as in {{a: 1}}",
+        "model_type": "must hold keys and values",
+        "path_type": "must be a path",
+    }
+)
+"""What is asked of a value, by pydantic's type of error."""
+
+_BRANCH = re.compile(
+    r"(list|tuple|dict|literal|constrained|function|is-instance|nullable)\b.*[\[(-]|(int|float|str|bool)$"
+)
 
 
 def check(config: DictConfig) -> RunConfig:
@@ -21,100 +60,105 @@ def check(config: DictConfig) -> RunConfig:
     """
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: a value is missing; set {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: cannot be resolved: {first}") from error
     assert isinstance(tree, dict)
-    run = _validate({str(key): value for key, value in tree.items()})
+    try:
+        run = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error))) from error
     for name, overrides in run.compare.items():
-        try:
-            with_overrides(run, overrides)
-        except ValidationError as error:
-            raise ConfigError(f"compare.{name}: {_explain(error, {})}") from error
-        except ConfigError as error:
-            raise ConfigError(f"compare.{name}: {error}") from error
+        _check_row(run, f"compare.{name}", overrides)
     return run
 
 
-def _validate(tree: dict[str, Any]) -> RunConfig:
+def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> None:
+    known = [field.key for field in fields()]
+    for key, value in overrides.items():
+        if not _exists(run, key):
+            raise ConfigError(f"{row}: {key}={_typed(value)}: there is no such field{_close(key, known)}")
     try:
-        return RunConfig.model_validate(tree)
+        with_overrides(run, dict(overrides))
     except ValidationError as error:
-        raise ConfigError(_explain(error, tree)) from error
+        raise ConfigError("\n".join(f"{row}: {line}" for line in explain(error))) from error
 
 
-def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
-    lines = []
+def _exists(run: RunConfig, key: str) -> bool:
+    node: Any = run.model_dump()
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line for each problem: the override, the value that was given, what is valid, and the field's help."""
+    by_key: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"there is no such field; {_siblings(problem['loc'])}"
-        elif problem["type"] == "missing":
-            message = f"a value is missing; {field_help(key)}"
-        elif key and problem["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}; {field_help(key)}"
-        lines.append(f"{key}: {message}" if key and not message.startswith(key) else message)
-    return "\n".join(dict.fromkeys(lines))
+        key = _key(problem["loc"])
+        by_key.setdefault(key, []).append(problem)
+    return [line for key, problems in by_key.items() for line in _lines(key, problems)]
 
 
-def _is_branch(part: str | int) -> bool:
-    # pydantic adds the tried alternative of a union to the location; no field of ours is written like that.
-    return isinstance(part, str) and (part.startswith(("list[", "literal[", "function-", "tuple[")) or part == "float")
+def _key(location: Sequence[str | int]) -> str:
+    """Write a location as ``part.name[0]``, without the alternatives of unions that pydantic adds to it."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location if not _BRANCH.match(str(part))]
+    return "".join(parts).removeprefix(".")
 
 
-def _siblings(location: tuple[str | int, ...]) -> str:
-    model = _model_at(RunConfig, [str(part) for part in location[:-1]])
-    if model is None:
-        return "see --help"
-    return f"the fields are {', '.join(model.model_fields)}"
+def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
+    own = [
+        str(problem["msg"]).removeprefix("Value error, ") for problem in problems if problem["type"] == "value_error"
+    ]
+    if own:
+        # Written by this project; most of these name their fields themselves.
+        return [message if not key or message.startswith(key) else f"{key}: {message}" for message in own]
+    problem = problems[0]
+    if problem["type"] == "extra_forbidden":
+        return [f"{key}={_typed(problem['input'])}: there is no such field{_siblings(key)}"]
+    field = field_at(key)
+    about = f" ({field.description})" if field and field.description else ""
+    if problem["type"] == "missing" and key.endswith("]"):
+        return [f"{key.partition('[')[0]}={_typed(problem['input'])}: too few values{about}"]
+    if problem["type"] == "missing":
+        return [f"{key}: a value is missing; set {key}=VALUE{about}"]
+    # The alternatives of a union fail one by one; any of them would do.
+    wanted = " or ".join(dict.fromkeys(_requirement(problem) for problem in problems))
+    return [f"{key}={_typed(problem['input'])}: {wanted}{about}"]
 
 
-def field_help(key: str) -> str:
-    """One line of help for a dotted key of the configuration, empty if there is none."""
+def _requirement(problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    if problem["type"] == "literal_error":
+        choices = str(context["expected"]).replace("'", "")
+        return f"choose {choices}{_close(str(problem['input']), re.split(', | or ', choices), '')}"
+    requirement = REQUIREMENTS.get(problem["type"])
+    if requirement is None:
+        message = str(problem["msg"])
+        return message[:1].lower() + message[1:]
+    return requirement.format(**context).format(value=problem["input"])
+
+
+def _typed(value: Any) -> str:
+    """Write a value as it would be typed in an override, shortened if it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value).replace("'", "") if isinstance(value, (list, tuple, dict)) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _siblings(key: str) -> str:
     *path, last = key.split(".")
-    model = _model_at(RunConfig, path)
-    if model is None or last not in model.model_fields:
-        return ""
-    return model.model_fields[last].description or ""
+    model = model_at(path)
+    if model is None:
+        return "; see --help"
+    return _close(last, model.model_fields) + f"; the fields are {', '.join(model.model_fields)}"
 
 
-def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str]]:
-    """All dotted keys of the configuration with their help, in order; a dictionary's entries appear as NAME."""
-    rows: list[tuple[str, str]] = []
-    for name, field in model.model_fields.items():
-        nested = _nested(field)
-        if nested is None:
-            rows.append((prefix + name, field.description or ""))
-        else:
-            inner, is_dict = nested
-            rows.extend(fields(inner, f"{prefix}{name}.{'NAME.' if is_dict else ''}"))
-    return rows
-
-
-def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
-    parts = iter(path)
-    for part in parts:
-        if part not in model.model_fields:
-            return None
-        nested = _nested(model.model_fields[part])
-        if nested is None:
-            return None
-        model, is_dict = nested
-        if is_dict:
-            next(parts, None)
-    return model
-
-
-def _nested(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
-    annotation = field.annotation
-    if get_origin(annotation) is dict:
-        value = get_args(annotation)[1]
-        return (value, True) if isinstance(value, type) and issubclass(value, BaseModel) else None
-    if get_origin(annotation) in (Union,) or str(get_origin(annotation)) == "<class 'types.UnionType'>":
-        for option in get_args(annotation):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                return option, False
-        return None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    return None
+def _close(given: str, known: Iterable[str], otherwise: str = "; see --help") -> str:
+    match = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {match[0]}?" if match else otherwise

@@ -1,0 +1,94 @@
+"""The command line before Hydra sees it: groups of numbered files, and answers that Hydra would not give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
+"""The field behind each of these groups, for numbers that have no file."""
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
+_MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot work; the message says what to type instead."""
+
+
+def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
+    """Return arguments as Hydra wants them.
+
+    Args:
+        arguments: of the command line.
+        directory: of the configuration.
+
+    Raises:
+        ArgumentError: a number has no file, or a group is given no choice.
+    """
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if value == "null" and (directory / group).is_dir():
+            choices = sorted(path.stem for path in (directory / group).glob("*.yaml"))
+            raise ArgumentError(f"{argument}: choose {_listed(choices)}; ~{group} leaves the group out")
+    return quote_numbers(arguments, directory)
+
+
+def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
+    """Write ``ipc=10`` as ``ipc='10'``: Hydra takes a bare number for a value, never for the name of a file.
+
+    Lists of a sweep (``ipc=1,10,50``) are quoted one by one, and ``temperature=5.0`` finds the file ``5``; everything
+    else is left as it is.
+
+    Args:
+        arguments: of the command line.
+        directory: of the configuration.
+
+    Raises:
+        ArgumentError: a number has no file; the message says which have one and what to type instead.
+    """
+    # Somebody's own folder may have more files than ours; then Hydra decides.
+    certain = not any(argument.lstrip("+~").startswith(_MORE_DIRECTORIES) for argument in arguments)
+    quoted = []
+    for argument in arguments:
+        match = _OVERRIDE.fullmatch(argument)
+        if match is None:
+            quoted.append(argument)
+            continue
+        group, values = match[1], match[2].split(",")
+        names = preset_numbers(directory, group)
+        found = [_same_number(value, names) for value in values]
+        if certain and None in found:
+            raise ArgumentError(_advice(group, values, found, names))
+        chosen = [f"'{name or value}'" for name, value in zip(found, values, strict=True)]
+        quoted.append(f"{group}={','.join(chosen)}")
+    return quoted
+
+
+def preset_numbers(directory: Path, group: str) -> list[str]:
+    """Return the numbers that have a file in a group, in order."""
+    names = [path.stem for path in (directory / group).glob("*.yaml") if re.fullmatch(_NUMBER, path.stem)]
+    return sorted(names, key=float)
+
+
+def _same_number(value: str, names: Sequence[str]) -> str | None:
+    return next((name for name in names if float(name) == float(value)), None)
+
+
+def _advice(group: str, values: Sequence[str], found: Sequence[str | None], names: Sequence[str]) -> str:
+    unknown = [value for value, name in zip(values, found, strict=True) if name is None]
+    field = FIELDS[group]
+    whole = group == "ipc"
+    if any(float(value) <= 0 or (whole and not float(value).is_integer()) for value in unknown):
+        kind = "a whole number of at least 1" if whole else "a number greater than 0"
+        instead = f"set {field} to {kind}"
+    else:
+        instead = f"set {field}={','.join(values)}"
+    return f"{group}={','.join(values)}: there is no preset {', '.join(unknown)}; choose {_listed(names)}, or {instead}"
+
+
+def _listed(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else "".join(choices)
