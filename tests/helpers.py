@@ -1,0 +1,114 @@
+"""What several tests share: the whole chain in a configuration that runs in seconds, and small networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from cvdd.artifact import Store
+from cvdd.cli import config_directory
+from cvdd.context import Context
+from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
+from cvdd.validation import check
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+TINY = (
+    "dataset.digits.train_placements=1",
+    "dataset.digits.test_placements=1",
+    "dataset.digits.test_digits=200",
+    "dataset.train_per_class=30",
+    "dataset.test_per_class=10",
+    "~committee.members.mobilenetv2",
+    "~committee.members.densenet121",
+    "committee.members.resnet50.backbone.arguments.width=8",
+    "committee.draw=in_turn",
+    "recipe.epochs=2",
+    "recipe.batch_size=50",
+    "prior.source=given",
+    "prior.values={resnet18: 40, resnet50: 30, shufflenetv2: 35}",
+    "ipc.images_per_class=2",
+    "ipc.label_batch=8",
+    "patches.candidates=10",
+    "patches.crops=2",
+    "method.iterations=6",
+    "method.log_every=2",
+    "method.grid_every=2",
+    "method.checkpoint_every=2",
+    "protocol.epochs=3",
+    "protocol.eval_every=1",
+    "protocol.seeds=[0]",
+    "compare={}",
+    "trainer.accelerator=cpu",
+    "trainer.progress=none",
+)
+"""The embedded data set, three members, two images per class: every stage in a second or so."""
+
+
+def configure(root: Path, *overrides: str, verb: str = "evaluate") -> RunConfig:
+    """Compose and check a configuration whose files lie under ``root``."""
+    paths = [f"paths.{name}={root / name}" for name in ("data", "store", "output")]
+    with initialize_config_dir(config_directory(), version_base="1.3"):
+        return check(compose(verb, overrides=[*paths, *overrides]))
+
+
+def tiny_context(root: Path, *overrides: str, store: Path | None = None) -> Context:
+    """Return the surroundings of a tiny run."""
+    torch.set_num_threads(1)
+    config = configure(root, *TINY, *overrides)
+    config.paths.output.mkdir(parents=True, exist_ok=True)
+    return Context(config, Store(store or config.paths.store), torch.device("cpu"))
+
+
+def small_network(classes: int = 4, width: int = 6, seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
+    """Two convolutions with BatchNorm whose running statistics are not those of any batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, classes),
+        )
+        for layer in (network[1], network[4]):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+            layer.running_mean.uniform_(-1, 1)
+            layer.running_var.uniform_(0.5, 2)
+    return network.eval().requires_grad_(False)
+
+
+def random_pixels(count: int, size: int = 16, seed: int = 0) -> Tensor:
+    """Return noise, [count, 3, size, size] uint8."""
+    return torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+
+
+def label_config(**changes: Any) -> LabelConfig:
+    """A label recipe for batches of 8."""
+    fields = {"name": "test", "teachers": "committee", "weights": "equal", "bn_mode": "batch", "epochs": 3}
+    return LabelConfig.model_validate({**fields, "batch_size": 8, **changes})
+
+
+def method_config(**changes: Any) -> MethodConfig:
+    """A method of five iterations."""
+    fields = {"name": "test", "init": "noise", "iterations": 5, "jitter": 2, "classes_per_unit": 4}
+    return MethodConfig.model_validate({**fields, **changes})
+
+
+def protocol_config(**changes: Any) -> ProtocolConfig:
+    """A student of two epochs."""
+    return ProtocolConfig.model_validate({"name": "test", "epochs": 2, "lr": 0.01, "seeds": [0], **changes})
