@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
 from cvdd.config_base import ConfigError
 from cvdd.provenance import code_version
@@ -205,9 +207,11 @@ def read_manifest(path: Path) -> Artifact:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         artifact = Artifact(path, manifest)
-        if not path.name.endswith(artifact.digest) or not isinstance(manifest["files"], dict):
+        if path.name != f"{artifact.name}-{artifact.digest}":
             raise ValueError("it does not belong to this directory")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for entry in manifest["files"].values():
+            entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedArtifact(
             f"{path}: {MANIFEST} cannot be read ({error}). Delete this directory and repeat the command."
         ) from error
@@ -284,11 +288,26 @@ def _peak_memory() -> int:
 
 
 @contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """Turn a refusal that safetensors reports in its own words into the operating system's error."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextlib.contextmanager
 def _store_errors(root: Path) -> Iterator[None]:
     """Turn the operating system's refusals into errors that say what to type; nothing sealed is touched by them."""
     try:
-        yield
+        with _safetensors_errors():
+            yield
     except OSError as error:
+        if isinstance(error.filename, str | os.PathLike) and not Path(error.filename).is_relative_to(root):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 f"no space left for {root}. Free some or choose another place with paths.store=DIR; "

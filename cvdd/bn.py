@@ -21,7 +21,8 @@ class BatchStatistics:
     """Collects mean and biased variance of the input of every BatchNorm layer during one forward pass.
 
     Use as a context manager around the forward pass. Statistics are taken per group of consecutive samples, so that
-    several units can share one pass.
+    several units can share one pass. Some networks run their layers in another order than they register them; layers
+    and statistics are listed in the order of registration.
 
     Args:
         network: the network to watch.
@@ -29,14 +30,28 @@ class BatchStatistics:
     """
 
     def __init__(self, network: nn.Module, groups: int) -> None:
-        self.layers = [layer for _, layer in batchnorm_layers(network)]
         self.groups = groups
-        self.means: list[Tensor] = []
-        self.variances: list[Tensor] = []
+        self._watched = [layer for _, layer in batchnorm_layers(network)]
+        self._collected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def layers(self) -> list[nn.BatchNorm2d]:
+        """The layers that the forward pass went through."""
+        return [layer for layer in self._watched if layer in self._collected]
+
+    @property
+    def means(self) -> list[Tensor]:
+        """Per layer [groups, channels]."""
+        return [self._collected[layer][0] for layer in self.layers]
+
+    @property
+    def variances(self) -> list[Tensor]:
+        """Per layer [groups, channels], biased."""
+        return [self._collected[layer][1] for layer in self.layers]
+
     def __enter__(self) -> BatchStatistics:
-        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self.layers]
+        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self._watched]
         return self
 
     def __exit__(
@@ -49,8 +64,7 @@ class BatchStatistics:
         n, c, h, w = inputs[0].shape
         grouped = inputs[0].reshape(self.groups, n // self.groups, c, h * w)
         variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
-        self.means.append(mean)
-        self.variances.append(variance)
+        self._collected[layer] = (mean, variance)
 
 
 def statistics_distance(
@@ -75,7 +89,8 @@ def statistics_distance(
     """
     total = torch.zeros_like(means[0][:, 0])
     for index, (mean, variance, layer) in enumerate(zip(means, variances, layers, strict=True)):
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         distance = (layer.running_var - variance).norm(dim=1) + (layer.running_mean - mean).norm(dim=1)
         total = total + (first_multiplier if index == 0 else 1.0) * distance
     return total
@@ -97,16 +112,32 @@ def require_batchnorm(network: nn.Module, name: str) -> None:
 class GroupBatchNorm(nn.Module):
     """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
 
-    It shares weight and bias with the layer that it stands for and has no running statistics to drift.
+    It shares weight and bias with the layer that it stands for and has no running statistics to drift. What timm's
+    BatchNorm layers do after normalising (dropout, activation) is kept.
+
+    Raises:
+        ConfigError: the layer is another kind of BatchNorm, which does something unknown besides normalising.
     """
 
     def __init__(self, layer: nn.BatchNorm2d) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
         self.group_size: int | None = None
+        self.after: nn.Module = nn.Identity()
+        if type(layer).forward is not nn.BatchNorm2d.forward:
+            extras = [getattr(layer, "drop", None), getattr(layer, "act", None)]
+            then = [extra for extra in extras if isinstance(extra, nn.Module)]
+            if len(then) < len(extras):
+                kind = type(layer).__name__
+                raise ConfigError(f"{kind} layers cannot use statistics of the batch; set label.bn_mode=running")
+            self.after = nn.Sequential(*then)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w]; ``n`` is a multiple of ``group_size``, or one group if that is None."""
+        normalised: Tensor = self.after(self._normalise(x))
+        return normalised
+
+    def _normalise(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         groups = 1 if self.group_size is None else n // self.group_size
         if groups == 1:

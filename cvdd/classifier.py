@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
@@ -15,7 +16,7 @@ from cvdd.labels import LabelledBatch
 from cvdd.measure import Accuracy
 from cvdd.replay import replay
 from cvdd.schema import ProtocolConfig, RecipeConfig
-from cvdd.seeds import generator
+from cvdd.seeds import derive_seed, generator
 
 Measure = Callable[[nn.Module], Accuracy]
 EpochLog = Callable[[int, dict[str, float]], None]
@@ -72,6 +73,7 @@ class Classifier(pl.LightningModule):
     Args:
         network: to train.
         name: for messages.
+        seed: of everything random in the training; the network's own draws (dropout) are reseeded for every epoch.
         measure: accuracy on held-out images.
         measured_at: whether to measure after an epoch (counted from 0).
         on_epoch: called after each epoch with its number and what is known about it.
@@ -81,12 +83,14 @@ class Classifier(pl.LightningModule):
         self,
         network: nn.Module,
         name: str,
+        seed: int,
         measure: Measure,
         measured_at: Callable[[int], bool],
         on_epoch: EpochLog,
     ) -> None:
         super().__init__()
         self.network = network
+        self.seed = seed
         self._name = name
         self._measure, self._measured_at, self._on_epoch = measure, measured_at, on_epoch
         self.curve: list[dict[str, float]] = []
@@ -96,18 +100,22 @@ class Classifier(pl.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
+    def on_train_epoch_start(self) -> None:
+        """Make the network's own draws depend on (seed, epoch) alone, also after an interruption."""
+        torch.manual_seed(derive_seed(self.seed, "network", self.current_epoch))
+
     def on_train_epoch_end(self) -> None:
         """Add a row to the curve."""
-        loss = torch.stack(self._losses).mean().item()
+        row = {"epoch": self.current_epoch + 1, "train_loss": torch.stack(self._losses).mean().item()}
         self._losses.clear()
-        if not math.isfinite(loss):
-            raise NonFiniteTraining(
-                f"the training loss of {self._name} is {loss} in epoch {self.current_epoch}. The checkpoint of the last "
-                "good epoch is kept; choose a smaller learning rate (recipe.lr or protocol.lr)."
-            )
-        row = {"epoch": self.current_epoch + 1, "train_loss": loss}
         if self._measured_at(self.current_epoch):
             row |= self._measure(self.network).as_dict()
+        for key in ("train_loss", "loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                raise NonFiniteTraining(
+                    f"the {key.replace('_', ' ')} of {self._name} is {row[key]} in epoch {self.current_epoch + 1}. The "
+                    "last checkpoint is kept; choose a smaller learning rate (recipe.lr or protocol.lr)."
+                )
         self.curve.append(row)
         self._on_epoch(self.current_epoch, row)
 
@@ -127,7 +135,6 @@ class MemberModule(Classifier):
         recipe: optimiser, schedule and augmentation.
         pixels: [n, 3, size, size] uint8 training images on the device, or None if batches bring their own.
         labels: [n].
-        seed: of the augmentation.
         mean: of the normalisation.
         std: of the normalisation.
         size: side of the network's input.
@@ -139,14 +146,13 @@ class MemberModule(Classifier):
         recipe: RecipeConfig,
         pixels: Tensor | None,
         labels: Tensor,
-        seed: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         size: int,
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
-        self.recipe, self.seed, self.mean, self.std, self.size = recipe, seed, mean, std, size
+        self.recipe, self.mean, self.std, self.size = recipe, mean, std, size
         self._pixels, self._labels = pixels, labels
 
     def on_fit_start(self) -> None:
@@ -179,7 +185,7 @@ class MemberModule(Classifier):
         offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=source).to(pixels.device)
         return _shifted(pixels, views, offsets, pad)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule of the recipe."""
         recipe = self.recipe
         parameters = self.network.parameters()
@@ -261,7 +267,7 @@ class StudentModule(Classifier):
             parts[-2:] = [torch.cat(parts[-2:])]
         return parts
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with decay on weights of two or more axes; cosine per epoch, stretched by eta."""
         protocol = self.protocol
         parameters = list(self.network.parameters())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from cvdd.artifact import Store
 from cvdd.data import Data, load_data
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
+
+log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -95,9 +99,24 @@ class Context:
             default_root_dir=checkpoint.parent,
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1 if loader is None else 0,
-            callbacks=[EpochCheckpoint(checkpoint)],
+            callbacks=[EpochCheckpoint(checkpoint, SECONDS_BETWEEN_CHECKPOINTS)],
         )
-        trainer.fit(module, loader, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if _usable(checkpoint) else None, weights_only=True)
+
+
+def _usable(checkpoint: Path) -> bool:
+    """Whether there is a checkpoint to go on from; one that a crash of the machine damaged is set aside."""
+    if not checkpoint.exists():
+        return False
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            if archive.testzip() is None:
+                return True
+    except zipfile.BadZipFile:
+        pass
+    log.warning("%s is damaged; this part of the work starts again", checkpoint)
+    checkpoint.unlink()
+    return False
 
 
 class EpochCheckpoint(Checkpoint):
@@ -108,7 +127,7 @@ class EpochCheckpoint(Checkpoint):
         seconds: between saves.
     """
 
-    def __init__(self, path: Path, seconds: float = SECONDS_BETWEEN_CHECKPOINTS) -> None:
+    def __init__(self, path: Path, seconds: float) -> None:
         super().__init__()
         self.path, self.seconds = path, seconds
         self._saved = time.monotonic()
@@ -119,6 +138,6 @@ class EpochCheckpoint(Checkpoint):
         if last or time.monotonic() - self._saved < self.seconds:
             return
         temporary = self.path.with_name(self.path.name + ".part.tmp")
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         temporary.replace(self.path)
         self._saved = time.monotonic()

@@ -83,9 +83,20 @@ class Teachers:
 class SoftLabels(Protocol):
     """Labels of a distilled set, epoch by epoch, from a file or computed when asked."""
 
-    batch_size: int
-    count: int
-    epochs: int
+    @property
+    def batch_size(self) -> int:
+        """Images per full batch."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Images in the distilled set."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Labelled epochs."""
+        ...
 
     def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
         """Return the replay of all samples of an epoch and their logits [count, classes]."""

@@ -64,7 +64,7 @@ def cut_crops(
     """
     if source.in_memory:
         images = source.stacked()[chosen].repeat_interleave(crops, dim=0)
-        return _cut(images, side, scale, random).unflatten(0, (len(chosen), crops))
+        return _cut(images, side, scale, random).view(len(chosen), crops, 3, side, side)
     cut = [_cut(source.image(int(i)).expand(crops, -1, -1, -1), side, scale, random) for i in chosen]
     return torch.stack(cut)
 

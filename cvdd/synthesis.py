@@ -126,6 +126,11 @@ class DistillModule(pl.LightningModule):
         on_row: called with each log row and the images.
     """
 
+    targets: Tensor
+    weights: Tensor
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         images: Tensor,
@@ -228,6 +233,11 @@ class DistillModule(pl.LightningModule):
                     f"(cross-entropy {values[0]}, BatchNorm term {values[1]}). Finished units and the last checkpoint "
                     f"are kept. Lower method.lr or method.r_bn, or leave {name} out of the committee."
                 )
+        if not bool(self.images.isfinite().all()):
+            raise NonFiniteLoss(
+                f"the images are not finite after iteration {iteration}, though the losses of {', '.join(names)} are: "
+                "a gradient is not. Finished units and the last checkpoint are kept. Lower method.lr or method.r_bn."
+            )
         row = LogRow(
             iteration=iteration,
             loss=float(terms.loss) / len(self.images),

@@ -215,9 +215,9 @@ def jpeg_round_trip(image: Tensor) -> Tensor:
 
 
 def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
-    """Read distilled images class by class: [classes * ipc, 3, size, size] uint8 and labels; image i of class c is slot i.
+    """Read distilled images and their labels: [classes * ipc, 3, size, size] uint8 and [classes * ipc].
 
-    The order is that of the published folders, class-major.
+    The order is that of the published folders: class by class, image i of a class is that of slot i.
     """
     slots: list[Tensor] = []
     labels: list[Tensor] = []

@@ -72,5 +72,5 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
         order = torch.randperm(len(members), generator=generator(config.seed, "real", label))
         chosen.append(members[order[:ipc]])
     indices = torch.cat(chosen)
-    pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
-    return pixels.unflatten(0, (len(data.classes), ipc))
+    pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
+    return pixels.view(len(data.classes), ipc, *pixels.shape[1:])

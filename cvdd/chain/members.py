@@ -124,8 +124,8 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     # Stored a little larger than the network's input, so that a resized crop keeps the detail of large images.
     side = data.image_size if in_memory else data.image_size * 8 // 7
     loader: DataLoader[Any] = DataLoader(
-        _Indices() if in_memory else RealImages(data, side),  # type: ignore[arg-type]
-        sampler=sampler,  # type: ignore[arg-type]
+        _Indices() if in_memory else RealImages(data, side),
+        sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
     )
@@ -139,12 +139,12 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             recipe,
             data.train.stacked() if in_memory else None,
             data.train.labels,
-            seed,
             data.mean,
             data.std,
             data.image_size,
             network=network,
             name=f"member {name}",
+            seed=seed,
             measure=evaluator,
             measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
             on_epoch=on_epoch,

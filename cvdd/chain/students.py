@@ -78,6 +78,7 @@ def make_student(
                 data.std,
                 network=build_network(backbone, len(data.classes), derive_seed(seed, "student")),
                 name=title,
+                seed=derive_seed(seed, "student"),
                 measure=evaluator,
                 measured_at=lambda epoch: (epoch + 1) % protocol.eval_every == 0 or epoch + 1 == protocol.epochs,
                 on_epoch=on_epoch,
