@@ -1,7 +1,131 @@
-"""The page of a run."""
+"""The page of a run: one file that needs nothing around it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-def render_page(context, summary, distilled, results) -> str:
-    return "<html></html>"
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cvdd.chain.compare import FULL_DATA, Distilled, Result
+from cvdd.chain.images import load_history
+from cvdd.context import Context
+from cvdd.report import headline, plots
+from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
+from cvdd.report.drawing import SERIES
+from cvdd.report.gallery import make_gallery
+from cvdd.report.tables import readable_bytes, readable_seconds
+from cvdd.report.terms import member_terms
+from cvdd.report.votes import vote_table
+from cvdd.schema import RunConfig
+
+TEMPLATE = "page.html.j2"
+
+
+def render_page(
+    context: Context, summary: dict[str, Any], distilled: Sequence[Distilled], results: Sequence[Result]
+) -> str:
+    """Write everything that a run found as one self-contained HTML page.
+
+    Args:
+        context: the configuration and its surroundings.
+        summary: what :func:`cvdd.report.summary.summarise` collected.
+        distilled: the distilled sets, the configuration's own first.
+        results: the accuracies, likewise.
+    """
+    config, main = context.config, distilled[0]
+    members, patches = open_members(context, summary), open_patches(distilled)
+    terms = member_terms(load_history(main.images), main.context.config)
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=f"{results[0].row} on {config.dataset.name}, IPC {config.ipc.images_per_class}",
+            config=config,
+            summary=summary,
+            main=main,
+            results=[_row(result) for result in results],
+            one_student=len({result.student for result in results}) == 1,
+            sentences=[
+                headline.headline(results),
+                *filter(None, (headline.other_students(results), headline.reference(results))),
+            ],
+            verdict=_verdict(results),
+            colours=plots.row_colours(results),
+            full_data=any(result.row == FULL_DATA for result in results),
+            gallery=make_gallery(main),
+            dots=plots.dot_plot(results),
+            accuracy=plots.accuracy_curves(results),
+            loss=plots.loss_curves(results),
+            terms=terms,
+            term_plot=plots.term_curves(terms) if terms else None,
+            votes=vote_table(summary["votes"], list(summary["members"])),
+            costs=stage_costs(members, patches, distilled, results),
+            artifacts=all_artifacts(members, patches, distilled, results),
+            code=_code(summary["code"]),
+            libraries={
+                key: value for key, value in summary["code"].items() if key not in ("commit", "changed", "cvdd")
+            },
+            written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            yaml=portable_yaml(config),
+            series=SERIES,
+        )
+    )
+
+
+def portable_yaml(config: RunConfig) -> str:
+    """Write a configuration as YAML without this machine's directories.
+
+    A path inside one of ``paths`` is written as ``<paths.data>/...``; the results do not depend on where that is.
+    """
+    tree = config.model_dump(mode="json")
+    roots = {value: f"<paths.{name}>" for name, value in tree.pop("paths").items()}
+    return str(
+        yaml.safe_dump(_replace(tree, roots), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    )
+
+
+def _replace(tree: Any, roots: dict[str, str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _replace(value, roots) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_replace(value, roots) for value in tree]
+    if isinstance(tree, str):
+        # The longest first: one directory may lie inside another.
+        for root in sorted(roots, key=len, reverse=True):
+            if Path(root).is_absolute() and Path(tree).is_relative_to(root):
+                return (Path(roots[root]) / Path(tree).relative_to(root)).as_posix()
+    return tree
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("cvdd", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": readable_bytes, "seconds": readable_seconds}
+    environment.globals["with_error"] = headline.with_error
+    return environment
+
+
+def _row(result: Result) -> dict[str, Any]:
+    stored = result.labels is None or result.labels.artifact is not None
+    return {**result.summary(), "labels_stored": stored, "hard_labels": result.labels is None}
+
+
+def _verdict(results: Sequence[Result]) -> str:
+    baseline = headline.find_baseline(results, results[0])
+    return "unknown" if baseline is None else headline.difference(results[0], baseline).verdict
+
+
+def _code(code: dict[str, Any]) -> str:
+    commit = code.get("commit")
+    if not commit:
+        return f"cvdd {code['cvdd']}, commit unknown"
+    return f"cvdd {code['cvdd']}, commit {commit[:12]}{' with uncommitted changes' if code.get('changed') else ''}"

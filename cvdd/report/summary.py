@@ -17,9 +17,24 @@ from cvdd.provenance import code_version
 from cvdd.schema import teachers_of
 
 COLUMNS = (
-    "row student protocol n top1 std standard_error best_top1 top5 loss image_bytes label_bytes image_seconds "
-    "student_seconds seeds images labels"
-).split()
+    "row",
+    "student",
+    "protocol",
+    "n",
+    "top1",
+    "std",
+    "standard_error",
+    "best_top1",
+    "top5",
+    "loss",
+    "image_bytes",
+    "label_bytes",
+    "image_seconds",
+    "student_seconds",
+    "seeds",
+    "images",
+    "labels",
+)
 
 
 def summarise(
@@ -52,7 +67,7 @@ def summarise(
     }
 
 
-def _votes(images: Artifact) -> list[dict[str, float]]:
+def _votes(images: Artifact) -> list[dict[str, Any]]:
     from cvdd.chain.images import load_history
 
     return [{"unit": unit, **history["weights"]} for unit, history in load_history(images).items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,20 @@ def readable_bytes(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def readable_seconds(seconds: float | None) -> str:
+    """Write a duration for people."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.01:
+        return "< 0.01 s"
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 def with_spread(mean: float, spread: float | None) -> str:
@@ -63,32 +78,27 @@ def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
 
 
 def print_results(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of a comparison: mean of the last epoch with its standard error, the best epoch beside it."""
-    table = Table(title="top-1 accuracy in percent, last epoch, mean +- standard error")
-    columns = (
-        "images",
-        "student",
-        "protocol",
-        "n",
-        "top-1",
-        "best epoch",
-        "top-5",
-        "loss",
-        "image bytes",
-        "label bytes",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("images", "student", "protocol") else "right")
+    """Print the table of a comparison: mean of the last epoch with its standard error, the best epoch beside it.
+
+    It fits 80 columns; loss and seconds are in results.csv and on the page.
+    """
+    protocols = list(dict.fromkeys(result["protocol"] for result in results))
+    title = "top-1 accuracy in percent, last epoch, mean +- standard error"
+    if len(protocols) == 1:
+        title += f"; protocol {protocols[0]}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    names = ["images", "student"] + (["protocol"] if len(protocols) > 1 else [])
+    for column in names:
+        table.add_column(column, overflow="fold")
+    for column in ("n", "top-1", "best", "top-5", "images", "labels"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            result["row"],
-            result["student"],
-            result["protocol"],
+            *(str(result[{"images": "row"}.get(column, column)]) for column in names),
             str(result["n"]),
             with_spread(result["top1"], result["standard_error"]),
             f"{result['best_top1']:.1f}",
             f"{result['top5']:.1f}",
-            f"{result['loss']:.3f}",
             readable_bytes(result["image_bytes"]),
             readable_bytes(result["label_bytes"]),
         )

@@ -1,0 +1,95 @@
+"""What a run cost, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cvdd.artifact import Artifact
+from cvdd.chain.compare import Distilled, Result
+from cvdd.context import Context
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one stage for one row.
+
+    Attributes:
+        stage: members, patches, images, labels or students.
+        what: for which row, member or student.
+        artifacts: number of artefacts.
+        bytes: of all of them on disk.
+        seconds: of all of them, one after another.
+        peak_memory: of the process that made the largest.
+    """
+
+    stage: str
+    what: str
+    artifacts: int
+    bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def open_members(context: Context, summary: Mapping[str, Any]) -> dict[str, Artifact]:
+    """Open the members that a summary names."""
+    root = context.store.root / "members"
+    return {name: context.store.open(root / member["artifact"]) for name, member in summary["members"].items()}
+
+
+def open_patches(distilled: Sequence[Distilled]) -> list[Artifact]:
+    """Open the patches that any of the distilled sets was made from, each once."""
+    found: dict[str, Artifact] = {}
+    for made in distilled:
+        store = made.context.store
+        for parent in made.images.manifest["parents"]:
+            if parent["kind"] == "patches":
+                name = f"{parent['name']}-{parent['digest']}"
+                found[name] = store.open(store.root / "patches" / name)
+    return list(found.values())
+
+
+def stage_costs(
+    members: Mapping[str, Artifact],
+    patches: Sequence[Artifact],
+    distilled: Sequence[Distilled],
+    results: Sequence[Result],
+) -> list[Cost]:
+    """List the cost of every stage in the order in which they run."""
+    costs = [_cost("members", ", ".join(members), members.values())] if members else []
+    costs += [_cost("patches", artifact.name, [artifact]) for artifact in patches]
+    costs += [_cost("images", made.row, [made.images]) for made in distilled]
+    costs += [_cost("labels", made.row, [made.labels.artifact]) for made in distilled if made.labels.artifact]
+    return costs + [_cost("students", f"{result.row}, {result.student}", result.students) for result in results]
+
+
+def all_artifacts(
+    members: Mapping[str, Artifact],
+    patches: Sequence[Artifact],
+    distilled: Sequence[Distilled],
+    results: Sequence[Result],
+) -> list[Artifact]:
+    """List every artefact behind a run, each once."""
+    found: dict[tuple[str, str], Artifact] = {}
+    listed = [*members.values(), *patches]
+    for made in distilled:
+        listed += [made.images, *([made.labels.artifact] if made.labels.artifact else [])]
+    for result in results:
+        listed += result.students
+    for artifact in listed:
+        found[artifact.kind, artifact.path.name] = artifact
+    return list(found.values())
+
+
+def _cost(stage: str, what: str, artifacts: Iterable[Artifact]) -> Cost:
+    made = list(artifacts)
+    costs = [artifact.manifest["cost"] for artifact in made]
+    return Cost(
+        stage,
+        what,
+        len(made),
+        sum(artifact.bytes for artifact in made),
+        sum(float(cost["wall_seconds"]) for cost in costs),
+        max(int(cost["peak_memory_bytes"]) for cost in costs),
+    )

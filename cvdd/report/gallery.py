@@ -1,0 +1,134 @@
+"""Distilled images class by class, beside what they started from, as pictures inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from cvdd.artifact import Artifact
+from cvdd.chain.compare import Distilled
+from cvdd.chain.images import UNITS
+from cvdd.chain.initial import PATCHES, initial_images
+from cvdd.context import Context
+
+CLASSES, SLOTS = 20, 10
+"""Most rows and columns that are shown."""
+LOSSLESS_SIDE, SIDE = 48, 96
+"""Images up to the first side are kept pixel by pixel; larger ones are shown as JPEG, reduced to the second."""
+REAL_IMAGES = 5000
+"""Real images are read once more to be shown; a set with more of them is not."""
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """One class.
+
+    Attributes:
+        name: of the class.
+        distilled: its images as ``data:`` URIs, slot by slot.
+        start: what they started from, likewise; empty if nothing is shown.
+    """
+
+    name: str
+    distilled: tuple[str, ...]
+    start: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images of a distilled set that a page shows.
+
+    Attributes:
+        rows: by class.
+        start_title: what the images started from; None if that is not shown.
+        note: what is left out; empty if nothing is.
+        pixelated: whether the pixels are to be seen as squares.
+    """
+
+    rows: tuple[GalleryRow, ...]
+    start_title: str | None
+    note: str
+    pixelated: bool
+
+
+def make_gallery(distilled: Distilled) -> Gallery:
+    """Read the images of a distilled set that fit a page, and what they started from."""
+    context, images = distilled.context, distilled.images
+    names: Sequence[str] = images.manifest["identity"]["classes"]
+    ipc = int(images.manifest["identity"]["ipc"])
+    labels = _spread(len(names), CLASSES)
+    slots = min(ipc, SLOTS)
+    shown = read_images(images, labels, slots)
+    start, title = _start(context, images, labels, slots)
+    left_out = [
+        f"{count} of {total} {what}"
+        for count, total, what in ((len(labels), len(names), "classes, evenly spread"), (slots, ipc, "slots"))
+        if count < total
+    ]
+    rows = tuple(
+        GalleryRow(
+            names[label],
+            tuple(data_uri(image) for image in shown[index]),
+            () if start is None else tuple(data_uri(image) for image in start[index]),
+        )
+        for index, label in enumerate(labels)
+    )
+    note = f"Shown: {'; '.join(left_out)}." if left_out else ""
+    return Gallery(rows, title, note, shown.shape[-1] <= SIDE)
+
+
+def read_images(images: Artifact, labels: Sequence[int], slots: int) -> Tensor:
+    """Read some images of a distilled set without those around them: [labels, slots, 3, h, w] uint8."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for path in sorted((images.path / UNITS).glob("*.safetensors")):
+        slot = re.match(r"slot(\d+)", path.stem)
+        if slot is None or int(slot[1]) >= slots:
+            continue
+        with safe_open(path, "pt") as file:
+            pixels = file.get_slice("images")
+            for index, label in enumerate(file.get_tensor("labels").tolist()):
+                if label in labels:
+                    found[label, int(slot[1])] = pixels[index : index + 1][0]
+    return torch.stack([torch.stack([found[label, slot] for slot in range(slots)]) for label in labels])
+
+
+def data_uri(image: Tensor) -> str:
+    """Write an image [3, h, w] uint8 as a ``data:`` URI: PNG if it is small, a reduced JPEG otherwise."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    kind = "PNG" if max(picture.size) <= LOSSLESS_SIDE else "JPEG"
+    picture.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, kind, optimize=True, quality=85, subsampling=0)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Choose at most so many of ``range(count)``, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int) -> tuple[Tensor | None, str | None]:
+    method = images.manifest["identity"]["method"]
+    if method["iterations"] == 0 or method["init"] == "noise":
+        return None, None
+    for parent in images.manifest["parents"]:
+        if parent["kind"] == "patches":
+            patches = context.store.open(context.store.root / "patches" / f"{parent['name']}-{parent['digest']}")
+            # Sliced, because all patches of a large data set do not fit memory.
+            with safe_open(patches.path / PATCHES, "pt") as file:
+                stored = file.get_slice("images")
+                chosen = [stored[label : label + 1, :slots][0] for label in labels]
+            return torch.stack(chosen), "patches they started from"
+    if images.metrics["images"] > REAL_IMAGES:
+        return None, None
+    return initial_images(context, None)[list(labels), :slots], "real images they started from"

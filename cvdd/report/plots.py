@@ -1,0 +1,181 @@
+"""The plots of a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from cvdd.chain.compare import FULL_DATA, Result
+from cvdd.chain.students import load_curve
+from cvdd.report.drawing import INK, MUTED, RULE, canvas, series_colour, to_svg
+from cvdd.report.headline import accuracy
+from cvdd.report.terms import MemberTerms
+
+WIDTH = 9.6
+POINTS = 300
+"""More points of a line than this cannot be seen."""
+TERM_POINTS = 30
+"""A log row is one iteration with its own crop, too noisy to compare members by."""
+
+
+def row_colours(results: Sequence[Result]) -> dict[str, int]:
+    """Number the rows in their order; the number is a row's colour in all plots."""
+    return {row: index for index, row in enumerate(dict.fromkeys(result.row for result in results))}
+
+
+def dot_plot(results: Sequence[Result]) -> Markup:
+    """Draw every seed of every row as a dot, with the mean and its standard error, student by student."""
+    colours = row_colours(results)
+    students = list(dict.fromkeys(result.student for result in results))
+    ordered = sorted(results, key=lambda result: (students.index(result.student), colours[result.row]))
+    places: list[float] = []
+    place, previous = 0.0, ""
+    for result in ordered:
+        place += 1.0 if result.student in (previous, "") or not previous else 1.5
+        places.append(place)
+        previous = result.student
+    with canvas(WIDTH, 0.62 + 0.27 * place) as (figure, (axes,)):
+        distant = _distant(results)
+        for result, y in zip(ordered, places, strict=True):
+            if distant and result.row == FULL_DATA:
+                continue
+            colour, summary = series_colour(colours[result.row]), result.summary()
+            values = summary["top1_by_seed"]
+            axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
+            error = summary["standard_error"]
+            axes.errorbar(
+                summary["top1"],
+                y,
+                xerr=error,
+                fmt="|",
+                color=colour,
+                markersize=11,
+                markeredgewidth=1.8,
+                elinewidth=1.6,
+                capsize=2.5,
+            )
+        several = len(students) > 1
+        names = [f"{result.row}, {result.student}" if several else result.row for result in ordered]
+        axes.set_yticks(places, names, color=INK)
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.set_ylim(place + 0.6, 0.4)
+        axes.grid(False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.04)
+        for result, y in zip(ordered, places, strict=True):
+            if distant and result.row == FULL_DATA:
+                text, colour = f"{accuracy(result)} \u2192", series_colour(colours[result.row])
+                axes.text(1.0, y, text, color=colour, ha="right", va="center", transform=axes.get_yaxis_transform())
+        axes.set_xlabel("top-1 accuracy of the last epoch in percent")
+        return to_svg(figure, "dots", "Top-1 accuracy of every seed, with mean and standard error, by row")
+
+
+def accuracy_curves(results: Sequence[Result]) -> Markup | None:
+    """Draw the students' test accuracy by epoch; real data, which has other epochs, is a line at its last value."""
+    return _curves(results, "top1", "accuracy", "test accuracy in percent")
+
+
+def loss_curves(results: Sequence[Result]) -> Markup | None:
+    """Draw the students' training loss by epoch; not that of real data, which is another loss."""
+    return _curves([result for result in results if result.row != FULL_DATA], "train_loss", "loss", "training loss")
+
+
+def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
+    """Draw cross-entropy and BatchNorm term by iteration, a line for each member, on one scale."""
+    with canvas(WIDTH, 2.9, columns=2) as (figure, axes):
+        left, right = axes
+        for index, (name, term) in enumerate(terms.items()):
+            for one, values in ((left, term.ce), (right, term.bn)):
+                one.plot(_means(term.iterations), _means(values), color=series_colour(index), label=name)
+        positive = [value for term in terms.values() for values in (term.ce, term.bn) for value in values if value > 0]
+        for one, title in ((left, "cross-entropy"), (right, "BatchNorm term times its weight")):
+            one.set_title(title)
+            one.set_xlabel("iteration")
+            if positive:
+                _logarithmic(one)
+                one.set_ylim(min(positive) * 0.8, max(positive) * 1.25)
+            _open_grid(one)
+        return to_svg(figure, "terms", "Cross-entropy and BatchNorm term of each member by iteration")
+
+
+def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Markup | None:
+    students = list(dict.fromkeys(result.student for result in results))
+    colours = row_colours(results)
+    if not students:
+        return None
+    columns = min(len(students), 3)
+    rows = -(-len(students) // columns)
+    # A single picture leaves room for another one beside it.
+    width = WIDTH / 2 if columns == 1 else WIDTH
+    with canvas(width, 2.5 * rows, rows, columns) as (figure, axes):
+        for one, student in zip(axes, students, strict=False):
+            for result in results:
+                if result.student == student and result.row != FULL_DATA:
+                    _curve(one, result, metric, series_colour(colours[result.row]))
+            for result in results:
+                if result.student == student and result.row == FULL_DATA:
+                    _real_data(one, result, series_colour(colours[result.row]))
+            one.set_title(f"{title}, {student}")
+            one.set_xlabel("epoch")
+            if metric == "train_loss":
+                _logarithmic(one)
+            _open_grid(one)
+        for unused in axes[len(students) :]:
+            unused.set_axis_off()
+        return to_svg(figure, name, f"{title} by epoch, mean over seeds and range of seeds, by row and student")
+
+
+def _curve(axes: Axes, result: Result, metric: str, colour: str) -> None:
+    curves = [
+        {int(row["epoch"]): row[metric] for row in load_curve(student) if metric in row} for student in result.students
+    ]
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+    epochs = epochs[:: max(len(epochs) // POINTS, 1)]
+    by_epoch = [[curve[epoch] for curve in curves] for epoch in epochs]
+    if len(curves) > 1:
+        low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0)
+    marker = "o" if len(epochs) == 1 else None
+    axes.plot(epochs, [statistics.fmean(values) for values in by_epoch], color=colour, marker=marker, markersize=4)
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """Average neighbours until few enough values are left that the lines of several members can be told apart."""
+    size = max(len(values) // TERM_POINTS, 1)
+    return [statistics.fmean(values[first : first + size]) for first in range(0, len(values), size)]
+
+
+def _distant(results: Sequence[Result]) -> bool:
+    """Whether showing all real data in the same picture would leave no room for the differences between the others."""
+    others = [value for result in results if result.row != FULL_DATA for value in result.values()]
+    real = [value for result in results if result.row == FULL_DATA for value in result.values()]
+    return bool(others and real) and max(real) > max(others) + 2 * (max(others) - min(others))
+
+
+def _real_data(axes: Axes, result: Result, colour: str) -> None:
+    low, high = axes.get_ylim()
+    if result.summary()["top1"] > high + (high - low):
+        text = f"{accuracy(result)} \u2191"
+        axes.text(1.0, 1.0, text, color=colour, ha="right", va="top", transform=axes.transAxes)
+        return
+    axes.axhline(result.summary()["top1"], color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    # Plain numbers: powers of ten would be formulas, which inline SVG with the page's font cannot show.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _open_grid(axes: Axes) -> None:
+    axes.grid(False, axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0, which="both")
+    axes.spines["bottom"].set_color(RULE)
+    axes.xaxis.label.set_color(MUTED)
