@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -60,10 +60,12 @@ def check(config: DictConfig) -> RunConfig:
     """
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: a value is missing; set {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
+        # Another field may refer to the one that is missing; the latter is the one to set.
+        missing = re.fullmatch(r".*[Mm]issing mandatory value: (\S+)", first)
+        if missing:
+            raise ConfigError(f"{missing[1]}: a value is missing; set {missing[1]}=VALUE") from error
         raise ConfigError(f"{error.full_key}: cannot be resolved: {first}") from error
     assert isinstance(tree, dict)
     try:

@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it makes.
+#
+#   make demo PYTHON=python3.12   another Python, 3.11 to 3.13
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/installed
+EXTRAS := dev,wandb,tensorboard
+COVERAGE := --cov=cvdd --cov-report=term --cov-fail-under=85
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# The first supported Python on the path. A name alone proves nothing: a version manager's shim may refuse to run.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test test-slow lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## run the whole chain on the embedded data set
+	$(BIN)/python evaluate.py
+
+test: $(STAMP) ## run the tests with coverage
+	$(BIN)/python -m pytest $(COVERAGE)
+
+test-slow: $(STAMP) ## run the long tests too
+	$(BIN)/python -m pytest -m "slow or not slow" $(COVERAGE)
+
+lint: $(STAMP) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(STAMP) ## make .venv and install everything
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "No Python 3.11 to 3.13 was found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c '$(SUPPORTED)' || \
+		{ echo ".venv is not of Python 3.11 to 3.13; remove it and try again" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[$(EXTRAS)]'
+	touch $@
+
+clean: ## remove caches and build products; results and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

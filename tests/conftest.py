@@ -1,0 +1,48 @@
+"""What all tests share: a store of their own, and configurations composed as the commands compose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+from cvdd.arguments import prepare
+from cvdd.cli import config_directory
+from cvdd.schema import RunConfig
+from cvdd.validation import check
+
+Compose = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test, and every command that it starts, away from the user's store and data."""
+    monkeypatch.setenv("CVDD_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("CVDD_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    # Nothing that a test starts may talk to a tracking server.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
+    """Compose a configuration as ``python <verb>.py <overrides>`` would, with all its directories inside one."""
+    conf = config_directory()
+    places = [f"paths.{name}={directory / name}" for name in ("data", "store", "output")]
+    # A developer's conf/local must not decide what the tests see.
+    arguments = [*places, "~local", *overrides] if (conf / "local").is_dir() else [*places, *overrides]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        return hydra_compose(verb, prepare(arguments, conf))
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Compose:
+    """Return a function from verb and overrides to a checked configuration."""
+
+    def composed(verb: str, *overrides: str) -> RunConfig:
+        return check(compose_raw(tmp_path, verb, *overrides))
+
+    return composed

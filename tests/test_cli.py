@@ -1,0 +1,219 @@
+"""The command line: arguments, help, completion, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cvdd.arguments import ArgumentError, prepare, preset_numbers
+from cvdd.cli import config_directory
+from cvdd.config_base import ConfigError
+from cvdd.fields import fields
+from cvdd.help import EXAMPLES, help_part
+from cvdd.outcome import INTERRUPTED, USER_ERROR, PointFailed, told
+
+ROOT = Path(__file__).parents[1]
+CONF = config_directory()
+VERBS = ("train", "distill", "relabel", "evaluate")
+
+
+def run_script(verb: str, *arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / f"{verb}.py"), *arguments]
+    surroundings = {**os.environ, **environment}
+    return subprocess.run(command, cwd=directory, env=surroundings, capture_output=True, text=True, timeout=120)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ipc=10", "ipc='10'"),
+        ("ipc=1,10,50", "ipc='1','10','50'"),
+        ("ipc='10'", "ipc='10'"),
+        ("temperature=0.5", "temperature='0.5'"),
+        ("temperature=5.0", "temperature='5'"),
+        ("temperature=1e1", "temperature='10'"),
+        ("ipc.images_per_class=7", "ipc.images_per_class=7"),
+        ("temperature.vote=2.5", "temperature.vote=2.5"),
+        ("dataset=cifar10", "dataset=cifar10"),
+        ("dataset=cifar10,cifar100", "dataset=cifar10,cifar100"),
+        ("ipc=mine", "ipc=mine"),
+        ("seed=10", "seed=10"),
+        ("label.teachers=null", "label.teachers=null"),
+        ("dataset.root=null", "dataset.root=null"),
+        ("--multirun", "--multirun"),
+    ],
+)
+def test_numbers_become_names_of_files(typed: str, meant: str) -> None:
+    assert prepare([typed], CONF) == [meant]
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("ipc=7", "ipc=7: there is no preset 7; choose 1, 10 or 50, or set ipc.images_per_class=7"),
+        ("ipc=1,7,9", "ipc=1,7,9: there is no preset 7, 9; choose 1, 10 or 50, or set ipc.images_per_class=1,7,9"),
+        ("ipc=2.5", "set ipc.images_per_class to a whole number of at least 1"),
+        ("ipc=0", "set ipc.images_per_class to a whole number of at least 1"),
+        ("temperature=3", "there is no preset 3; choose 0.5, 1, 2, 5 or 10, or set temperature.vote=3"),
+        ("temperature=-1", "set temperature.vote to a number greater than 0"),
+        ("method=null", "method=null: choose cvdd, patches or random_real; ~method leaves the group out"),
+    ],
+)
+def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        prepare([typed], CONF)
+    assert str(caught.value).endswith(answer)
+
+
+def test_a_folder_of_ones_own_may_have_other_numbers() -> None:
+    assert prepare(["ipc=7", "--config-dir", "mine"], CONF) == ["ipc='7'", "--config-dir", "mine"]
+
+
+def test_presets_are_listed_by_their_value() -> None:
+    assert preset_numbers(CONF, "temperature") == ["0.5", "1", "2", "5", "10"]
+
+
+# --- how a job ends ---------------------------------------------------------------------------------------------------
+
+
+def test_an_error_for_users_is_a_message_and_an_exit_code(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop, told(sweeping=False):
+        raise ConfigError("seed=x: must be a whole number")
+    assert stop.value.code == USER_ERROR
+    assert caplog.messages == ["seed=x: must be a whole number"]
+
+
+def test_a_failing_point_is_told_at_once_and_fails_the_sweep(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(PointFailed, match="seed=x"), told(sweeping=True):
+        raise ConfigError("seed=x: must be a whole number")
+    assert caplog.messages == ["seed=x: must be a whole number"]
+
+
+@pytest.mark.parametrize("sweeping", [False, True])
+def test_a_defect_is_never_hidden(sweeping: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(ZeroDivisionError), told(sweeping):
+        _ = 1 / 0
+    assert bool(caplog.records) is sweeping
+    assert all(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
+def test_an_interruption_says_that_work_is_kept(stop: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left, told(sweeping=False):
+        raise stop
+    assert left.value.code == INTERRUPTED
+    assert "kept" in caplog.text
+
+
+def test_a_clean_exit_stays_one() -> None:
+    with pytest.raises(SystemExit) as stop, told(sweeping=False):
+        sys.exit(0)
+    assert stop.value.code == 0
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_are_five_and_start_as_the_command_was_started(verb: str) -> None:
+    assert len(EXAMPLES[verb]) == 5
+    assert help_part("examples", verb, f"/somewhere/{verb}.py").count(f"python {verb}.py") == 5
+    assert help_part("examples", verb, f"/somewhere/cvdd-{verb}").count(f"cvdd-{verb}") == 5
+
+
+@pytest.mark.parametrize("arguments", sorted({text for verb in VERBS for text, _ in EXAMPLES[verb]}))
+def test_examples_in_the_help_compose(arguments: str, compose) -> None:
+    given = [part for part in arguments.split() if not part.startswith("--")]
+    compose("evaluate", *(part.partition(",")[0] for part in given))
+
+
+def test_help_is_not_wider_than_the_page() -> None:
+    for part in ("introduction", "fields"):
+        assert max(map(len, help_part(part, "evaluate", "evaluate.py").splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_script(verb: str, tmp_path: Path) -> None:
+    done = run_script(verb, "--help", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for expected in (f"python {verb}.py", "dataset: cifar10, cifar100", *(field.key for field in fields())):
+        assert expected in done.stdout
+
+
+def test_help_and_checks_need_no_pytorch() -> None:
+    code = "import sys, cvdd.cli, cvdd.help, cvdd.validation; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# --- configuration and completion -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_script_shows_its_resolved_configuration(verb: str, tmp_path: Path) -> None:
+    done = run_script(verb, "--cfg", "job", "--resolve", "ipc=1", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"verb: {verb}" in done.stdout
+    assert "images_per_class: 1\n" in done.stdout
+    assert f"output: {tmp_path}/outputs/{verb}/" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_script_completes(verb: str, tmp_path: Path) -> None:
+    line = f"python {verb}.py dataset=cif"
+    done = run_script(verb, "-sc", "query=bash", directory=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert done.stdout.split() == ["dataset=cifar10", "dataset=cifar100"], done.stderr
+
+
+def test_completion_works_in_a_shell(tmp_path: Path) -> None:
+    script = f"""
+        cp {ROOT}/evaluate.py .
+        eval "$(python evaluate.py -sc install=bash)"
+        COMP_LINE="python evaluate.py ipc="; COMP_POINT=${{#COMP_LINE}}; COMP_CWORD=2
+        hydra_bash_completion; echo "${{COMPREPLY[@]}}"
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    surroundings = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+    assert done.stdout.split() == ["ipc=1", "ipc=10", "ipc=50"], done.stdout + done.stderr
+
+
+# --- wrong input, as a user sees it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["ipc=7"], USER_ERROR, ["choose 1, 10 or 50", "ipc.images_per_class=7"]),
+        (["committee.size=9"], USER_ERROR, ["committee.size=9", "choose 1 to 5"]),
+        (["dataset=mnist"], 1, ["dataset/mnist", "cifar10", "digits_photo"]),
+        (["method.speed=3"], 1, ["method.speed"]),
+        (["--multirun", "committee.size=8,9"], 1, ["committee.size=8 is", "committee.size=9 is", "choose 1 to 5"]),
+    ],
+)
+def test_wrong_input_ends_with_a_short_message(
+    arguments: list[str], code: int, expected: list[str], tmp_path: Path
+) -> None:
+    done = run_script("evaluate", *arguments, directory=tmp_path)
+    told_user = done.stdout + done.stderr
+    assert done.returncode == code, told_user
+    assert "Traceback" not in told_user
+    assert len(told_user.splitlines()) < 25
+    for part in expected:
+        assert part in told_user
+    assert not (tmp_path / "store").exists()
+
+
+def test_output_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    script = f"{sys.executable} {ROOT}/evaluate.py --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
