@@ -1,4 +1,4 @@
-"""Distil synthetic images. Try: python distill.py --help"""
+"""Distil synthetic images. For what it can do: python distill.py --help."""
 
 from cvdd.cli import distill
 

@@ -1,4 +1,4 @@
-"""Train and measure students. Try: python evaluate.py --help"""
+"""Train and measure students. For what it can do: python evaluate.py --help."""
 
 from cvdd.cli import evaluate
 

@@ -1,4 +1,4 @@
-"""Compute soft labels. Try: python relabel.py --help"""
+"""Compute soft labels. For what it can do: python relabel.py --help."""
 
 from cvdd.cli import relabel
 

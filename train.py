@@ -1,4 +1,4 @@
-"""Train the committee members. Try: python train.py --help"""
+"""Train the committee members. For what it can do: python train.py --help."""
 
 from cvdd.cli import train
 

@@ -54,7 +54,7 @@ def digits(store: Store) -> Data:
 
 
 def test_every_reader_has_a_yaml() -> None:
-    assert NAMES == sorted(READERS)
+    assert sorted(READERS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
