@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -184,17 +184,17 @@ class DistillModule(pl.LightningModule):
         begin, end = int(batch[0]), int(batch[1])
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        terms = None
+        history: list[VoteTerms] = []
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
             optimizer.param_groups[0]["lr"] = self.method.lr * cosine(iteration, self.method.iterations)
             terms = self.loss(view)
             optimizer.zero_grad()
             terms.loss.backward()
             optimizer.step()
+            history.append(replace(terms, loss=terms.loss.detach()))
             with torch.no_grad():
                 self.images.clamp_(self.low, self.high)
-        assert terms is not None
-        self._report(end, terms, optimizer.param_groups[0]["lr"])
+        self._report(begin, history, optimizer.param_groups[0]["lr"])
 
     def loss(self, view: tuple[Tensor, Tensor] | None) -> VoteTerms:
         """Voting loss of the images through one view per unit: row and column matrices [units, size, size]."""
@@ -223,16 +223,12 @@ class DistillModule(pl.LightningModule):
         for index in range(end - begin):
             yield rows[:, index], columns[:, index]
 
-    def _report(self, iteration: int, terms: VoteTerms, lr: float) -> None:
+    def _report(self, begin: int, history: Sequence[VoteTerms], lr: float) -> None:
+        terms, iteration = history[-1], begin + len(history)
         ce, bn = terms.ce.mean(dim=1).tolist(), terms.bn.mean(dim=1).tolist()
         names = [voter.name for voter in self._voters]
-        for name, values in zip(names, zip(ce, bn, strict=True), strict=True):
-            if not all(math.isfinite(value) for value in values):
-                raise NonFiniteLoss(
-                    f"the loss of member {name} is not finite before iteration {iteration} "
-                    f"(cross-entropy {values[0]}, BatchNorm term {values[1]}). Finished units and the last checkpoint "
-                    f"are kept. Lower method.lr or method.r_bn, or leave {name} out of the committee."
-                )
+        if not all(math.isfinite(value) for value in [*ce, *bn]):
+            self._blame(begin, history)
         if not bool(self.images.isfinite().all()):
             raise NonFiniteLoss(
                 f"the images are not finite after iteration {iteration}, though the losses of {', '.join(names)} are: "
@@ -247,6 +243,18 @@ class DistillModule(pl.LightningModule):
         )
         self.rows.append(row)
         self._on_row(row, self.images.detach())
+
+    def _blame(self, begin: int, history: Sequence[VoteTerms]) -> NoReturn:
+        # One iteration later the images are not finite either, and with them the terms of all members.
+        for iteration, terms in enumerate(history, begin + 1):
+            for voter, ce, bn in zip(self._voters, terms.ce.mean(dim=1), terms.bn.mean(dim=1), strict=True):
+                if not bool((ce + bn).isfinite()):
+                    raise NonFiniteLoss(
+                        f"the loss of member {voter.name} is not finite in iteration {iteration} (cross-entropy "
+                        f"{float(ce)}, BatchNorm term {float(bn)}). Finished units and the last checkpoint are kept. "
+                        f"Lower method.lr or method.r_bn, or leave {voter.name} out of the committee."
+                    )
+        raise AssertionError("called without a term that is not finite")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the log rows, so that a resumed run has all of them."""

@@ -1,0 +1,145 @@
+"""Who votes, and the weights of the specification's tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cvdd.committee import draw_members, vote_weights
+from cvdd.config_base import ConfigError
+
+NAMES = ("R18", "R50", "SV2", "MB2", "D121")
+PRIORS = {
+    "cifar10": (63, 65.3, 68.5, 67.6, 67.4),
+    "cifar100": (64, 60.6, 51.6, 59.4, 56.4),
+    "tiny": (46.5, 28.3, 43.6, 44.8, 41.5),
+    "nette": (62.4, 52, 57.2, 54, 60.8),
+    "imagenet1k": (56.4, 42.3, 52.5, 44.2, 40.6),
+    "imagenet1k_first": (43.1, 41.37, 43.73, 39.15, 38.9),
+}
+# Specification of CV-DD, section 3: weight of the first of each pair at T = 5, pairs in lexicographic order.
+FIRST_OF_PAIR = {
+    "cifar10": (0.39, 0.25, 0.29, 0.29, 0.35, 0.39, 0.40, 0.55, 0.56, 0.51),
+    "cifar100": (0.66, 0.92, 0.71, 0.82, 0.86, 0.56, 0.70, 0.17, 0.28, 0.65),
+    "tiny": (0.97, 0.64, 0.58, 0.73, 0.05, 0.04, 0.07, 0.44, 0.60, 0.66),
+    "nette": (0.89, 0.74, 0.84, 0.58, 0.26, 0.40, 0.15, 0.65, 0.33, 0.20),
+    "imagenet1k": (0.94, 0.69, 0.92, 0.96, 0.11, 0.41, 0.58, 0.84, 0.91, 0.67),
+    "imagenet1k_first": (0.59, 0.47, 0.69, 0.70, 0.38, 0.61, 0.62, 0.71, 0.72, 0.51),
+}
+# Section 4: weights of all five at T = 10.
+ALL_FIVE = {
+    "cifar10": (0.140, 0.177, 0.243, 0.222, 0.218),
+    "cifar100": (0.323, 0.230, 0.093, 0.204, 0.151),
+    "tiny": (0.298, 0.048, 0.223, 0.251, 0.180),
+    "nette": (0.309, 0.109, 0.184, 0.134, 0.264),
+    "imagenet1k": (0.413, 0.101, 0.279, 0.122, 0.085),
+    "imagenet1k_first": (0.236, 0.199, 0.251, 0.159, 0.155),
+}
+
+
+@pytest.mark.parametrize("dataset", PRIORS)
+def test_weights_of_every_published_pair(dataset: str) -> None:
+    priors = PRIORS[dataset]
+    for slot, expected in enumerate(FIRST_OF_PAIR[dataset]):
+        pair = draw_members("in_turn", 2, slot, priors, seed=0)
+        weights = vote_weights([priors[index] for index in pair], 5, "prior")
+        assert weights[0].item() == pytest.approx(expected, abs=0.0055)
+        assert weights.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dataset", PRIORS)
+def test_weights_of_all_five_teachers(dataset: str) -> None:
+    assert vote_weights(PRIORS[dataset], 10, "prior").tolist() == pytest.approx(ALL_FIVE[dataset], abs=0.00051)
+
+
+def test_temperature_goes_from_the_best_to_all_alike() -> None:
+    assert vote_weights([60, 50], 0.01, "prior").tolist() == pytest.approx([1, 0], abs=1e-6)
+    assert vote_weights([60, 50], 1e6, "prior").tolist() == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert vote_weights([60, 50], 10, "prior")[0].item() == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)
+
+
+def test_equal_voters() -> None:
+    assert vote_weights([90, 1, 1, 1], 5, "equal").tolist() == [0.25] * 4
+
+
+def test_random_voters_are_uniform_on_the_simplex() -> None:
+    weights = torch.stack([vote_weights([1, 2, 3], 5, "random", seed=1, slot=slot) for slot in range(2000)])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000))
+    assert weights.mean(dim=0).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+    # Each share follows Beta(1, 2), whose variance is 1/18.
+    assert weights.var(dim=0).tolist() == pytest.approx([1 / 18] * 3, abs=0.005)
+    assert torch.equal(weights[7], vote_weights([3, 2, 1], 5, "random", seed=1, slot=7))
+    assert not torch.equal(weights[7], vote_weights([1, 2, 3], 5, "random", seed=2, slot=7))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(ConfigError, match=r"temperature\.vote=.*greater than 0"):
+        vote_weights([1, 2], temperature, "prior")
+
+
+def test_unknown_voter_and_draw() -> None:
+    with pytest.raises(ConfigError, match=r"committee\.voter=fair: choose prior, equal or random"):
+        vote_weights([1, 2], 5, "fair")
+    with pytest.raises(ConfigError, match=r"committee\.draw=all: choose in_turn, random, best or fixed"):
+        draw_members("all", 1, 0, [1, 2], 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_in_turn_covers_all_subsets_and_starts_again(size: int) -> None:
+    subsets = list(itertools.combinations(range(5), size))
+    drawn = [draw_members("in_turn", size, slot, [0.0] * 5, seed=slot) for slot in range(2 * len(subsets))]
+    assert drawn == 2 * subsets
+
+
+def test_pairs_in_turn_are_the_published_list() -> None:
+    drawn = [draw_members("in_turn", 2, slot, PRIORS["cifar10"], seed=0) for slot in range(10)]
+    assert [f"{NAMES[a]},{NAMES[b]}" for a, b in drawn] == [
+        "R18,R50",
+        "R18,SV2",
+        "R18,MB2",
+        "R18,D121",
+        "R50,SV2",
+        "R50,MB2",
+        "R50,D121",
+        "SV2,MB2",
+        "SV2,D121",
+        "MB2,D121",
+    ]
+
+
+def test_random_draws_are_without_replacement_and_fair() -> None:
+    drawn = [draw_members("random", 2, slot, [0.0] * 5, seed=3) for slot in range(2000)]
+    assert all(len(set(pair)) == 2 and list(pair) == sorted(pair) for pair in drawn)
+    counts = [drawn.count(pair) for pair in itertools.combinations(range(5), 2)]
+    assert sum(counts) == 2000
+    assert min(counts) > 140
+    assert drawn == [draw_members("random", 2, slot, [9.0] * 5, seed=3) for slot in range(2000)]
+    assert drawn != [draw_members("random", 2, slot, [0.0] * 5, seed=4) for slot in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "pair"), [("tiny", ("R18", "MB2")), ("imagenet1k", ("R18", "SV2")), ("nette", ("R18", "D121"))]
+)
+def test_best_takes_the_highest_priors(dataset: str, pair: tuple[str, str]) -> None:
+    for slot in range(3):
+        drawn = draw_members("best", 2, slot, PRIORS[dataset], seed=slot)
+        assert tuple(NAMES[index] for index in drawn) == pair
+
+
+def test_best_breaks_ties_by_order() -> None:
+    assert draw_members("best", 2, 0, [5.0, 7.0, 5.0, 5.0], seed=0) == (0, 1)
+
+
+def test_fixed_lists_keep_their_order() -> None:
+    fixed = [[2, 0], [1, 2]]
+    assert [draw_members("fixed", 2, slot, [0.0] * 3, 0, fixed) for slot in range(3)] == [(2, 0), (1, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_more_members_than_there_are(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"committee\.size={size}: .*choose 1 to 3"):
+        draw_members("in_turn", size, 0, [1, 2, 3], 0)

@@ -1,0 +1,248 @@
+"""Units, stacks, and the module whose parameters are the images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import MEAN, STD, method_config, small_network
+from torch import Tensor, nn
+
+from cvdd.synthesis import (
+    DistillModule,
+    LogRow,
+    NonFiniteLoss,
+    Unit,
+    cosine,
+    pixel_bounds,
+    plan_stacks,
+    plan_units,
+    unit_views,
+)
+from cvdd.voting import Voter
+
+SIZE = 12
+
+
+def test_units_cover_every_class_of_every_slot_once() -> None:
+    units = plan_units(3, 25, 10)
+    assert [(unit.slot, unit.block, unit.start, unit.stop) for unit in units[:4]] == [
+        (0, 0, 0, 10),
+        (0, 1, 10, 20),
+        (0, 2, 20, 25),
+        (1, 0, 0, 10),
+    ]
+    made = sorted((unit.slot, label) for unit in units for label in range(unit.start, unit.stop))
+    assert made == [(slot, label) for slot in range(3) for label in range(25)]
+    assert len({unit.name for unit in units}) == len(units)
+
+
+def test_stacks_hold_units_of_one_draw_and_one_length() -> None:
+    units = plan_units(5, 25, 10)
+    draws = {0: (0, 1), 1: (0, 2), 2: (0, 1), 3: (0, 2), 4: (0, 1)}
+    stacks = plan_stacks(units, draws.__getitem__, 4)
+    assert sorted(unit.name for stack in stacks for unit in stack.units) == sorted(unit.name for unit in units)
+    for stack in stacks:
+        assert {draws[unit.slot] for unit in stack.units} == {stack.draw}
+        assert len({unit.stop - unit.start for unit in stack.units}) == 1
+    # Six units of ten classes with the first draw: four and two; three of five classes.
+    assert [len(stack.units) for stack in stacks if stack.draw == (0, 1)] == [4, 2, 3]
+    assert [stack.index for stack in stacks] == list(range(len(stacks)))
+
+
+def test_views_of_a_unit_depend_on_nothing_else() -> None:
+    method = method_config(iterations=20)
+    unit = Unit(3, 1, 4, 8)
+    views = unit_views(unit, method, 32, seed=5)
+    assert len(views.boxes) == 20
+    assert torch.equal(views.boxes, unit_views(Unit(3, 1, 0, 4), method, 32, seed=5).boxes)
+    for other in (Unit(2, 1, 4, 8), Unit(3, 0, 4, 8)):
+        assert not torch.equal(views.boxes, unit_views(other, method, 32, seed=5).boxes)
+    assert not torch.equal(views.boxes, unit_views(unit, method, 32, seed=6).boxes)
+
+
+def test_learning_rate_falls_from_one_to_zero() -> None:
+    assert [cosine(step, 100) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0], abs=1e-12)
+    assert cosine(25, 100) == pytest.approx(0.5 + math.sqrt(2) / 4)
+
+
+def test_bounds_are_black_and_white() -> None:
+    low, high = pixel_bounds(MEAN, STD)
+    assert low[0].item() == pytest.approx(-0.4914 / 0.2470)
+    assert high[2].item() == pytest.approx((1 - 0.4465) / 0.2616)
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+def voters(**networks: nn.Module) -> list[Voter]:
+    return [Voter(name, network) for name, network in networks.items()]
+
+
+def module_of(
+    images: Tensor, chosen: list[Unit], members: list[Voter], rows: list[LogRow] | None = None, **changes: object
+) -> DistillModule:
+    method = method_config(**{"log_every": 2, "grid_every": 6, "checkpoint_every": 6, "iterations": 11, **changes})
+    targets = torch.stack([torch.arange(unit.start, unit.stop) for unit in chosen])
+    views = [unit_views(unit, method, SIZE, seed=0) for unit in chosen]
+    weights = torch.full((len(members), len(chosen)), 1 / len(members))
+    kept = [] if rows is None else rows
+    return DistillModule(
+        images, targets, views, members, weights, method, pixel_bounds(MEAN, STD), lambda row, current: kept.append(row)
+    )
+
+
+def fit(module: DistillModule) -> DistillModule:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=module.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(module)
+    return module
+
+
+def start(units: int) -> Tensor:
+    return torch.randn(units, 4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+SLOTS = [Unit(slot, 0, 0, 4) for slot in range(3)]
+
+
+def plain_loop(images: Tensor, unit: Unit, network: nn.Module, steps: int) -> Tensor:
+    """The same optimisation as a plain loop with torchvision's crops."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as vision
+
+    method = method_config(iterations=steps)
+    views = unit_views(unit, method, SIZE, seed=0)
+    leaf = images.clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=method.lr, betas=(0.5, 0.9), eps=1e-8)
+    low, high = pixel_bounds(MEAN, STD)
+    inputs: dict[int, Tensor] = {}
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda module, given, index=index: inputs.__setitem__(index, given[0]))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        box = views.boxes[step].tolist()
+        seen = vision.resized_crop(leaf, *box, [SIZE, SIZE], InterpolationMode.BILINEAR, antialias=True)
+        seen = vision.hflip(seen) if views.flips[step] else seen
+        seen = torch.roll(seen, views.shifts[step].tolist(), dims=(-2, -1))
+        loss = nn.functional.cross_entropy(network(seen), torch.arange(4))
+        for index, layer in enumerate(layers):
+            variance, mean = torch.var_mean(inputs[index], dim=(0, 2, 3), correction=0)
+            term = (layer.running_var - variance).norm() + (layer.running_mean - mean).norm()
+            loss = loss + 0.01 * (10 if index == 0 else 1) * term
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            leaf.copy_(torch.clamp(leaf, low, high))
+    return leaf.detach()
+
+
+def test_a_plain_loop_makes_the_same_images() -> None:
+    images = start(1)
+    module = fit(module_of(images, [SLOTS[1]], voters(a=small_network()), iterations=5))
+    expected = plain_loop(images[0], SLOTS[1], small_network(), 5)
+    torch.testing.assert_close(module.images.detach()[0], expected, rtol=0, atol=2e-3)
+    assert (expected - images[0]).abs().max() > 0.3
+
+
+def test_units_of_a_stack_end_as_if_alone() -> None:
+    images, members = start(3), voters(a=small_network(seed=1), b=small_network(seed=2))
+    together = fit(module_of(images, SLOTS, members)).images.detach()
+    for index in range(3):
+        alone = fit(module_of(images[index : index + 1], SLOTS[index : index + 1], members)).images.detach()
+        torch.testing.assert_close(together[index], alone[0], rtol=0, atol=5e-3)
+    assert (together[0] - together[1]).abs().max() > 0.5
+
+
+def test_rows_come_at_the_asked_iterations() -> None:
+    rows: list[LogRow] = []
+    module = fit(module_of(start(2), SLOTS[:2], voters(a=small_network()), rows))
+    assert [row.iteration for row in rows] == [2, 4, 6, 8, 10, 11]
+    assert rows == module.rows
+    assert rows[-1].lr == pytest.approx(0.25 * cosine(10, 11))
+    assert rows[-1].loss < rows[0].loss
+
+
+def test_images_stay_between_black_and_white() -> None:
+    module = fit(module_of(5 * start(1), SLOTS[:1], voters(a=small_network()), lr=5.0))
+    low, high = pixel_bounds(MEAN, STD)
+    images = module.images.detach()
+    assert bool((images >= low).all() and (images <= high).all())
+    assert bool(((images == low) | (images == high)).any())
+
+
+def test_checkpoints_hold_images_and_not_members() -> None:
+    module = module_of(start(1), SLOTS[:1], voters(a=small_network()))
+    assert list(module.state_dict()) == ["images"]
+
+
+class Broken(nn.Module):
+    """Fine until its third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.calls = small_network(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.network(x) * (float("nan") if self.calls > 2 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_names_its_member() -> None:
+    members = voters(fine=small_network(), broken=Broken())
+    with pytest.raises(NonFiniteLoss, match=r"loss of member broken is not finite in iteration 3 .*method\.lr"):
+        fit(module_of(start(1), SLOTS[:1], members))
+
+
+class InfiniteGradient(nn.Module):
+    """Finite logits whose gradient is not: the square root at 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :4] + (x.flatten(1)[:, :4] * 0).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_is_noticed() -> None:
+    """Such a gradient in the last step would otherwise leave images without any meaning behind a finite loss."""
+    members = voters(steep=InfiniteGradient())
+    changes = {"iterations": 1, "log_every": 1, "crop_scale": None, "r_bn": 0.0}
+    with pytest.raises(NonFiniteLoss, match="images are not finite after iteration 1, though the losses of steep are"):
+        fit(module_of(start(1), SLOTS[:1], members, **changes))
+
+
+def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
+    """Epochs are of six iterations; the checkpoint has images, Adam's moments, rows and place in the schedule."""
+
+    def trainer(epochs: int) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            reload_dataloaders_every_n_epochs=1,
+        )
+
+    def build() -> DistillModule:
+        return module_of(start(2), SLOTS[:2], voters(a=small_network()))
+
+    whole = fit(build())
+    first = trainer(1)
+    first.fit(build())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = build()
+    trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(whole.images, resumed.images)
+    assert whole.rows == resumed.rows
