@@ -19,7 +19,7 @@ def readable_bytes(count: float | None) -> str:
         return "-"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
 
@@ -45,9 +45,10 @@ def with_spread(mean: float, spread: float | None) -> str:
 
 def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
     """Print one line per member."""
-    table = Table(title=f"committee {config.committee.name} on {config.dataset.name}")
-    for column in ("member", "test top-1", "train top-1", "parameters", "BatchNorm layers", "seconds", "artefact"):
-        table.add_column(column, justify="left" if column in ("member", "artefact") else "right")
+    table = _table(f"committee {config.committee.name} on {config.dataset.name}: top-1 accuracy in percent")
+    for column in ("member", "test", "train", "parameters", "BN layers", "seconds", "artefact"):
+        left = column in ("member", "artefact")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for name, member in members.items():
         metrics = member.metrics
         table.add_row(
@@ -59,7 +60,7 @@ def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
             f"{member.manifest['cost']['wall_seconds']:.0f}",
             member.path.name,
         )
-    Console().print(table)
+    _print(table)
 
 
 def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
@@ -83,10 +84,10 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
     It fits 80 columns; loss and seconds are in results.csv and on the page.
     """
     protocols = list(dict.fromkeys(result["protocol"] for result in results))
-    title = "top-1 accuracy in percent, last epoch, mean +- standard error"
+    title = "top-1 accuracy in percent, last epoch, with standard error"
     if len(protocols) == 1:
         title += f"; protocol {protocols[0]}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table = _table(title)
     names = ["images", "student"] + (["protocol"] if len(protocols) > 1 else [])
     for column in names:
         table.add_column(column, overflow="fold")
@@ -102,4 +103,17 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
             readable_bytes(result["image_bytes"]),
             readable_bytes(result["label_bytes"]),
         )
-    Console().print(table)
+    _print(table)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
+        # Narrow gaps are easier to read than names in two lines.
+        table.padding = 0
+        table.show_edge = False
+    console.print(table)
