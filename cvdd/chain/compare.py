@@ -92,9 +92,15 @@ class Distilled:
     labels: Labels
 
 
-def distil(context: Context, row: str) -> Distilled:
-    """Make images and labels of one configuration, and everything that they need."""
-    priors = find_priors(context)
+def distil(context: Context, row: str, priors: dict[str, float] | None = None) -> Distilled:
+    """Make images and labels of one configuration, and everything that they need.
+
+    Args:
+        context: the configuration and its surroundings.
+        row: its name in a comparison.
+        priors: prior performance of the members, if it is known already.
+    """
+    priors = find_priors(context) if priors is None else priors
     images = make_images(context, priors)
     return Distilled(context, row, priors, images, make_labels(context, images, priors))
 
@@ -108,7 +114,10 @@ def rows_of(context: Context) -> Iterator[tuple[str, Context]]:
 
 def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     """Measure all students on the configuration's own distilled set and on the rows that it is compared with."""
-    distilled = [distil(row_context, row) for row, row_context in rows_of(context)]
+    # All rows share the priors of the configuration itself: a comparison is of images under equal labels, and a
+    # prior measured with another row's initial images would change the weights of the teachers.
+    priors = find_priors(context)
+    distilled = [distil(row_context, row, priors) for row, row_context in rows_of(context)]
     results = []
     for made in distilled:
         protocol = made.context.config.protocol

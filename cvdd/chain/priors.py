@@ -9,13 +9,17 @@ from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
 from cvdd.context import Context
-from cvdd.schema import needs_priors
+from cvdd.schema import needs_priors, with_overrides
 
 
 def find_priors(context: Context) -> dict[str, float]:
-    """Return each member's prior performance in percent, measured or given; empty where nothing depends on it."""
+    """Return each member's prior performance in percent, measured or given; empty where nothing depends on it.
+
+    In a comparison the configuration's own need decides, or that of any of its rows.
+    """
     config = context.config
-    if not needs_priors(config):
+    rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
+    if not any(needs_priors(row) for row in rows):
         return {}
     if config.prior.source == "given":
         return {name: config.prior.values[name] for name in config.committee.members}
