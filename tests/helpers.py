@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from conftest import compose_raw
 from torch import Tensor, nn
 
 from cvdd.artifact import Store
-from cvdd.cli import config_directory
 from cvdd.context import Context
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
 from cvdd.validation import check
@@ -53,9 +52,7 @@ TINY = (
 
 def configure(root: Path, *overrides: str, verb: str = "evaluate") -> RunConfig:
     """Compose and check a configuration whose files lie under ``root``."""
-    paths = [f"paths.{name}={root / name}" for name in ("data", "store", "output")]
-    with initialize_config_dir(config_directory(), version_base="1.3"):
-        return check(compose(verb, overrides=[*paths, *overrides]))
+    return check(compose_raw(root, verb, *overrides))
 
 
 def tiny_context(root: Path, *overrides: str, store: Path | None = None) -> Context:

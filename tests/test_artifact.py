@@ -1,0 +1,338 @@
+"""The store: complete or absent, refused when damaged, made once by any number of processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cvdd.artifact
+from cvdd.artifact import (
+    MANIFEST,
+    Artifact,
+    DamagedArtifact,
+    Store,
+    StoreError,
+    digest_of,
+    file_checksum,
+    write_atomically,
+)
+
+IDENTITY = {"size": 3, "seed": 0}
+
+
+def build(work: Path) -> Mapping[str, Any]:
+    (work / "inner").mkdir(exist_ok=True)
+    (work / "inner" / "numbers.bin").write_bytes(bytes(range(100)))
+    (work / "words.txt").write_text("some words")
+    (work / "rest.tmp").write_text("left over")
+    return {"answer": 42}
+
+
+def make(store: Store, build: Any = build, identity: Any = IDENTITY, parents: Any = ()) -> Artifact:
+    return store.make("things", "thing", identity, parents, build)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "a store")
+
+
+@pytest.fixture
+def artifact(store: Store) -> Artifact:
+    return make(store)
+
+
+def reopened(artifact: Artifact) -> Artifact:
+    """As another process sees it: this one has verified it already."""
+    return make(Store(artifact.path.parents[1]), build=lambda work: pytest.fail("built again"))
+
+
+# --- what is sealed ---------------------------------------------------------------------------------------------------
+
+
+def test_an_artefact_lists_its_files_with_checksums(artifact: Artifact) -> None:
+    manifest = json.loads((artifact.path / MANIFEST).read_text())
+    assert sorted(manifest["files"]) == ["inner/numbers.bin", "words.txt"]
+    entry = manifest["files"]["words.txt"]
+    assert entry == {"bytes": 10, "sha256": file_checksum(artifact.path / "words.txt")}
+    assert artifact.bytes == 110
+    assert artifact.metrics["answer"] == 42
+    assert (artifact.kind, artifact.name) == ("things", "thing")
+    assert artifact.path.name == f"thing-{artifact.digest}"
+    assert manifest["cost"]["sessions"] == 1
+    assert manifest["code"]["torch"] == metadata.version("torch")
+
+
+def test_nothing_is_left_beside_it(artifact: Artifact) -> None:
+    assert [path.name for path in artifact.path.iterdir() if path.name.endswith(".tmp")] == []
+    assert list((artifact.path.parent / ".partial").iterdir()) == []
+
+
+def test_the_second_call_opens_it(artifact: Artifact) -> None:
+    assert reopened(artifact).digest == artifact.digest
+
+
+def test_the_digest_covers_kind_identity_and_parents(artifact: Artifact) -> None:
+    digests = {
+        digest_of("things", IDENTITY, []),
+        digest_of("others", IDENTITY, []),
+        digest_of("things", {**IDENTITY, "seed": 1}, []),
+        digest_of("things", IDENTITY, [artifact]),
+        digest_of("things", IDENTITY, [artifact, artifact]),
+    }
+    assert len(digests) == 5
+    assert digest_of("things", {"seed": 0, "size": 3}, []) == artifact.digest
+
+
+def test_parents_are_recorded(store: Store, artifact: Artifact) -> None:
+    child = make(store, parents=[artifact])
+    assert child.manifest["parents"] == [{"kind": "things", "name": "thing", "digest": artifact.digest}]
+    assert child.digest != artifact.digest
+    assert {found.digest for found in store.artifacts()} == {artifact.digest, child.digest}
+
+
+def test_an_interrupted_build_goes_on_in_its_directory(store: Store) -> None:
+    def stops(work: Path) -> Mapping[str, Any]:
+        (work / "half.txt").write_text("first half")
+        raise KeyboardInterrupt
+
+    def goes_on(work: Path) -> Mapping[str, Any]:
+        assert (work / "half.txt").read_text() == "first half"
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        make(store, stops)
+    assert store.artifacts() == []
+    artifact = make(store, goes_on)
+    assert sorted(artifact.manifest["files"]) == ["half.txt"]
+    assert artifact.manifest["cost"]["sessions"] == 2
+
+
+def test_writing_atomically_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="broken disk"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": (flip, r"numbers\.bin does not match its checksum"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"numbers\.bin has 99 bytes instead of 100"),
+    "missing": (lambda path: path.unlink(), r"numbers\.bin is missing"),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), r"numbers\.bin is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_with_what_to_delete(damage: str, artifact: Artifact) -> None:
+    change, message = DAMAGES[damage]
+    change(artifact.path / "inner" / "numbers.bin")
+    with pytest.raises(DamagedArtifact, match=rf"{re.escape(str(artifact.path))}: .*{message}\. Delete this directory"):
+        reopened(artifact)
+
+
+def test_after_deleting_it_is_made_again(artifact: Artifact) -> None:
+    flip(artifact.path / "words.txt")
+    shutil.rmtree(artifact.path)
+    again = make(Store(artifact.path.parents[1]))
+    assert (again.path / "words.txt").read_text() == "some words"
+
+
+def test_a_half_deleted_directory_is_made_again(artifact: Artifact) -> None:
+    (artifact.path / MANIFEST).unlink()
+    (artifact.path / "words.txt").unlink()
+    again = make(Store(artifact.path.parents[1]))
+    assert (again.path / "words.txt").read_text() == "some words"
+    assert again.digest == artifact.digest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        b"[1, 2]",
+        b"{}",
+        b"\xff\xfe\x00",
+        b'{"name": "thing", "digest": "000000000000", "files": {}}',
+        b'{"name": "thing", "digest": "DIGEST", "files": [1]}',
+        b'{"name": "thing", "digest": "DIGEST", "files": {"words.txt": 3}}',
+        b'{"name": "thing", "digest": "DIGEST", "files": {"words.txt": {"bytes": 10}}}',
+        b'{"name": "thing", "digest": "", "files": {}}',
+    ],
+)
+def test_a_garbled_manifest(content: bytes, artifact: Artifact) -> None:
+    (artifact.path / MANIFEST).write_bytes(content.replace(b"DIGEST", artifact.digest.encode()))
+    with pytest.raises(DamagedArtifact, match=r"manifest\.json cannot be read .*Delete this directory"):
+        reopened(artifact)
+
+
+@pytest.mark.parametrize("name", ["../../outside.txt", "/etc/hostname", "inner/../../x"])
+def test_a_manifest_cannot_point_outside(name: str, artifact: Artifact) -> None:
+    manifest = json.loads((artifact.path / MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"]["words.txt"]
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DamagedArtifact, match="names a file outside the directory"):
+        reopened(artifact)
+
+
+def test_a_link_cannot_point_outside(artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.txt").write_text("some words")
+    (artifact.path / "words.txt").unlink()
+    (artifact.path / "words.txt").symlink_to(tmp_path / "elsewhere.txt")
+    with pytest.raises(DamagedArtifact, match="names a file outside the directory"):
+        reopened(artifact)
+
+
+# --- a store that cannot be written -----------------------------------------------------------------------------------
+
+FULL = "no space left for .*paths.store=DIR; finished units are kept and the same command goes on"
+READ_ONLY = "cannot be written .*Choose another place: paths.store=DIR"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, FULL),
+        (errno.EDQUOT, FULL),
+        (errno.EROFS, READ_ONLY),
+        (errno.EACCES, READ_ONLY),
+        (errno.EPERM, READ_ONLY),
+    ],
+)
+def test_refusals_of_the_system_say_what_to_type(number: int, message: str, store: Store) -> None:
+    def refused(work: Path) -> Mapping[str, Any]:
+        (work / "half.txt").write_text("kept")
+        raise OSError(number, os.strerror(number))
+
+    def finish(work: Path) -> Mapping[str, Any]:
+        return {"found": (work / "half.txt").read_text()}
+
+    with pytest.raises(StoreError, match=message):
+        make(store, refused)
+    assert make(store, finish).metrics["found"] == "kept"
+
+
+def test_a_directory_that_cannot_be_made(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(StoreError, match=READ_ONLY):
+        make(store)
+
+
+def test_a_full_disk_while_sealing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cvdd.artifact, "write_atomically", full)
+        with pytest.raises(StoreError, match=FULL):
+            make(store)
+    assert make(store).metrics["answer"] == 42
+
+
+def test_a_full_disk_in_the_words_of_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports the system's error in an exception of its own."""
+
+    def full(work: Path) -> Mapping[str, Any]:
+        from safetensors import SafetensorError
+
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StoreError, match=FULL):
+        make(store, full)
+
+
+def test_safetensors_reports_errors_in_these_words(store: Store) -> None:
+    """The text that the test above imitates, from a real refusal."""
+
+    def missing(work: Path) -> Mapping[str, Any]:
+        save_file({"a": torch.zeros(2)}, work / "no such directory" / "file.safetensors")
+        return {}
+
+    with pytest.raises(FileNotFoundError):
+        make(store, missing)
+
+
+def test_an_error_elsewhere_is_not_blamed_on_the_store(store: Store, tmp_path: Path) -> None:
+    def unreadable(work: Path) -> Mapping[str, Any]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data" / "image.png"))
+
+    with pytest.raises(PermissionError, match=r"image\.png"):
+        make(store, unreadable)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def slow_build(work: Path) -> Mapping[str, Any]:
+    with (work.parents[2] / "builds.log").open("a") as stream:
+        stream.write(f"{os.getpid()}\n")
+    time.sleep(0.5)
+    (work / "made.txt").write_text(str(os.getpid()))
+    return {}
+
+
+def make_in_process(root: Path, results: Any) -> None:
+    artifact = make(Store(root), slow_build)
+    results.put((os.getpid(), (artifact.path / "made.txt").read_text()))
+
+
+def test_processes_make_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=make_in_process, args=(tmp_path, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(timeout=60)
+    assert len((tmp_path / "builds.log").read_text().splitlines()) == 1
+    assert len({process for process, _ in found}) == 3
+    assert len({maker for _, maker in found}) == 1
+
+
+def die_in_process(root: Path) -> None:
+    def dies(work: Path) -> Mapping[str, Any]:
+        (work / "half.txt").write_text("first half")
+        os._exit(1)
+
+    make(Store(root), dies)
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=die_in_process, args=(tmp_path,))
+    worker.start()
+    worker.join(timeout=60)
+    assert worker.exitcode == 1
+    assert (make(Store(tmp_path)).path / "half.txt").read_text() == "first half"
