@@ -147,12 +147,13 @@ def _make_stack(
     checkpoint = work / f"stack{stack.index:05d}.ckpt.tmp"
     if method.iterations:
         done = 0
+        shares = dict(zip([voter.name for voter in voters], weights.mean(dim=1).tolist(), strict=True))
 
         def on_row(row: LogRow, current: Tensor) -> None:
             nonlocal done
             advance(row.iteration - done)
             done = row.iteration
-            _log_row(context, stack, row, current)
+            _log_row(context, stack, row, shares, current)
 
         module = DistillModule(
             images,
@@ -185,15 +186,19 @@ def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
     return normalise(start[unit.start : unit.stop, unit.slot], data.mean, data.std)
 
 
-def _log_row(context: Context, stack: Stack, row: LogRow, images: Tensor) -> None:
+def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, float], images: Tensor) -> None:
     method, data = context.config.method, context.data()
     values = {"distill/loss": row.loss, "distill/lr": row.lr, "distill/stack": float(stack.index)}
     values |= {f"distill/ce/{name}": value for name, value in row.ce.items()}
     values |= {f"distill/bn/{name}": value for name, value in row.bn.items()}
+    values |= {f"distill/weight/{name}": value for name, value in shares.items()}
     step = stack.index * method.iterations + row.iteration
     context.log(values, step)
     if row.iteration % method.grid_every == 0 or row.iteration == method.iterations:
-        terms = "; ".join(f"{name} CE {row.ce[name]:.3g} BN {method.r_bn * row.bn[name]:.3g}" for name in row.ce)
+        terms = "; ".join(
+            f"{name} weight {shares[name]:.2f} CE {row.ce[name]:.3g} BN {method.r_bn * row.bn[name]:.3g}"
+            for name in row.ce
+        )
         log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, terms)
         context.log_images("distill/images", image_grid(denormalise(images[0], data.mean, data.std)), step)
 

@@ -73,6 +73,7 @@ class DatasetConfig(StrictConfig):
         default=None, ge=8, description="Shorter side before the centre crop of image_size; null = image_size itself."
     )
     classes_per_unit: int = Field(ge=1, description="Classes optimised together in one block of recover.")
+    mirror: bool = Field(description="Whether a mirrored image still shows its class; sets every random flip.")
     jitter: int = Field(ge=0, description="Largest random roll along each axis while recovering, in pixels.")
     evaluate_on: Literal["test", "validation"] = Field(
         default="test",
