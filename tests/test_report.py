@@ -21,6 +21,7 @@ from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import FULL_DATA, Distilled, Result
 from cvdd.chain.labels import Labels
 from cvdd.context import Context
+from cvdd.data import Data, TensorSource
 from cvdd.report import tables
 from cvdd.report.gallery import data_uri, make_gallery, read_images
 from cvdd.report.headline import headline, other_students, reference
@@ -358,7 +359,7 @@ def test_the_members_that_dominate_can_be_seen(page: Page) -> None:
     assert "Members' terms" in page.text
     rows = [" ".join(line.split()) for line in page.text.splitlines()]
     # BatchNorm terms 0.01 * 150 against 0.01 * 50, cross-entropies equal, votes equal.
-    assert any(row.startswith("resnet50 2 0.010 1.500 50 % 75 %") for row in rows), rows
+    assert any(row.startswith("resnet50 2 0.01 1.5 50 % 75 %") for row in rows), rows
 
 
 def test_every_stage_has_a_cost(page: Page) -> None:
@@ -414,6 +415,16 @@ def test_noise_has_no_start_to_show(maker: Maker) -> None:
     gallery = make_gallery(maker.distilled("cvdd", "noise", 100))
     assert gallery.start_title is None
     assert all(row.start == () for row in gallery.rows)
+
+
+def test_real_images_are_shown_as_the_start(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(3).repeat(4)
+    source = TensorSource(torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8), labels)
+    data = Data(source, source, CLASSES, (0.5,) * 3, (0.5,) * 3, 8, "made up", {})
+    monkeypatch.setattr(Context, "data", lambda self: data)
+    gallery = make_gallery(maker.distilled("cvdd", "real", 100))
+    assert gallery.start_title == "real images they started from"
+    assert len({uri for row in gallery.rows for uri in row.start}) == len(CLASSES) * 2
 
 
 def test_large_images_are_reduced() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cvdd.chain.compare import FULL_DATA, Result
 from cvdd.chain.students import load_curve
@@ -96,8 +96,8 @@ def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
             one.set_title(title)
             one.set_xlabel("iteration")
             if positive:
-                _logarithmic(one)
                 one.set_ylim(min(positive) * 0.8, max(positive) * 1.25)
+                _logarithmic(one)
             _open_grid(one)
         return to_svg(figure, "terms", "Cross-entropy and BatchNorm term of each member by iteration")
 
@@ -160,21 +160,24 @@ def _real_data(axes: Axes, result: Result, colour: str) -> None:
     low, high = axes.get_ylim()
     if result.summary()["top1"] > high + (high - low):
         text = f"{accuracy(result)} \u2191"
-        axes.text(1.0, 1.0, text, color=colour, ha="right", va="top", transform=axes.transAxes)
+        axes.set_title(text, loc="right", color=colour, fontsize=8)
         return
     axes.axhline(result.summary()["top1"], color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
 
 
 def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    between = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
     # Plain numbers: powers of ten would be formulas, which inline SVG with the page's font cannot show.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _open_grid(axes: Axes) -> None:
     axes.grid(False, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, which="both")
     axes.spines["bottom"].set_color(RULE)
