@@ -39,6 +39,7 @@ def make_config(source: str, root: Path, **changes: Any) -> DatasetConfig:
         "std": [0.25, 0.25, 0.25],
         "classes_per_unit": 2,
         "jitter": 2,
+        "mirror": True,
     }
     return DatasetConfig.model_validate({**content, **changes})
 
