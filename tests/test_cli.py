@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Compose
+from hydra.core.global_hydra import GlobalHydra
 
+from cvdd import cli
 from cvdd.arguments import ArgumentError, prepare, preset_numbers
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
@@ -130,7 +133,7 @@ def test_examples_are_five_and_start_as_the_command_was_started(verb: str) -> No
 
 
 @pytest.mark.parametrize("arguments", sorted({text for verb in VERBS for text, _ in EXAMPLES[verb]}))
-def test_examples_in_the_help_compose(arguments: str, compose) -> None:
+def test_examples_in_the_help_compose(arguments: str, compose: Compose) -> None:
     given = [part for part in arguments.split() if not part.startswith("--")]
     compose("evaluate", *(part.partition(",")[0] for part in given))
 
@@ -165,6 +168,28 @@ def test_every_script_shows_its_resolved_configuration(verb: str, tmp_path: Path
     assert "images_per_class: 1\n" in done.stdout
     assert f"output: {tmp_path}/outputs/{verb}/" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_console_commands_do_the_same_in_process(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"cvdd-{verb}", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        getattr(cli, verb)()
+    GlobalHydra.instance().clear()
+    assert stop.value.code == 0
+    assert f"cvdd-{verb} " in capsys.readouterr().out
+
+
+def test_a_wrong_argument_ends_before_hydra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cvdd-train", "ipc=7"])
+    with pytest.raises(SystemExit) as stop:
+        cli.train()
+    assert stop.value.code == USER_ERROR
+    assert "ipc.images_per_class=7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)
