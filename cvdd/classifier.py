@@ -196,7 +196,7 @@ class MemberModule(Classifier):
             )
         else:
             kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-            optimizer = kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+            optimizer = kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if recipe.schedule == "onecycle":
             steps = int(self.trainer.estimated_stepping_batches)
@@ -275,7 +275,7 @@ class StudentModule(Classifier):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": protocol.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas)
+        optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / (protocol.epochs * protocol.eta)))
         )
