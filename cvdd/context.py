@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -101,7 +101,25 @@ class Context:
             reload_dataloaders_every_n_epochs=1 if loader is None else 0,
             callbacks=[EpochCheckpoint(checkpoint, SECONDS_BETWEEN_CHECKPOINTS)],
         )
-        trainer.fit(module, loader, ckpt_path=str(checkpoint) if _usable(checkpoint) else None, weights_only=True)
+        resume = _usable(checkpoint)
+        if resume and isinstance(loader, DataLoader) and isinstance(loader.sampler, EpochAware):
+            # Lightning makes the first iterator before it tells the sampler the epoch.
+            loader.sampler.set_epoch(_finished_epochs(checkpoint))
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+
+
+@runtime_checkable
+class EpochAware(Protocol):
+    """A sampler whose order depends on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        ...
+
+
+def _finished_epochs(checkpoint: Path) -> int:
+    # Taken at the end of an epoch, by EpochCheckpoint, so that epoch is finished.
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]) + 1
 
 
 def _usable(checkpoint: Path) -> bool:
