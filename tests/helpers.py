@@ -9,7 +9,7 @@ import torch
 from conftest import compose_raw
 from torch import Tensor, nn
 
-from cvdd.artifact import Store
+from cvdd.artifact import Artifact, Store
 from cvdd.context import Context
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
 from cvdd.validation import check
@@ -31,23 +31,26 @@ TINY = (
     "recipe.epochs=2",
     "recipe.batch_size=50",
     "prior.source=given",
-    "prior.values={resnet18: 40, resnet50: 30, shufflenetv2: 35}",
+    "+prior.values={resnet18: 40, resnet50: 30, shufflenetv2: 35}",
     "ipc.images_per_class=2",
     "ipc.label_batch=8",
     "patches.candidates=10",
     "patches.crops=2",
     "method.iterations=6",
-    "method.log_every=2",
-    "method.grid_every=2",
-    "method.checkpoint_every=2",
+    "++method.log_every=2",
+    "++method.grid_every=2",
+    "++method.checkpoint_every=2",
     "protocol.epochs=3",
     "protocol.eval_every=1",
     "protocol.seeds=[0]",
-    "compare={}",
+    "compare=none",
     "trainer.accelerator=cpu",
     "trainer.progress=none",
 )
 """The embedded data set, three members, two images per class: every stage in a second or so."""
+
+PRIORS = {"resnet18": 40.0, "resnet50": 30.0, "shufflenetv2": 35.0}
+"""Prior performance of its members."""
 
 
 def configure(root: Path, *overrides: str, verb: str = "evaluate") -> RunConfig:
@@ -61,6 +64,12 @@ def tiny_context(root: Path, *overrides: str, store: Path | None = None) -> Cont
     config = configure(root, *TINY, *overrides)
     config.paths.output.mkdir(parents=True, exist_ok=True)
     return Context(config, Store(store or config.paths.store), torch.device("cpu"))
+
+
+def same_files(one: Artifact, two: Artifact) -> bool:
+    """Whether two artefacts hold the same files, byte by byte."""
+    assert one.manifest["files"]
+    return one.digest == two.digest and one.manifest["files"] == two.manifest["files"]
 
 
 def small_network(classes: int = 4, width: int = 6, seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
