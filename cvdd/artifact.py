@@ -313,7 +313,7 @@ def _store_errors(root: Path) -> Iterator[None]:
                 f"no space left for {root}. Free some or choose another place with paths.store=DIR; "
                 "finished units are kept and the same command goes on."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise StoreError(
                 f"{root} cannot be written ({error.strerror}). Choose another place: paths.store=DIR."
             ) from error
