@@ -23,6 +23,10 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _none_is_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
 Range = Annotated[tuple[Share, Share], BeforeValidator(_pair)]
 
 
@@ -93,7 +97,10 @@ class PriorConfig(StrictConfig):
     """Where each member's prior performance comes from (specification of CV-DD, section 3)."""
 
     source: Literal["measured", "given"] = Field(description="measure by distilling with one member alone, or given")
-    values: dict[str, float] = Field({}, description="given priors in percent, by member name")
+    # In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
+    values: Annotated[dict[str, float], BeforeValidator(_none_is_empty)] = Field(
+        {}, description="given priors in percent, by member name"
+    )
     observer: str = Field(description="member that labels for the measurement and whose network is its student")
     images_per_class: Positive = Field(10, description="IPC of the measurement")
     iterations: int = Field(4000, ge=0, description="recover iterations of the measurement")
@@ -149,6 +156,9 @@ class MethodConfig(StrictConfig):
     ce: float = Field(1.0, ge=0, description="weight of each member's cross-entropy")
     r_bn: float = Field(0.01, ge=0, description="weight of each member's BatchNorm term")
     first_bn_multiplier: float = Field(10.0, ge=0, description="extra weight of the first BatchNorm layer")
+    statistics_of: Literal["unit", "stack"] = Field(
+        "unit", description="match BatchNorm statistics of each unit, as published, or of the whole stack"
+    )
     crop_scale: Range | None = Field((0.08, 1.0), description="area range of the unit's crop; null for none")
     flip: bool = Field(True, description="random horizontal flip of the unit")
     jitter: int = Field(ge=0, description="circular shift of the unit, 0..jitter pixels on both axes")
