@@ -208,6 +208,7 @@ class DistillModule(pl.LightningModule):
             ce=method.ce,
             r_bn=method.r_bn,
             first_bn_multiplier=method.first_bn_multiplier,
+            statistics_of=method.statistics_of,
         )
 
     def _matrices(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor] | None]:

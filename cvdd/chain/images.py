@@ -89,7 +89,19 @@ IGNORED = frozenset({"name", "log_every", "grid_every", "checkpoint_every"})
 """Fields of the method that change nothing in the images."""
 
 OPTIMISATION = frozenset(
-    {"lr", "betas", "eps", "ce", "r_bn", "first_bn_multiplier", "crop_scale", "flip", "jitter", "units_per_stack"}
+    {
+        "lr",
+        "betas",
+        "eps",
+        "ce",
+        "r_bn",
+        "first_bn_multiplier",
+        "statistics_of",
+        "crop_scale",
+        "flip",
+        "jitter",
+        "units_per_stack",
+    }
 )
 """Fields of the method that change nothing where nothing is optimised."""
 
