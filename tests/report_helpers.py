@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import FULL_DATA, Distilled, Result
 from cvdd.chain.labels import Labels
+from cvdd.chain.priors import Priors
 from cvdd.context import Context
 from cvdd.report.page import render_page
 from cvdd.schema import RunConfig
@@ -106,7 +107,7 @@ class Maker:
 
             artifact = self.store.make("labels", f"made-up-{row}", {"row": row}, [images], build)
         labels = Labels({"label": {"epochs": 4}}, [images], artifact, self.context, images, [1.0], {})
-        return Distilled(self.context, row, {}, images, labels)
+        return Distilled(self.context, row, Priors({}), images, labels)
 
     def result(self, made: Distilled | None, values: Sequence[float], student: str = "small") -> Result:
         row = FULL_DATA if made is None else made.row

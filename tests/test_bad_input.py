@@ -230,8 +230,8 @@ def test_a_gpu_that_is_not_there(chain_home: Path, monkeypatch: pytest.MonkeyPat
 def test_ctrl_c_keeps_what_is_finished(chain_home: Path, made: Made, again: Callable[..., Context]) -> None:
     """A real process of the real command: stopped after its first unit, and started again."""
     store = again("images", "labels", "students").store.root
-    overrides = (*TINY, "method.iterations=300", "++method.checkpoint_every=300", "++method.log_every=10")
-    overrides = (*overrides, "++method.grid_every=300", "trainer.threads=1")
+    overrides = (*TINY, "method.iterations=300", "method.checkpoint_every=300", "method.log_every=10")
+    overrides = (*overrides, "method.grid_every=300", "trainer.threads=1")
     command = [sys.executable, str(ROOT / "distill.py"), f"paths.store={store}", *overrides]
     folder = store.parent / "run"
     folder.mkdir()

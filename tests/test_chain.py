@@ -13,7 +13,7 @@ import cvdd.chain.images
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.images import jpeg_round_trip, load_history, load_images, make_images
 from cvdd.chain.initial import make_initial_patches
-from cvdd.chain.priors import find_priors
+from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.students import load_curve
 from cvdd.context import Context
 
@@ -28,7 +28,7 @@ def test_results_of_the_chain(made: tuple[Distilled, Result]) -> None:
     images, labels = load_images(distilled.images)
     assert images.shape == (20, 3, 32, 32)
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
-    assert distilled.priors == PRIORS
+    assert distilled.priors.values == PRIORS
     assert (result.row, result.student, result.seeds) == ("cvdd", "tiny_resnet18", (0,))
     summary = result.summary()
     curve = load_curve(result.students[0])
@@ -87,7 +87,7 @@ def test_stacks_of_other_size_are_other_artefacts_with_nearly_the_same_images(ch
     """One draw for both slots, so that they share a stack or do not."""
     best = "committee.draw=best"
     together = make_images(tiny_context(chain_home, best), PRIORS)
-    apart = make_images(tiny_context(chain_home, best, "++method.units_per_stack=1"), PRIORS)
+    apart = make_images(tiny_context(chain_home, best, "method.units_per_stack=1"), PRIORS)
     assert (together.metrics["stacks"], apart.metrics["stacks"]) == (1, 2)
     assert together.digest != apart.digest
     one, two = (load_images(artifact)[0].float() for artifact in (together, apart))
@@ -114,7 +114,7 @@ def test_noise_and_other_seeds_start_elsewhere(chain_home: Path) -> None:
 
 
 def test_jpeg_round_trip_stores_what_the_release_would(made: tuple[Distilled, Result], chain_home: Path) -> None:
-    lossy = images_with(chain_home, "++method.jpeg_round_trip=true")
+    lossy = images_with(chain_home, "method.jpeg_round_trip=true")
     exact = load_images(made[0].images)[0]
     assert torch.equal(lossy, torch.stack([jpeg_round_trip(image) for image in exact]))
     assert 1 < (lossy.float() - exact.float()).abs().mean() < 30
@@ -156,9 +156,9 @@ def test_rows_of_a_comparison_differ_in_what_they_say(made: tuple[Distilled, Res
 
 
 def test_full_data_is_a_row_of_its_own(chain_home: Path) -> None:
-    _, results = compare(tiny_context(chain_home, "++protocol.full_data=true"))
+    _, results = compare(tiny_context(chain_home, "protocol.full_data=true"))
     full = results[-1]
-    assert (full.row, full.images, full.labels) == ("full_data", None, None)
+    assert (full.row, full.protocol, full.images, full.labels) == ("full_data", "recipe tiny", None, None)
     assert full.values() == [float(full.students[0].metrics["top1"])]
 
 
@@ -169,20 +169,22 @@ def measuring(chain_home: Path, *overrides: str) -> Context:
 
 
 def test_priors_are_measured_once(chain_home: Path, sealed: list[str]) -> None:
-    priors = find_priors(measuring(chain_home))
+    found = find_priors(measuring(chain_home))
+    priors = found.values
     assert list(priors) == list(PRIORS)
     students = [a for a in tiny_context(chain_home).store.artifacts() if "prior-" in a.name and a.kind == "students"]
+    assert {student.digest for student in found.students} == {student.digest for student in students}
     assert sorted(priors.values()) == sorted(student.metrics["top1"] for student in students)
     assert all(student.manifest["identity"]["measured_on"] == "train" for student in students)
     assert all(0 < prior < 100 for prior in priors.values())
     sealed.clear()
-    assert find_priors(measuring(chain_home, "temperature.vote=2", "committee.draw=best")) == priors
+    assert find_priors(measuring(chain_home, "temperature.vote=2", "committee.draw=best")).values == priors
     assert sealed == []
 
 
 def test_priors_are_left_out_where_nothing_depends_on_them(chain_home: Path, sealed: list[str]) -> None:
     context = measuring(chain_home, "committee.voter=equal", "label.weights=equal")
-    assert find_priors(context) == {}
+    assert find_priors(context) == Priors({})
     assert sealed == []
 
 

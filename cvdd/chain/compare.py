@@ -12,7 +12,7 @@ from cvdd.artifact import Artifact
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
-from cvdd.chain.priors import find_priors
+from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.students import make_student
 from cvdd.context import Context
 from cvdd.seeds import derive_seed
@@ -80,19 +80,19 @@ class Distilled:
     Attributes:
         context: its configuration.
         row: its name.
-        priors: prior performance of the members, empty where nothing depends on it.
+        priors: prior performance of the members, and what it was measured by.
         images: the images.
         labels: their labels.
     """
 
     context: Context
     row: str
-    priors: dict[str, float]
+    priors: Priors
     images: Artifact
     labels: Labels
 
 
-def distil(context: Context, row: str, priors: dict[str, float] | None = None) -> Distilled:
+def distil(context: Context, row: str, priors: Priors | None = None) -> Distilled:
     """Make images and labels of one configuration, and everything that they need.
 
     Args:
@@ -101,8 +101,8 @@ def distil(context: Context, row: str, priors: dict[str, float] | None = None) -
         priors: prior performance of the members, if it is known already.
     """
     priors = find_priors(context) if priors is None else priors
-    images = make_images(context, priors)
-    return Distilled(context, row, priors, images, make_labels(context, images, priors))
+    images = make_images(context, priors.values)
+    return Distilled(context, row, priors, images, make_labels(context, images, priors.values))
 
 
 def rows_of(context: Context) -> Iterator[tuple[str, Context]]:
@@ -140,7 +140,9 @@ def _full_data(context: Context) -> Sequence[Result]:
             for seed in config.protocol.seeds
         ]
         students = tuple(_as_student(artifact) for artifact in trained)
-        results.append(Result(FULL_DATA, name, config.recipe.name, tuple(config.protocol.seeds), students, None, None))
+        # Not trained by the protocol of the other rows but like a member.
+        protocol = f"recipe {config.recipe.name}"
+        results.append(Result(FULL_DATA, name, protocol, tuple(config.protocol.seeds), students, None, None))
     return results
 
 

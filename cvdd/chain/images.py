@@ -26,6 +26,7 @@ from cvdd.committee import Draw, draw_members, vote_weights
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.progress import Advance
+from cvdd.report.terms import effective_terms
 from cvdd.seeds import derive_seed, generator
 from cvdd.synthesis import DistillModule, LogRow, Stack, Unit, pixel_bounds, plan_stacks, plan_units, unit_views
 from cvdd.voting import Voter
@@ -199,19 +200,26 @@ def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
 
 
 def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, float], images: Tensor) -> None:
-    method, data = context.config.method, context.data()
+    """Log a stack: loss, learning rate, and by member its two terms and its weight.
+
+    The terms are those of the page's plot: cross-entropy times ``method.ce``, and the BatchNorm distance times
+    ``method.r_bn`` and the member's ``bn_scale``. The sum over members of weight times both terms is the loss where
+    all units of the stack have the same weights.
+    """
+    config, data = context.config, context.data()
+    method = config.method
+    terms = {name: effective_terms(config, name, row.ce[name], row.bn[name]) for name in row.ce}
     values = {"distill/loss": row.loss, "distill/lr": row.lr, "distill/stack": float(stack.index)}
-    values |= {f"distill/ce/{name}": value for name, value in row.ce.items()}
-    values |= {f"distill/bn/{name}": value for name, value in row.bn.items()}
+    values |= {f"distill/ce/{name}": ce for name, (ce, _) in terms.items()}
+    values |= {f"distill/bn/{name}": bn for name, (_, bn) in terms.items()}
     values |= {f"distill/weight/{name}": value for name, value in shares.items()}
     step = stack.index * method.iterations + row.iteration
     context.log(values, step)
     if row.iteration % method.grid_every == 0 or row.iteration == method.iterations:
-        terms = "; ".join(
-            f"{name} weight {shares[name]:.2f} CE {row.ce[name]:.3g} BN {method.r_bn * row.bn[name]:.3g}"
-            for name in row.ce
+        by_member = "; ".join(
+            f"{name} weight {shares[name]:.2f} CE {ce:.3g} BN {bn:.3g}" for name, (ce, bn) in terms.items()
         )
-        log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, terms)
+        log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, by_member)
         context.log_images("distill/images", image_grid(denormalise(images[0], data.mean, data.std)), step)
 
 

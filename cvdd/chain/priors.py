@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
+from cvdd.artifact import Artifact
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
@@ -12,21 +14,41 @@ from cvdd.context import Context
 from cvdd.schema import needs_priors, with_overrides
 
 
-def find_priors(context: Context) -> dict[str, float]:
-    """Return each member's prior performance in percent, measured or given; empty where nothing depends on it.
+@dataclass(frozen=True)
+class Priors:
+    """Prior performance of the members.
+
+    Attributes:
+        values: in percent, by member name; empty where nothing depends on it.
+        images: the sets, one for each member, by which it was measured; none if it was given.
+        students: measured on them.
+    """
+
+    values: dict[str, float]
+    images: tuple[Artifact, ...] = ()
+    students: tuple[Artifact, ...] = ()
+
+
+def find_priors(context: Context) -> Priors:
+    """Return each member's prior performance, measured or given; empty where nothing depends on it.
 
     In a comparison the configuration's own need decides, or that of any of its rows.
     """
     config = context.config
     rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
     if not any(needs_priors(row) for row in rows):
-        return {}
+        return Priors({})
     if config.prior.source == "given":
-        return {name: config.prior.values[name] for name in config.committee.members}
-    return {name: measure_prior(context, name) for name in config.committee.members}
+        return Priors({name: config.prior.values[name] for name in config.committee.members})
+    measured = [measure_prior(context, name) for name in config.committee.members]
+    return Priors(
+        {name: value for one in measured for name, value in one.values.items()},
+        tuple(artifact for one in measured for artifact in one.images),
+        tuple(artifact for one in measured for artifact in one.students),
+    )
 
 
-def measure_prior(context: Context, member: str) -> float:
+def measure_prior(context: Context, member: str) -> Priors:
     """Distil with one member alone, label with the observer, train its network, and return the top-1 accuracy.
 
     Every step is an ordinary artefact, so a prior is measured once whatever is changed later in the committee.
@@ -56,4 +78,5 @@ def measure_prior(context: Context, member: str) -> float:
     students = [
         make_student(single, labels, prior.observer, backbone, seed, prior.measured_on) for seed in range(prior.seeds)
     ]
-    return statistics.fmean(float(student.metrics["top1"]) for student in students)
+    top1 = statistics.fmean(float(student.metrics["top1"]) for student in students)
+    return Priors({member: top1}, (images,), tuple(students))

@@ -8,6 +8,7 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.priors import Priors
 from cvdd.context import Context
 
 
@@ -16,7 +17,7 @@ class Cost:
     """Cost of one stage for one row.
 
     Attributes:
-        stage: members, patches, images, labels or students.
+        stage: members, patches, priors, images, labels or students.
         what: for which row, member or student.
         artifacts: number of artefacts.
         bytes: of all of them on disk.
@@ -39,15 +40,21 @@ def open_members(context: Context, summary: Mapping[str, Any]) -> dict[str, Arti
 
 
 def open_patches(distilled: Sequence[Distilled]) -> list[Artifact]:
-    """Open the patches that any of the distilled sets was made from, each once."""
+    """Open the patches that any set was made from, be it for the measurement of a prior, each once."""
     found: dict[str, Artifact] = {}
     for made in distilled:
         store = made.context.store
-        for parent in made.images.manifest["parents"]:
-            if parent["kind"] == "patches":
-                name = f"{parent['name']}-{parent['digest']}"
-                found[name] = store.open(store.root / "patches" / name)
+        for images in (made.images, *made.priors.images):
+            for parent in images.manifest["parents"]:
+                if parent["kind"] == "patches":
+                    name = f"{parent['name']}-{parent['digest']}"
+                    found[name] = store.open(store.root / "patches" / name)
     return list(found.values())
+
+
+def measuring(priors: Priors) -> list[Artifact]:
+    """List the artefacts by which priors were measured."""
+    return [*priors.images, *priors.students]
 
 
 def stage_costs(
@@ -59,6 +66,9 @@ def stage_costs(
     """List the cost of every stage in the order in which they run."""
     costs = [_cost("members", ", ".join(members), members.values())] if members else []
     costs += [_cost("patches", artifact.name, [artifact]) for artifact in patches]
+    for priors in [made.priors for made in distilled if made.priors.images][:1]:
+        # All rows share them; the labels of the measurement are computed while its students are trained.
+        costs.append(_cost("priors", f"images and students for {', '.join(priors.values)}", measuring(priors)))
     costs += [_cost("images", made.row, [made.images]) for made in distilled]
     costs += [_cost("labels", made.row, [made.labels.artifact]) for made in distilled if made.labels.artifact]
     return costs + [_cost("students", f"{result.row}, {result.student}", result.students) for result in results]
@@ -74,7 +84,7 @@ def all_artifacts(
     found: dict[tuple[str, str], Artifact] = {}
     listed = [*members.values(), *patches]
     for made in distilled:
-        listed += [made.images, *([made.labels.artifact] if made.labels.artifact else [])]
+        listed += [*measuring(made.priors), made.images, *([made.labels.artifact] if made.labels.artifact else [])]
     for result in results:
         listed += result.students
     for artifact in listed:

@@ -55,7 +55,7 @@ def summarise(
         "members": {
             name: {
                 "metrics": dict(member.metrics),
-                "prior": main.priors.get(name),
+                "prior": main.priors.values.get(name),
                 "label_weight": dict(zip(main.labels.teachers, main.labels.weights, strict=True)).get(name),
                 "seconds": member.manifest["cost"]["wall_seconds"],
                 "artifact": member.path.name,

@@ -38,6 +38,19 @@ class MemberTerms:
         return statistics.fmean(self.ce[-count:]), statistics.fmean(self.bn[-count:])
 
 
+def effective_terms(config: RunConfig, member: str, ce: float, bn: float) -> tuple[float, float]:
+    """Multiply a member's two terms by their factors, so that they are what its vote weighs.
+
+    Args:
+        config: of the images.
+        member: its name.
+        ce: cross-entropy as it is.
+        bn: distance of its BatchNorm statistics as it is.
+    """
+    method = config.method
+    return method.ce * ce, method.r_bn * config.committee.members[member].bn_scale * bn
+
+
 def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) -> dict[str, MemberTerms]:
     """Average the log rows of a distilled set by member; empty where nothing was optimised.
 
@@ -48,7 +61,6 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         history: by the unit's name, ``weights`` and ``rows``, as stored with the images.
         config: of the images.
     """
-    method = config.method
     # By iteration, because a run that was resumed with another log_every has rows at other places.
     ce: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     bn: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -61,12 +73,13 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         late = rows[-max(len(rows) // 4, 1) :]
         parts: dict[str, float] = {}
         for name, weight in unit["weights"].items():
-            factor = method.r_bn * config.committee.members[name].bn_scale
             for row in rows:
-                ce[name][row["iteration"]].append(method.ce * row["ce"][name])
-                bn[name][row["iteration"]].append(factor * row["bn"][name])
-            term = statistics.fmean(method.ce * row["ce"][name] + factor * row["bn"][name] for row in late)
-            parts[name] = weight * term
+                one, other = effective_terms(config, name, row["ce"][name], row["bn"][name])
+                ce[name][row["iteration"]].append(one)
+                bn[name][row["iteration"]].append(other)
+            parts[name] = weight * statistics.fmean(
+                sum(effective_terms(config, name, row["ce"][name], row["bn"][name])) for row in late
+            )
             votes[name].append(weight)
         total = sum(parts.values())
         for name, part in parts.items():

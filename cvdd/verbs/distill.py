@@ -13,7 +13,7 @@ from cvdd.report.tables import print_artifact
 
 def distill(context: Context, commands: list[str]) -> float | None:
     """Make the images and save a picture of them, one class a row."""
-    images = make_images(context, find_priors(context))
+    images = make_images(context, find_priors(context).values)
     pixels, _ = load_images(images)
     picture = context.config.paths.output / "images.png"
     write_png(image_grid(pixels, context.config.ipc.images_per_class), str(picture))
