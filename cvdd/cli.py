@@ -52,7 +52,8 @@ def _run(composed: DictConfig) -> float | None:
         # PyTorch and Lightning are imported only once it is known that there is something to do.
         from cvdd.runtime import Invocation, run
 
-        return run(config, Invocation(tuple(settings.overrides.task), sweeping))
+        sweep = Path(settings.sweep.dir).name if sweeping else None
+        return run(config, Invocation(tuple(settings.overrides.task), sweep))
 
 
 def train() -> None:

@@ -36,13 +36,7 @@ def make_patches(
     size, count = data.image_size, config.images_per_class
     needed = count * config.factor**2
     members = (data.train.labels == label).nonzero()[:, 0]
-    name = data.classes[label]
-    if min(len(members), config.candidates) < needed:
-        raise ConfigError(
-            f"class {name} offers {min(len(members), config.candidates)} candidates for {needed} patches, one per "
-            f"real image. Lower ipc.images_per_class or patches.images_per_class, or raise patches.candidates "
-            f"(now {config.candidates}; the class has {len(members)} images)."
-        )
+    require_candidates(data.classes[label], len(members), config)
     source = generator(seed, "patches", label)
     chosen = members[torch.randperm(len(members), generator=source)[: config.candidates]]
     crops = cut_crops(data.train, chosen, config.crops, size // config.factor, config.crop_scale, source)
@@ -52,6 +46,26 @@ def make_patches(
     patches, loss = crops[row, best], losses[row, best]
     ranked = select(loss, needed, config.difficulty)
     return stitch(patches[ranked], count, config.factor, size), loss[ranked].view(-1, count).T.contiguous()
+
+
+def require_candidates(name: str, images: int, config: PatchesConfig) -> None:
+    """Refuse more patches of a class than it has candidates.
+
+    Args:
+        name: of the class.
+        images: its real images.
+        config: how patches are made.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    needed, offered = config.images_per_class * config.factor**2, min(images, config.candidates)
+    if offered < needed:
+        raise ConfigError(
+            f"class {name} offers {offered} candidates for {needed} patches, one per real image. Lower "
+            "ipc.images_per_class or patches.images_per_class, or raise patches.candidates "
+            f"(now {config.candidates}; the class has {images} images)."
+        )
 
 
 def cut_crops(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.loggers import finish, make_loggers
+from cvdd.portable import portable_config
+from cvdd.preflight import check_before_work
 from cvdd.schema import RunConfig
 from cvdd.verbs import VERBS
+
+_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,11 @@ class Invocation:
 
     Attributes:
         overrides: what the user typed.
-        sweeping: whether this job is one point of a multirun.
+        sweep: name of the multirun that this job is a point of, if any.
     """
 
     overrides: tuple[str, ...]
-    sweeping: bool
+    sweep: str | None = None
 
 
 def run(config: RunConfig, invocation: Invocation) -> float | None:
@@ -42,9 +47,10 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
         torch.set_num_threads(config.trainer.threads)
     output = config.paths.output
     output.mkdir(parents=True, exist_ok=True)
-    run_id = digest_of("run", config.model_dump(mode="json", exclude={"paths", "trainer", "logger"}), [])
-    loggers = make_loggers(config, run_name(config, invocation), run_id)
-    context = Context(config, Store(config.paths.store), find_device(config), loggers)
+    context = Context(config, Store(config.paths.store), find_device(config))
+    check_before_work(context)
+    loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
+    context = replace(context, loggers=loggers)
     failed = True
     try:
         metric = VERBS[config.verb](context, invocation_lines(config, invocation))
@@ -55,8 +61,15 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
 
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:
-    """Name of a run on a dashboard: the verb and what was typed."""
-    return " ".join([config.verb, *invocation.overrides]) or config.verb
+    """Name of a run on a dashboard: the verb and what was typed, without where things are and run."""
+    chosen = [override for override in invocation.overrides if not _SURROUNDINGS.match(override)]
+    return " ".join([config.verb, *chosen])
+
+
+def run_id(config: RunConfig) -> str:
+    """Identity of a run on a dashboard: the same for a repeated command, on whatever machine."""
+    tree = portable_config(config)
+    return digest_of("run", {key: value for key, value in tree.items() if key not in ("trainer", "logger")}, [])
 
 
 def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:

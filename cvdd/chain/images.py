@@ -27,6 +27,7 @@ from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.progress import Advance
 from cvdd.report.terms import effective_terms
+from cvdd.schema import RunConfig
 from cvdd.seeds import derive_seed, generator
 from cvdd.synthesis import DistillModule, LogRow, Stack, Unit, pixel_bounds, plan_stacks, plan_units, unit_views
 from cvdd.voting import Voter
@@ -120,16 +121,31 @@ class Vote:
     weights: tuple[float, ...]
 
 
-def _votes(context: Context, priors: Mapping[str, float]) -> list[Vote]:
-    config = context.config
+def plan_draws(config: RunConfig, priors: Mapping[str, float]) -> list[Draw]:
+    """Return, slot by slot, the indices of the members that vote.
+
+    Args:
+        config: the configuration.
+        priors: prior performance of each member in percent; may be empty where the draw does not depend on it.
+    """
     committee = config.committee
     names = list(committee.members)
     alphas = [priors.get(name, 0.0) for name in names]
     fixed = [[names.index(name) for name in group] for group in committee.fixed]
     seed = derive_seed(config.seed, "distill")
+    return [
+        draw_members(committee.draw, committee.size, slot, alphas, seed, fixed)
+        for slot in range(config.ipc.images_per_class)
+    ]
+
+
+def _votes(context: Context, priors: Mapping[str, float]) -> list[Vote]:
+    config = context.config
+    committee = config.committee
+    alphas = [priors.get(name, 0.0) for name in committee.members]
+    seed = derive_seed(config.seed, "distill")
     votes = []
-    for slot in range(config.ipc.images_per_class):
-        draw = draw_members(committee.draw, committee.size, slot, alphas, seed, fixed)
+    for slot, draw in enumerate(plan_draws(config, priors)):
         chosen = [alphas[index] for index in draw]
         weights = vote_weights(chosen, config.temperature.vote, committee.voter, seed=seed, slot=slot)
         votes.append(Vote(draw, tuple(weights.tolist())))

@@ -67,10 +67,19 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     chosen = []
     for label, name in enumerate(data.classes):
         members = (data.train.labels == label).nonzero()[:, 0]
-        if len(members) < ipc:
-            raise ConfigError(f"class {name} has {len(members)} images; ipc.images_per_class={ipc} needs as many")
+        require_real_images(name, len(members), ipc)
         order = torch.randperm(len(members), generator=generator(config.seed, "real", label))
         chosen.append(members[order[:ipc]])
     indices = torch.cat(chosen)
     pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
     return pixels.view(len(data.classes), ipc, *pixels.shape[1:])
+
+
+def require_real_images(name: str, images: int, ipc: int) -> None:
+    """Refuse to start more images of a class than it has.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if images < ipc:
+        raise ConfigError(f"class {name} has {images} images; ipc.images_per_class={ipc} needs as many")

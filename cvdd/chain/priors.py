@@ -11,7 +11,7 @@ from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
 from cvdd.context import Context
-from cvdd.schema import needs_priors, with_overrides
+from cvdd.schema import RunConfig, needs_priors, with_overrides
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,9 @@ class Priors:
 
 
 def find_priors(context: Context) -> Priors:
-    """Return each member's prior performance, measured or given; empty where nothing depends on it.
-
-    In a comparison the configuration's own need decides, or that of any of its rows.
-    """
+    """Return each member's prior performance, measured or given; empty where nothing depends on it."""
     config = context.config
-    rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
-    if not any(needs_priors(row) for row in rows):
+    if not priors_needed(config):
         return Priors({})
     if config.prior.source == "given":
         return Priors({name: config.prior.values[name] for name in config.committee.members})
@@ -46,6 +42,12 @@ def find_priors(context: Context) -> Priors:
         tuple(artifact for one in measured for artifact in one.images),
         tuple(artifact for one in measured for artifact in one.students),
     )
+
+
+def priors_needed(config: RunConfig) -> bool:
+    """Whether priors are asked for: by the configuration itself, or by any of the rows that it is compared with."""
+    rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
+    return any(needs_priors(row) for row in rows)
 
 
 def measure_prior(context: Context, member: str) -> Priors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cvdd.chain.compare import FULL_DATA, Distilled, Result
 from cvdd.chain.images import load_history
 from cvdd.context import Context
+from cvdd.portable import portable_config
 from cvdd.report import headline, plots
 from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
 from cvdd.report.drawing import SERIES
@@ -77,28 +77,9 @@ def render_page(
 
 
 def portable_yaml(config: RunConfig) -> str:
-    """Write a configuration as YAML without this machine's directories.
-
-    A path inside one of ``paths`` is written as ``<paths.data>/...``; the results do not depend on where that is.
-    """
-    tree = config.model_dump(mode="json")
-    roots = {value: f"<paths.{name}>" for name, value in tree.pop("paths").items()}
-    return str(
-        yaml.safe_dump(_replace(tree, roots), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-    )
-
-
-def _replace(tree: Any, roots: dict[str, str]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _replace(value, roots) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_replace(value, roots) for value in tree]
-    if isinstance(tree, str):
-        # The longest first: one directory may lie inside another.
-        for root in sorted(roots, key=len, reverse=True):
-            if Path(root).is_absolute() and Path(tree).is_relative_to(root):
-                return (Path(roots[root]) / Path(tree).relative_to(root)).as_posix()
-    return tree
+    """Write a configuration as YAML without this machine's directories."""
+    tree = portable_config(config)
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110))
 
 
 def _environment() -> Environment:

@@ -1,0 +1,111 @@
+"""What can be known to fail is refused before any work, not after the hours that lead up to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cvdd.backbones import BackboneConfig, build_network
+from cvdd.bn import require_batchnorm
+from cvdd.chain.compare import rows_of
+from cvdd.chain.images import plan_draws
+from cvdd.chain.initial import require_real_images
+from cvdd.chain.priors import priors_needed
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.labels import check_batches
+from cvdd.patches import require_candidates
+from cvdd.schema import RunConfig, teachers_of
+
+
+def check_before_work(context: Context) -> None:
+    """Refuse a configuration that a later stage of its verb would refuse, cheapest checks first.
+
+    Raises:
+        ConfigError: an unknown or unsuitable network, a member without the BatchNorm layers that it needs, label
+            batches too small for their statistics, or classes with too few real images.
+    """
+    config = context.config
+    classes = config.dataset.num_classes or len(config.dataset.classes) or len(context.data().classes)
+    rows = [context] if config.verb == "train" else _rows(context)
+    labels = config.verb in ("relabel", "evaluate")
+    for row in rows if labels else ():
+        check_batches(row.config.ipc.images_per_class * classes, row.config.label)
+    measured = config.verb != "train" and config.prior.source == "measured" and priors_needed(config)
+    if measured:
+        check_batches(config.prior.images_per_class * classes, config.label)
+    members = {
+        name: _try(f"committee.members.{name}", member.backbone, classes, config.dataset.image_size)
+        for name, member in config.committee.members.items()
+    }
+    if config.verb == "evaluate":
+        for name, backbone in config.students.items():
+            _try(f"students.{name}", backbone, classes, config.dataset.image_size)
+    if config.verb == "train":
+        return
+    needed = dict.fromkeys(name for row in rows for name in _matched(row.config))
+    needed |= dict.fromkeys(name for row in rows if labels for name in _replaced(row.config))
+    needed |= dict.fromkeys(_measuring(config) if measured else ())
+    for name in needed:
+        require_batchnorm(members[name], name)
+    for row in rows:
+        _check_real_images(row, measured and row is context)
+
+
+def _rows(context: Context) -> list[Context]:
+    # The other verbs make the configuration's own row alone.
+    return [row for _, row in rows_of(context)] if context.config.verb == "evaluate" else [context]
+
+
+def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Module:
+    """Build a network without its pretrained weights and show it an image."""
+    if side < backbone.min_size:
+        raise ConfigError(
+            f"{where}: {backbone.name} is made for images of at least {backbone.min_size} pixels, and "
+            f"dataset.image_size={side}. Choose another backbone, or set its min_size if it works all the same"
+        )
+    try:
+        network = build_network(backbone.model_copy(update={"pretrained": False}), classes, 0).eval()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where}: {backbone.name} takes no images of {side} pixels: {first}") from error
+    return network
+
+
+def _matched(config: RunConfig) -> list[str]:
+    """Names of the members whose statistics the images are matched to, as far as they are known."""
+    method, members = config.method, config.committee.members
+    if not (method.iterations and method.r_bn) or (config.committee.draw == "best" and not config.prior.values):
+        return []
+    voting = {index for draw in plan_draws(config, config.prior.values) for index in draw}
+    return [name for index, name in enumerate(members) if index in voting and members[name].bn_scale]
+
+
+def _replaced(config: RunConfig) -> list[str]:
+    """Names of the teachers that label with the statistics of the batch."""
+    return teachers_of(config) if config.label.bn_mode == "batch" else []
+
+
+def _measuring(config: RunConfig) -> list[str]:
+    """Names of the members whose statistics the measurement of the priors needs."""
+    members, prior = config.committee.members, config.prior
+    alone = [name for name in members if members[name].bn_scale and config.method.r_bn and prior.iterations]
+    return [*alone, *([prior.observer] if config.label.bn_mode == "batch" else [])]
+
+
+def _check_real_images(context: Context, measured: bool) -> None:
+    config, data = context.config, context.data()
+    least = config.prior.images_per_class if measured else 0
+    patches = config.patches
+    patches = patches.model_copy(update={"images_per_class": max(patches.images_per_class, least)})
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+    for name, count in zip(data.classes, counts, strict=True):
+        if config.method.init == "real":
+            require_real_images(name, count, max(config.ipc.images_per_class, least))
+        elif config.method.init == "patches":
+            require_candidates(name, count, patches)
