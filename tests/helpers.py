@@ -58,10 +58,10 @@ def configure(root: Path, *overrides: str, verb: str = "evaluate") -> RunConfig:
     return check(compose_raw(root, verb, *overrides))
 
 
-def tiny_context(root: Path, *overrides: str, store: Path | None = None) -> Context:
+def tiny_context(root: Path, *overrides: str, store: Path | None = None, verb: str = "evaluate") -> Context:
     """Return the surroundings of a tiny run."""
     torch.set_num_threads(1)
-    config = configure(root, *TINY, *overrides)
+    config = configure(root, *TINY, *overrides, verb=verb)
     config.paths.output.mkdir(parents=True, exist_ok=True)
     return Context(config, Store(store or config.paths.store), torch.device("cpu"))
 

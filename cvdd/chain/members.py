@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ class _Indices(Dataset[Tensor]):
 
 
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> None:
+    # A network belongs to no row of a comparison, whichever asked for it first.
+    context = replace(context, label="")
     config, data = context.config, context.data()
     recipe = config.recipe
     evaluator = _evaluator(context)

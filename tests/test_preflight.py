@@ -1,0 +1,165 @@
+"""What a later stage would refuse is refused before any work; networks of timm pass and work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import TINY, configure, tiny_context
+
+from cvdd.artifact import Store
+from cvdd.backbones import batchnorm_layers
+from cvdd.chain.images import load_history
+from cvdd.chain.members import load_network, make_member
+from cvdd.config_base import ConfigError
+from cvdd.preflight import check_before_work
+from cvdd.runtime import Invocation, run
+
+
+def timm_network(place: str, model: str) -> tuple[str, str]:
+    return (f"+backbone@{place}=timm", f"{place}.arguments.model_name={model}")
+
+
+WITHOUT = timm_network("committee.members.extra.backbone", "test_vit")
+"""A member without BatchNorm."""
+VOTES = ("committee.draw=fixed", "committee.fixed=[[resnet18,extra]]", "+prior.values.extra=20")
+"""It votes on every slot."""
+SILENT = ("committee.draw=fixed", "committee.fixed=[[resnet18,resnet50]]", "+prior.values.extra=20")
+"""It does not."""
+MEASURED = ("prior.source=measured", "prior.values=null", "prior.images_per_class=2", "prior.iterations=2")
+NO_STATISTICS = r"member extra has no BatchNorm layer.*method\.r_bn=0.*label\.bn_mode=running"
+
+REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "voter": ("distill", (*WITHOUT, *VOTES), NO_STATISTICS),
+    "teacher": ("relabel", (*WITHOUT, *SILENT), NO_STATISTICS),
+    "voter of a row": (
+        "evaluate",
+        (*WITHOUT, *SILENT, "label.bn_mode=running", "+compare.alone={committee.fixed: [[resnet18, extra]]}"),
+        NO_STATISTICS,
+    ),
+    "measured member": ("distill", (*WITHOUT, *SILENT, *MEASURED, "prior.epochs=1"), NO_STATISTICS),
+    "observer": (
+        "distill",
+        (*WITHOUT, *SILENT, *MEASURED, "prior.epochs=1", "method.r_bn=0", "prior.observer=extra"),
+        NO_STATISTICS,
+    ),
+    "last batch": ("relabel", ("label.batch_size=9",), r"label\.batch_size=9 leaves a last batch of 2 of 20 images"),
+    "last batch of a row": (
+        "evaluate",
+        ("+compare.larger={label.batch_size: 9}",),
+        r"label\.batch_size=9 leaves a last batch of 2 of 20 images",
+    ),
+    "last batch of the measurement": (
+        "distill",
+        (*MEASURED, "prior.epochs=1", "prior.images_per_class=1", "label.batch_size=9"),
+        r"leaves a last batch of 1 of 10 images",
+    ),
+    "unknown student": (
+        "evaluate",
+        timm_network("students.mine", "resnet81"),
+        r"students\.mine: backbone\.arguments\.model_name=resnet81 is no timm model; closest: .*resnet",
+    ),
+    "unknown member": (
+        "train",
+        (*timm_network("committee.members.extra.backbone", "resnet81"), "+prior.values.extra=20"),
+        r"committee\.members\.extra: .*is no timm model",
+    ),
+    "images of another size": (
+        "evaluate",
+        timm_network("students.mine", "vit_tiny_patch16_224"),
+        r"students\.mine: vit_tiny_patch16_224 takes no images of 32 pixels: .*224",
+    ),
+    "small images": (
+        "evaluate",
+        ("students.tiny_resnet18.min_size=64",),
+        r"students\.tiny_resnet18: resnet18 is made for images of at least 64 pixels, and dataset\.image_size=32",
+    ),
+    "few real images": (
+        "distill",
+        ("method.init=real", "ipc.images_per_class=31"),
+        r"class 0 has 30 images; ipc\.images_per_class=31 needs as many",
+    ),
+    "few candidates": (
+        "distill",
+        ("ipc.images_per_class=11",),
+        r"class 0 offers 10 candidates for 11 patches",
+    ),
+    "few candidates for the measurement": (
+        "distill",
+        (*MEASURED, "prior.epochs=1", "prior.images_per_class=12"),
+        r"class 0 offers 10 candidates for 12 patches",
+    ),
+}
+
+
+@pytest.mark.parametrize(("verb", "overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_any_work(verb: str, overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    config = configure(tmp_path, *TINY, *overrides, verb=verb)
+    with pytest.raises(ConfigError, match=message):
+        run(config, Invocation(()))
+    assert {artifact.kind for artifact in Store(config.paths.store).artifacts()} <= {"data"}
+    assert not list(config.paths.output.iterdir())
+
+
+PASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "trained alone": ("train", (*WITHOUT, "+prior.values.extra=20")),
+    "not drawn": ("distill", (*WITHOUT, *SILENT)),
+    "no BatchNorm term": ("distill", (*WITHOUT, *VOTES, "method.r_bn=0")),
+    "no BatchNorm term of its own": (
+        "distill",
+        (*WITHOUT, *VOTES, "+committee.members.extra.bn_scale=0"),
+    ),
+    "nothing is optimised": ("distill", (*WITHOUT, *VOTES, "method=patches", "method.iterations=0")),
+    "no teacher": ("relabel", (*WITHOUT, *SILENT, "label.teachers=[resnet18]")),
+    "running statistics": ("relabel", (*WITHOUT, *VOTES, "method.r_bn=0", "label.bn_mode=running")),
+    "running statistics of small batches": ("relabel", ("label.batch_size=9", "label.bn_mode=running")),
+    "labels are not made": ("distill", ("label.batch_size=9",)),
+    "smaller images on request": ("evaluate", ("students.tiny_resnet18.min_size=32",)),
+}
+
+
+@pytest.mark.parametrize(("verb", "overrides"), PASSES.values(), ids=PASSES)
+def test_passes(verb: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    check_before_work(tiny_context(tmp_path, *overrides, verb=verb))
+
+
+def test_classes_known_from_the_configuration_need_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context(tmp_path, "label.batch_size=9", verb="relabel")
+    monkeypatch.setattr(type(context), "data", lambda self: pytest.fail("the data were loaded"))
+    with pytest.raises(ConfigError, match=r"label\.batch_size=9"):
+        check_before_work(context)
+
+
+# --- networks of timm -------------------------------------------------------------------------------------------------
+
+SHORT = ("recipe.epochs=1", "method.iterations=2", "protocol.epochs=1", "trainer.threads=1")
+
+
+def test_a_member_and_a_student_of_timm(tmp_path: Path) -> None:
+    """The member has BatchNorm layers of timm's own kind; its statistics are matched, and those of batches label."""
+    member = timm_network("committee.members.extra.backbone", "test_efficientnet")
+    student = timm_network("students.mine", "test_resnet")
+    overrides = (*TINY, *SHORT, *member, *student, *VOTES)
+    config = configure(tmp_path, *overrides)
+    top1 = run(config, Invocation(overrides))
+    assert top1 is not None
+    context = tiny_context(tmp_path, *SHORT, *member, *student, *VOTES)
+    artifact = make_member(context, "extra")
+    network = load_network(context, artifact, config.committee.members["extra"].backbone)
+    assert len(batchnorm_layers(network)) == artifact.metrics["batchnorm_layers"] == 13
+    assert batchnorm_layers(network)[0][1].num_batches_tracked > 0
+    (images,) = (found for found in context.store.artifacts() if found.kind == "images")
+    history = load_history(images)["slot0000_block0000"]
+    assert list(history["weights"]) == ["resnet18", "extra"]
+    assert history["rows"][-1]["bn"]["extra"] > 0
+    assert (config.paths.output / "results.csv").read_text().count("\ncvdd,mine,") == 1
+
+
+def test_a_member_without_batchnorm_votes_by_its_cross_entropy(tmp_path: Path) -> None:
+    overrides = (*TINY, *SHORT, *WITHOUT, *VOTES, "method.r_bn=0", "label.bn_mode=running")
+    config = configure(tmp_path, *overrides)
+    assert run(config, Invocation(overrides)) is not None
+    (images,) = (found for found in Store(config.paths.store).artifacts() if found.kind == "images")
+    row = load_history(images)["slot0000_block0000"]["rows"][-1]
+    assert row["ce"]["extra"] > 0
+    assert row["bn"]["extra"] == 0
