@@ -1,0 +1,238 @@
+"""Loggers: what they were told is read back from the files that they write, without any network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TINY, configure
+
+import cvdd.chain.images
+from cvdd.config_base import ConfigError
+from cvdd.portable import portable_config
+from cvdd.runtime import Invocation, run, run_id, run_name
+from cvdd.synthesis import NonFiniteLoss
+
+SMALL = (
+    *TINY,
+    "~committee.members.shufflenetv2",
+    "recipe.epochs=1",
+    "method.iterations=2",
+    "method.log_every=1",
+    "method.grid_every=2",
+    "protocol.epochs=1",
+    "trainer.threads=1",
+)
+OFFLINE = ("logger.wandb=true", "logger.wandb_mode=offline", "logger.project=trial")
+MEMBERS = ("resnet18", "resnet50")
+
+
+@pytest.fixture(autouse=True)
+def wandb_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep everything that wandb writes, its caches and settings too, inside the test's folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
+        monkeypatch.setenv(name, str(home))
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_RUN_GROUP", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return home
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by all tests: members and images are made once."""
+    return tmp_path_factory.mktemp("loggers") / "store"
+
+
+def command(output: Path, store: Path, *overrides: str, verb: str = "evaluate", sweep: str | None = None) -> Path:
+    typed = (f"paths.store={store}", f"paths.output={output}", *overrides)
+    run(configure(output, *SMALL, *typed, verb=verb), Invocation(typed, sweep))
+    return output
+
+
+def offline_run(output: Path) -> Any:
+    pytest.importorskip("wandb")
+    from wandb_records import read_run
+
+    (path,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    # A process of wandb's own writes the file; the run's process goes on before the last flush.
+    deadline = time.monotonic() + 20
+    while (told := read_run(path)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return told
+
+
+def csv_rows(output: Path) -> list[dict[str, str]]:
+    with (output / "csv" / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path) -> None:
+    """In a store of its own, so that all stages run and are logged."""
+    pytest.importorskip("wandb")
+    output = command(tmp_path / "out", tmp_path / "store", *OFFLINE, "temperature.vote=2.5", sweep="evaluate_today")
+    told = offline_run(output)
+    assert told.exit_code == 0
+    assert told.settings["display_name"] == "evaluate temperature.vote=2.5"
+    assert told.settings["run_group"] == "evaluate_today"
+    assert told.settings["job_type"] == "evaluate"
+    assert told.settings["project"] == "trial"
+    assert told.config["temperature"]["vote"] == 2.5
+    assert told.config["committee"]["members"]["resnet50"]["backbone"]["target"] == "cvdd.backbones.resnet.resnet"
+    assert "paths" not in told.config
+    assert str(tmp_path) not in json.dumps(told.config)
+    keys = {key for row in told.history for key in row}
+    for name in MEMBERS:
+        assert {f"distill/{term}/{name}" for term in ("ce", "bn", "weight")} <= keys
+        assert f"train/{name}/train_loss" in keys
+    student = "evaluate/tiny_resnet18/seed0"
+    assert {"distill/loss", f"{student}/top1", f"{student}/train_loss", "result/cvdd/tiny_resnet18/top1"} <= keys
+    logged = [row for row in csv_rows(output) if "distill/loss" in row]
+    sent = [row for row in told.history if "distill/loss" in row]
+    assert [row["trainer/global_step"] for row in sent] == [int(row["step"]) for row in logged] == [1, 2]
+    for key in ("distill/loss", "distill/bn/resnet50", "distill/weight/resnet18"):
+        assert [row[key] for row in sent] == pytest.approx([float(row[key]) for row in logged])
+    metrics = json.loads((output / "metrics.json").read_text())
+    (final,) = (
+        row["result/cvdd/tiny_resnet18/top1"] for row in told.history if "result/cvdd/tiny_resnet18/top1" in row
+    )
+    assert final == metrics["results"][0]["top1"]
+    (image,) = (row["distill/images"] for row in told.history if "distill/images" in row)
+    path = image["filenames"][0]
+    assert any(found.read_bytes().startswith(b"\x89PNG") for found in output.glob(f"wandb/offline-run-*/files/{path}"))
+
+
+def test_wandb_knows_a_repeated_run_and_a_run_alone(tmp_path: Path, store: Path) -> None:
+    pytest.importorskip("wandb")
+    first, second, other = (
+        offline_run(command(tmp_path / name, store, *OFFLINE, *more, verb="distill"))
+        for name, more in (("a", ()), ("b", ("trainer.workers=0",)), ("c", ("logger.group=mine", "seed=1")))
+    )
+    assert first.settings["run_id"] == second.settings["run_id"]
+    assert other.settings["run_id"] != first.settings["run_id"]
+    assert (first.settings["run_group"], other.settings["run_group"]) == ("", "mine")
+    assert first.settings["display_name"] == second.settings["display_name"] == "distill"
+    assert other.settings["display_name"] == "distill seed=1"
+    assert {told.exit_code for told in (first, second, other)} == {0}
+
+
+def test_a_run_that_fails_is_marked_as_failed(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(cvdd.chain.images, "normalise", lambda pixels, mean, std: pixels.float() * float("nan"))
+        with pytest.raises(NonFiniteLoss):
+            command(output, store, *OFFLINE, "method.lr=0.2", verb="distill")
+    assert offline_run(output).exit_code == 1
+    assert (output / "csv" / "hparams.yaml").exists()
+    # The next job of a sweep has a run of its own.
+    following = offline_run(command(tmp_path / "next", store, *OFFLINE, "method.lr=0.3", verb="distill"))
+    assert following.exit_code == 0
+    assert following.settings["run_id"] != offline_run(output).settings["run_id"]
+
+
+def test_an_interrupted_run_is_marked_as_failed(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cvdd.chain.images, "_make_stack", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command(tmp_path / "out", store, *OFFLINE, "method.lr=0.15", verb="distill")
+    assert offline_run(tmp_path / "out").exit_code == 1
+
+
+def test_wandb_that_refuses_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**settings: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"No API key configured; log in with wandb login.*wandb_mode=offline"):
+        command(tmp_path / "out", tmp_path / "store", "logger.wandb=true")
+    assert not list((tmp_path / "store").glob("members/*"))
+
+
+@pytest.mark.parametrize(
+    ("package", "override"),
+    [("wandb", "logger.wandb=true"), ("tensorboard", "logger.tensorboard=true")],
+)
+def test_a_package_that_is_missing(
+    package: str, override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytorch_lightning.loggers import tensorboard, wandb
+
+    absent = {"wandb": (wandb, "_WANDB_AVAILABLE"), "tensorboard": (tensorboard, "_TENSORBOARD_AVAILABLE")}
+    module, flag = absent[package]
+    monkeypatch.setattr(module, flag, False)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    with pytest.raises(ConfigError, match=rf"{override} needs: pip install 'cvdd\[{package}\]'"):
+        command(tmp_path / "out", tmp_path / "store", override)
+
+
+# --- TensorBoard and csv ----------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_scalars_and_images(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = command(tmp_path / "out", tmp_path / "store", "logger.tensorboard=true", verb="distill")
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    rows = [row for row in csv_rows(output) if "distill/loss" in row]
+    for key in ("distill/loss", *(f"distill/{term}/{name}" for term in ("ce", "bn", "weight") for name in MEMBERS)):
+        scalars = events.Scalars(key)
+        assert [scalar.step for scalar in scalars] == [1, 2]
+        assert [scalar.value for scalar in scalars] == pytest.approx([float(row[key]) for row in rows], rel=1e-5)
+    (image,) = events.Images("distill/images")
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert image.height > 60
+
+
+def test_csv_is_always_written(tmp_path: Path, store: Path) -> None:
+    command(tmp_path / "warm", store, verb="train")
+    output = command(tmp_path / "out", store, "method.lr=0.1", verb="distill")
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["csv"]
+    assert [int(row["step"]) for row in csv_rows(output)] == [1, 2]
+    assert "wandb" not in sys.modules or sys.modules["wandb"].run is None
+
+
+# --- names and what is hidden -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ((), "train"),
+        (("ipc='10'", "seed=3"), "train ipc='10' seed=3"),
+        (("paths.store=x", "+paths.more=y", "trainer=cpu", "logger.wandb=true", "hydra/launcher=local"), "train"),
+        (("loggers=1", "~compare"), "train loggers=1 ~compare"),
+    ],
+)
+def test_names_say_what_was_chosen(typed: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    assert run_name(configure(tmp_path, verb="train"), Invocation(typed)) == name
+
+
+def test_other_machines_give_the_same_identity(tmp_path: Path) -> None:
+    data = ("dataset=cifar10", "label.batch_size=10")
+    one, two = (configure(tmp_path / name, *data) for name in ("one", "two"))
+    assert one.dataset.root != two.dataset.root
+    assert portable_config(one) == portable_config(two)
+    assert portable_config(one)["dataset"]["root"] == "<paths.data>/cifar10"
+    assert run_id(one) == run_id(two)
+    elsewhere = configure(tmp_path / "one", *data, f"dataset.root={tmp_path.parent}/raw")
+    assert portable_config(elsewhere)["dataset"]["root"] == "<elsewhere>/raw"
