@@ -53,7 +53,7 @@ def test_fewer_candidates_than_patches(chain_home: Path) -> None:
 
 
 def test_a_batch_too_small_for_its_statistics(chain_home: Path, made: Made) -> None:
-    context = tiny_context(chain_home, "ipc.label_batch=6")
+    context = tiny_context(chain_home, "label.batch_size=6")
     with pytest.raises(ConfigError, match=r"label\.batch_size=6 leaves a last batch of 2 of 20 images.*Choose one of"):
         make_labels(context, made[0].images, PRIORS)
 

@@ -206,7 +206,7 @@ def test_tensorboard_has_scalars_and_images(tmp_path: Path) -> None:
 def test_csv_is_always_written(tmp_path: Path, store: Path) -> None:
     command(tmp_path / "warm", store, verb="train")
     output = command(tmp_path / "out", store, "method.lr=0.1", verb="distill")
-    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["csv"]
+    assert not {"wandb", "tensorboard"} & {path.name for path in output.iterdir()}
     assert [int(row["step"]) for row in csv_rows(output)] == [1, 2]
     assert "wandb" not in sys.modules or sys.modules["wandb"].run is None
 

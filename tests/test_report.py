@@ -28,11 +28,19 @@ from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table
 from cvdd.validation import check
 
+OVERRIDES = (
+    "committee.size=2",
+    "method.iterations=100",
+    "method.r_bn=0.01",
+    "ipc=1",
+    "ipc.images_per_class=2",
+    "label.batch_size=6",
+)
+
 
 @pytest.fixture
 def maker(compose: Compose, tmp_path: Path) -> Maker:
-    overrides = ["committee.size=2", "method.iterations=100", "ipc=1", "ipc.images_per_class=2", "label.batch_size=6"]
-    return Maker(compose("evaluate", *overrides), Store(tmp_path / "store"))
+    return Maker(compose("evaluate", *OVERRIDES), Store(tmp_path / "store"))
 
 
 # --- the headline -----------------------------------------------------------------------------------------------------
@@ -113,8 +121,7 @@ def test_several_students_and_real_data_have_sentences(maker: Maker) -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     directory = tmp_path_factory.mktemp("page")
-    overrides = ["committee.size=2", "method.iterations=100", "ipc=1", "ipc.images_per_class=2", "label.batch_size=6"]
-    maker = Maker(check(compose_raw(directory, "evaluate", *overrides)), Store(directory / "store"))
+    maker = Maker(check(compose_raw(directory, "evaluate", *OVERRIDES)), Store(directory / "store"))
     main, real = maker.distilled("cvdd", "patches", 100), maker.distilled("random_real", "real", 0)
     results = [
         maker.result(main, [70.1, 71.2, 72.3], "one"),
