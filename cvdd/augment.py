@@ -243,9 +243,10 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels.float() / 255 - mean_t) / std_t
 
 
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Map normalised images [..., c, h, w] to uint8 pixels, rounded to the nearest."""
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float], truncate: bool = False) -> Tensor:
+    """Map normalised images [..., c, h, w] to uint8 pixels, rounded to the nearest, or down with ``truncate``."""
     shape = (-1, 1, 1)
     mean_t = torch.tensor(mean, device=images.device).view(shape)
     std_t = torch.tensor(std, device=images.device).view(shape)
-    return ((images * std_t + mean_t).clamp(0, 1) * 255).round().to(torch.uint8)
+    scaled = (images * std_t + mean_t).clamp(0, 1) * 255
+    return (scaled if truncate else scaled.round()).to(torch.uint8)

@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
+from torchvision.io import write_png
 
 from cvdd.artifact import Store
 from cvdd.data import Data, load_data
@@ -69,6 +70,12 @@ class Context:
 
         for logger in self.loggers:
             log_image(logger, f"{self.label}/{key}" if self.label else key, images, step)
+
+    def save_picture(self, name: str, image: torch.Tensor) -> None:
+        """Write an image [3, h, w] uint8 into the run's directory, over its predecessor, to be watched meanwhile."""
+        folder = self.config.paths.output / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(image, str(folder / f"{self.label + ' ' if self.label else ''}{name}.png"))
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:

@@ -111,9 +111,3 @@ def _quiet_libraries() -> None:
         ".*isinstance.treespec.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def write_outputs(output: Path, files: dict[str, Any]) -> None:
-    """Write text files into the run's directory."""
-    for name, text in files.items():
-        (output / name).write_text(text)

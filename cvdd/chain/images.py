@@ -198,7 +198,7 @@ def _make_stack(
         images, rows = module.images.detach().cpu(), module.rows
     else:
         advance(1)
-    pixels = denormalise(images, data.mean, data.std)
+    pixels = denormalise(images, data.mean, data.std, truncate=method.jpeg_round_trip)
     if method.jpeg_round_trip:
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
     for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):
@@ -236,7 +236,9 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
             f"{name} weight {shares[name]:.2f} CE {ce:.3g} BN {bn:.3g}" for name, (ce, bn) in terms.items()
         )
         log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, by_member)
-        context.log_images("distill/images", image_grid(denormalise(images[0], data.mean, data.std)), step)
+        grid = image_grid(denormalise(images[0], data.mean, data.std))
+        context.log_images("distill/images", grid, step)
+        context.save_picture(f"stack{stack.index:05d}", grid)
 
 
 def _save_unit(folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[LogRow], weights: dict[str, float]) -> None:

@@ -13,9 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cvdd.config_base import ConfigError
+
 # Past this many files the sizes are left out of the digest: on a network file system one `stat` per file of
 # ImageNet-1K takes minutes, and its names are those of a published, fixed collection.
 _MOST_FILES_MEASURED = 200_000
+
+
+class DamagedImage(ConfigError):
+    """An image file cannot be used; the message names it and says what to do."""
 
 
 @runtime_checkable
@@ -198,12 +204,12 @@ def decode(path: Path) -> Tensor:
             mode = opened.mode
             pixels = numpy.array(opened.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise DamagedImage(
             f"image file {path} is truncated, corrupt or unreadable ({error}): "
             "delete it or replace it by an intact copy"
         ) from error
     if mode == "F" or mode.startswith("I"):
-        raise ValueError(
+        raise DamagedImage(
             f"image file {path} has more than 8 bits per channel (mode {mode}), which would be clipped: "
             "delete it or replace it by an 8-bit copy"
         )
