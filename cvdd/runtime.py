@@ -6,8 +6,6 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
