@@ -148,6 +148,7 @@ class MethodConfig(StrictConfig):
     """How synthetic images are made."""
 
     name: str = Field(description="name of the method, shown in results")
+    seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
     init: Literal["patches", "real", "noise"] = Field(description="initial images")
     iterations: int = Field(ge=0, description="optimiser steps per unit; 0 keeps the initial images")
     lr: float = Field(0.25, gt=0, description="initial learning rate of Adam, cosine to 0")
@@ -226,6 +227,9 @@ class ProtocolConfig(StrictConfig):
     temperature: float = Field(20.0, gt=0, description="of both softmaxes in the divergence; must be greater than 0")
     accumulation: Positive = Field(2, description="parts of a batch that are forwarded separately")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student for each seed")
+    images: Literal["once", "per_seed"] = Field(
+        "once", description="per_seed: each seed has its own distilled images too (method.seed), and its own baselines"
+    )
     eval_every: Positive = Field(10, description="epochs between measurements; the last is always measured")
     eval_batch: Positive = Field(256, description="images per forward pass when measuring")
     full_data: bool = Field(False, description="also train each student on all real data with the members' recipe")

@@ -197,3 +197,14 @@ def test_given_priors_decide_the_vote(chain_home: Path) -> None:
     weights = [history["weights"] for history in load_history(distil(context, "row").images).values()]
     assert [list(unit) for unit in weights] == [["resnet50", "shufflenetv2"]] * 2
     assert weights[0]["resnet50"] == pytest.approx(1 / (1 + torch.tensor(-2.0).exp().item()), rel=1e-5)
+
+
+def test_each_seed_can_have_images_of_its_own(made: tuple[Distilled, Result], chain_home: Path) -> None:
+    context = tiny_context(chain_home, "protocol.images=per_seed", "protocol.seeds=[0,1]")
+    _, results = compare(context)
+    students = results[0].students
+    digests = [
+        parent["digest"] for student in students for parent in student.manifest["parents"] if parent["kind"] == "images"
+    ]
+    assert digests[0] == made[0].images.digest
+    assert digests[0] != digests[1]

@@ -117,16 +117,27 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     # All rows share the priors of the configuration itself: a comparison is of images under equal labels, and a
     # prior measured with another row's initial images would change the weights of the teachers.
     priors = find_priors(context)
-    distilled = [distil(row_context, row, priors) for row, row_context in rows_of(context)]
-    results = []
-    for made in distilled:
-        protocol = made.context.config.protocol
+    distilled, results = [], []
+    for row, row_context in rows_of(context):
+        sets = _sets(row_context, row, priors)
+        first = next(iter(sets.values()))
+        distilled.append(first)
+        protocol = row_context.config.protocol
         for name, backbone in context.config.students.items():
-            students = [make_student(made.context, made.labels, name, backbone, seed) for seed in protocol.seeds]
-            results.append(
-                Result(made.row, name, protocol.name, tuple(protocol.seeds), tuple(students), made.images, made.labels)
-            )
+            students = [make_student(made.context, made.labels, name, backbone, seed) for seed, made in sets.items()]
+            results.append(Result(row, name, protocol.name, tuple(sets), tuple(students), first.images, first.labels))
     return distilled, [*results, *_full_data(context)]
+
+
+def _sets(context: Context, row: str, priors: Priors) -> dict[int, Distilled]:
+    """The distilled set of each seed of the protocol: the same for all, or one of its own for each."""
+    protocol = context.config.protocol
+    if protocol.images == "once":
+        made = distil(context, row, priors)
+        return dict.fromkeys(protocol.seeds, made)
+    return {
+        seed: distil(context.differing({"method.seed": seed}, context.label), row, priors) for seed in protocol.seeds
+    }
 
 
 def _full_data(context: Context) -> Sequence[Result]:

@@ -59,7 +59,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         "classes": list(data.classes),
         "ipc": ipc,
         "method": method.model_dump(mode="json", exclude=set(ignored)),
-        "seed": config.seed,
+        "seed": method.seed,
     }
     if method.iterations:
         # Members are known by their artefacts, the parents, in this order; their names are for people.
@@ -87,7 +87,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     return context.store.make("images", name, identity, parents, build)
 
 
-IGNORED = frozenset({"name", "log_every", "grid_every", "checkpoint_every"})
+IGNORED = frozenset({"name", "seed", "log_every", "grid_every", "checkpoint_every"})
 """Fields of the method that change nothing in the images."""
 
 OPTIMISATION = frozenset(
@@ -132,7 +132,7 @@ def plan_draws(config: RunConfig, priors: Mapping[str, float]) -> list[Draw]:
     names = list(committee.members)
     alphas = [priors.get(name, 0.0) for name in names]
     fixed = [[names.index(name) for name in group] for group in committee.fixed]
-    seed = derive_seed(config.seed, "distill")
+    seed = derive_seed(config.method.seed, "distill")
     return [
         draw_members(committee.draw, committee.size, slot, alphas, seed, fixed)
         for slot in range(config.ipc.images_per_class)
@@ -143,7 +143,7 @@ def _votes(context: Context, priors: Mapping[str, float]) -> list[Vote]:
     config = context.config
     committee = config.committee
     alphas = [priors.get(name, 0.0) for name in committee.members]
-    seed = derive_seed(config.seed, "distill")
+    seed = derive_seed(config.method.seed, "distill")
     votes = []
     for slot, draw in enumerate(plan_draws(config, priors)):
         chosen = [alphas[index] for index in draw]
@@ -187,7 +187,7 @@ def _make_stack(
         module = DistillModule(
             images,
             torch.stack([torch.arange(unit.start, unit.stop) for unit in stack.units]),
-            [unit_views(unit, method, data.image_size, config.seed) for unit in stack.units],
+            [unit_views(unit, method, data.image_size, method.seed) for unit in stack.units],
             voters,
             weights,
             method,
@@ -211,7 +211,7 @@ def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
     data = context.data()
     if start is None:
         shape = (unit.stop - unit.start, 3, data.image_size, data.image_size)
-        return torch.randn(shape, generator=generator(context.config.seed, "noise", unit.slot, unit.block))
+        return torch.randn(shape, generator=generator(context.config.method.seed, "noise", unit.slot, unit.block))
     return normalise(start[unit.start : unit.stop, unit.slot], data.mean, data.std)
 
 

@@ -24,7 +24,7 @@ def make_initial_patches(context: Context) -> Artifact:
     """Return the patches of all classes, cut from the training images and scored by the observer."""
     config, data = context.config, context.data()
     observer = make_member(context, config.patches.observer)
-    seed = derive_seed(config.seed, "patches")
+    seed = derive_seed(config.method.seed, "patches")
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
@@ -68,7 +68,7 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     for label, name in enumerate(data.classes):
         members = (data.train.labels == label).nonzero()[:, 0]
         require_real_images(name, len(members), ipc)
-        order = torch.randperm(len(members), generator=generator(config.seed, "real", label))
+        order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
         chosen.append(members[order[:ipc]])
     indices = torch.cat(chosen)
     pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)

@@ -45,7 +45,7 @@ def make_student(
     identity = {
         "data": data.identity,
         "labels": labels.identity,
-        "protocol": protocol.model_dump(mode="json", exclude={"name", "seeds", "full_data", "eval_batch"}),
+        "protocol": protocol.model_dump(mode="json", exclude={"name", "seeds", "images", "full_data", "eval_batch"}),
         "backbone": backbone.model_dump(mode="json"),
         "seed": seed,
         "measured_on": part,
