@@ -19,9 +19,8 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# One thread: networks this small spend more time on sharing work between two than they save.
 demo: $(STAMP) ## run the whole chain on the embedded data set
-	$(BIN)/python evaluate.py trainer.threads=1
+	$(BIN)/python evaluate.py experiment=demo
 
 test: $(STAMP) ## run the tests with coverage
 	$(BIN)/python -m pytest $(COVERAGE)
