@@ -115,7 +115,7 @@ def label_config(**changes: Any) -> LabelConfig:
 
 def method_config(**changes: Any) -> MethodConfig:
     """A method of five iterations."""
-    fields = {"name": "test", "init": "noise", "iterations": 5, "jitter": 2, "classes_per_unit": 4}
+    fields = {"name": "test", "seed": 0, "init": "noise", "iterations": 5, "jitter": 2, "classes_per_unit": 4}
     return MethodConfig.model_validate({**fields, **changes})
 
 
