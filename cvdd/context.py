@@ -60,16 +60,18 @@ class Context:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send a row to all loggers."""
-        prefix = f"{self.label}/" if self.label else ""
         for logger in self.loggers:
-            logger.log_metrics({prefix + key: value for key, value in values.items()}, step=step)
+            logger.log_metrics({self._key(key): value for key, value in values.items()}, step=step)
 
     def log_images(self, key: str, images: torch.Tensor, step: int) -> None:
         """Send an image [3, h, w] uint8 to the loggers that take images."""
         from cvdd.loggers import log_image
 
         for logger in self.loggers:
-            log_image(logger, f"{self.label}/{key}" if self.label else key, images, step)
+            log_image(logger, self._key(key), images, step)
+
+    def _key(self, key: str) -> str:
+        return f"{self.label}/{key}" if self.label else key
 
     def save_picture(self, name: str, image: torch.Tensor) -> None:
         """Write an image [3, h, w] uint8 into the run's directory, over its predecessor, to be watched meanwhile."""

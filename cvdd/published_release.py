@@ -8,8 +8,6 @@ seed. The records are pickles; they are read without running any code in them.
 from __future__ import annotations
 
 import _codecs
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from cvdd.augment import Mix, Views
 from cvdd.config_base import ConfigError
 from cvdd.data import decode
 from cvdd.replay import Replay, batch_bounds, join
+from cvdd.unpickling import load_without_code
 
 PUBLISHED_SEED = 42
 """Seed of the order of the samples in every published script."""
@@ -70,7 +69,7 @@ def read_record(path: Path, size: int) -> tuple[Views, Mix, Tensor]:
     Raises:
         ConfigError: the file is missing or damaged, holds anything but numbers, or is not such a record.
     """
-    content = _load(path)
+    content = load_without_code(path, ", or holds other things than numbers, which are refused", _SCALARS)
     if not isinstance(content, list) or len(content) != 6:
         raise ConfigError(f"{path}: not a label record, which is a list of six entries")
     boxes, flips, permutation, _, region, logits = content
@@ -101,27 +100,6 @@ def _check(path: Path, boxes: Any, flips: Any, permutation: Any, region: Any, lo
         raise ConfigError(f"{path}: its permutation is not one of {n} samples")
     if not bool(logits.isfinite().all()):
         raise ConfigError(f"{path}: its logits are not finite")
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file")
-    try:
-        if zipfile.is_zipfile(path):
-            # torch does not verify the checksums of the members; a flipped bit would load silently.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ConfigError(f"{path}: damaged, the checksum of {damaged} is wrong; fetch the file again")
-        with torch.serialization.safe_globals(_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"{path}: damaged, truncated, or holds other things than numbers, which are refused; fetch the file again "
-            f"({str(error).splitlines()[0]})"
-        ) from error
 
 
 def published_order(count: int, epochs: int, seed: int = PUBLISHED_SEED) -> list[Tensor]:

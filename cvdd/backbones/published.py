@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from cvdd.backbones.heads import find_head
 from cvdd.config_base import ConfigError
+from cvdd.unpickling import load_without_code
 
 PUBLISHED_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -69,7 +68,7 @@ def load_published(path: str | Path, network: nn.Module) -> PublishedReport:
             another architecture; the message names the file and the first tensor that does not fit.
     """
     path = Path(path)
-    stored = _state_dict(_read(path), path)
+    stored = _state_dict(load_without_code(path, " or not a plain state dict"), path)
     expected = network.state_dict()
     _check_classes(path, stored, network)
     if _without_counters(stored).keys() == _without_counters(expected).keys():
@@ -85,26 +84,6 @@ def load_published(path: str | Path, network: nn.Module) -> PublishedReport:
     network.load_state_dict({**{name: stored[stored_name] for name, stored_name in names.items()}, **counters})
     head = find_head(network)
     return PublishedReport(path, mapping, len(names), head[1].out_features if head else 0)
-
-
-def _read(path: Path) -> Any:
-    """Unpickle ``path`` without running any code in it, after checking the archive's checksums."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file")
-    try:
-        if zipfile.is_zipfile(path):
-            # torch does not verify the checksums of the members; a flipped bit would load silently.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ConfigError(f"{path}: damaged, the checksum of {damaged} is wrong; fetch the file again")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"{path}: damaged, truncated or not a plain state dict; fetch the file again ({error})"
-        ) from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
