@@ -1,0 +1,35 @@
+"""What a configuration may contain: types, one line of help for each field, and the checks across fields.
+
+Hydra composes; this package decides whether the result can run. Nothing else in the project reads a raw config.
+"""
+
+from cvdd.schema.committee import CommitteeConfig, MemberConfig, PriorConfig, TemperatureConfig
+from cvdd.schema.label import LabelConfig
+from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig, StatisticsConfig
+from cvdd.schema.protocol import ProtocolConfig
+from cvdd.schema.recipe import RecipeConfig
+from cvdd.schema.run import RunConfig, needs_priors, teachers_of, with_overrides
+from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
+from cvdd.schema.types import Verb
+
+__all__ = [
+    "CommitteeConfig",
+    "IpcConfig",
+    "LabelConfig",
+    "LoggerConfig",
+    "MemberConfig",
+    "MethodConfig",
+    "PatchesConfig",
+    "PathsConfig",
+    "PriorConfig",
+    "ProtocolConfig",
+    "RecipeConfig",
+    "RunConfig",
+    "StatisticsConfig",
+    "TemperatureConfig",
+    "TrainerConfig",
+    "Verb",
+    "needs_priors",
+    "teachers_of",
+    "with_overrides",
+]

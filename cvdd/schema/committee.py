@@ -1,0 +1,81 @@
+"""Who votes, with what prior performance and at what temperature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cvdd.backbones.config import BackboneConfig
+from cvdd.config_base import StrictConfig
+from cvdd.schema.types import Numbers, Positive
+
+
+class MemberConfig(StrictConfig):
+    """One member of the committee."""
+
+    backbone: BackboneConfig = Field(description="the network")
+    checkpoint: Path | None = Field(None, description="a checkpoint of the published CV-DD release instead of training")
+    bn_scale: float = Field(1.0, ge=0, description="factor on this member's BatchNorm term")
+
+
+class CommitteeConfig(StrictConfig):
+    """Who votes on a slot, and how."""
+
+    name: str = Field(description="name of the committee, shown in results")
+    members: dict[str, MemberConfig] = Field(description="the members by name, in order")
+    size: Positive = Field(description="N, the number of members that vote on a slot")
+    draw: Literal["in_turn", "random", "best", "fixed"] = Field(
+        description="in_turn (all subsets, slot after slot), random per slot, best (highest priors), or the list fixed"
+    )
+    fixed: list[list[str]] = Field([], description="for draw=fixed: lists of member names, used in turn by the slots")
+    voter: Literal["prior", "equal", "random"] = Field(description="prior (softmax of priors / T), equal, or random")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = list(self.members)
+        if not names:
+            raise ValueError("committee.members is empty: choose a committee with committee=NAME")
+        if self.size > len(names):
+            raise ValueError(
+                f"committee.size={self.size} is larger than the committee ({len(names)}: {', '.join(names)}); "
+                f"choose 1 to {len(names)}"
+            )
+        if (self.draw == "fixed") != bool(self.fixed):
+            raise ValueError("committee.fixed is a list of lists of members exactly when committee.draw=fixed")
+        for group in self.fixed:
+            for name in group:
+                if name not in self.members:
+                    raise ValueError(f"committee.fixed names {name}; the members are {', '.join(names)}")
+            if len(group) != self.size or len(set(group)) != len(group):
+                raise ValueError(f"committee.fixed: {group} does not have committee.size={self.size} different members")
+        return self
+
+
+class PriorConfig(StrictConfig):
+    """Where each member's prior performance comes from (specification of CV-DD, section 3)."""
+
+    source: Literal["measured", "given"] = Field(description="measure by distilling with one member alone, or given")
+    values: Numbers = Field({}, description="given priors in percent, by member name")
+    observer: str = Field(description="member that labels for the measurement and whose network is its student")
+    images_per_class: Positive = Field(10, description="IPC of the measurement")
+    iterations: int = Field(4000, ge=0, description="recover iterations of the measurement")
+    epochs: Positive = Field(300, description="label and student epochs of the measurement")
+    seeds: Positive = Field(1, description="students of the measurement; their mean counts")
+    measured_on: Literal["train", "test"] = Field(
+        "train", description="real images on which the measurement's student is tested; the paper takes test"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.source == "given") != bool(self.values):
+            raise ValueError("prior.values holds a number for each member exactly when prior.source=given")
+        return self
+
+
+class TemperatureConfig(StrictConfig):
+    """Softmax temperatures of the prior-weighted averages."""
+
+    vote: float = Field(gt=0, description="T of the vote on images; must be greater than 0")
+    label: float = Field(gt=0, description="T of the average of several label teachers; must be greater than 0")

@@ -1,0 +1,167 @@
+"""How synthetic images are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cvdd.config_base import StrictConfig
+from cvdd.schema.types import Pair, Positive, Range, Share
+
+
+class IpcConfig(StrictConfig):
+    """Images per class, and what the paper ties to it."""
+
+    images_per_class: Positive = Field(description="IPC: synthetic images per class")
+    draw: Literal["in_turn", "random", "best", "fixed"] = Field(description="how the paper draws members at this IPC")
+    label_batch: Positive = Field(description="images per label batch and per student step")
+
+
+class PatchesConfig(StrictConfig):
+    """Initial images cut from real data (specification of RDED, section 2)."""
+
+    observer: str = Field(description="member that scores the crops")
+    factor: Literal[1, 2] = Field(1, description="1: a patch is an image; 2: four patches are stitched")
+    crops: Positive = Field(5, description="random crops of each candidate image")
+    candidates: Positive = Field(300, description="real images inspected per class (all, if fewer)")
+    crop_scale: Range = Field((0.08, 1.0), description="area range of a crop")
+    difficulty: Literal["easy", "medium", "hard"] = Field("medium", description="which losses are taken")
+    images_per_class: Positive = Field(description="images made per class; slot k starts from image k")
+
+
+class StatisticsConfig(StrictConfig):
+    """What the members' statistics of the images are matched to (specifications of G-VBSM, EDC and LPLD)."""
+
+    layers: Literal["bn", "bn_and_conv"] = Field(
+        "bn", description="inputs of BatchNorm layers, or of convolutions too (channel and patch statistics)"
+    )
+    class_share: float = Field(0.0, ge=0, le=1, description="weight of the classes' own targets; the rest is global")
+    class_statistics: Literal["images", "total", "moving"] = Field(
+        "images",
+        description="of a class: mean over its images of each one's own mean and variance (EDC), mean and variance of "
+        "all of them together, or a moving average over batches (LPLD)",
+    )
+    patch: Positive = Field(4, description="side of the patches of bn_and_conv, in cells of the feature map")
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="moving average of the images' statistics over iterations; null for none"
+    )
+    start: Literal["first", "zero"] = Field(
+        "first", description="the moving average starts from the first iteration's statistics, or from 0 as released"
+    )
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="probability that a convolution is left out of an iteration")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.drop_rate and self.layers == "bn":
+            raise ValueError(
+                "method.statistics.drop_rate leaves out convolutions; set method.statistics.layers=bn_and_conv"
+            )
+        return self
+
+    @property
+    def recorded(self) -> bool:
+        """Whether targets are needed that the networks themselves do not hold."""
+        return self.layers == "bn_and_conv" or self.class_share > 0
+
+
+class MethodConfig(StrictConfig):
+    """How synthetic images are made."""
+
+    name: str = Field(description="name of the method, shown in results")
+    seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
+    init: Literal["patches", "real", "noise", "all"] = Field(
+        description="initial images; all takes every real image, whatever ipc says, and optimises nothing"
+    )
+    composer: Literal["slots", "classes"] = Field(
+        "slots",
+        description="images that are optimised together: one of each of classes_per_unit classes, or all of a few "
+        "classes",
+    )
+    classes_per_unit: Positive = Field(description="classes that are optimised together")
+    slots_per_unit: Positive | None = Field(
+        None, description="for composer=classes: images of a class that are optimised together; null is all"
+    )
+    units_per_stack: Positive = Field(10, description="units with the same draw that share a forward pass")
+    voters: Literal["drawn", "all"] | list[str] = Field(
+        "drawn", description="drawn (committee.size members, as committee.draw says), all, or a list of members"
+    )
+    turns: Literal["all", "in_turn", "sampled"] = Field(
+        "all", description="who judges an iteration: all voters by weight, one in turn, or one drawn by its weight"
+    )
+    iterations: int = Field(ge=0, description="optimiser steps per unit; 0 keeps the initial images")
+    lr: float = Field(0.25, gt=0, description="initial learning rate of Adam, cosine to 0")
+    betas: Pair = Field((0.5, 0.9), description="of Adam")
+    eps: float = Field(1e-8, gt=0, description="of Adam")
+    stages: Positive = Field(1, description="equal parts of the iterations, each with a fresh Adam")
+    sizes: list[Positive] | None = Field(None, description="side of the images in each stage; null is the data set's")
+    residual: Share = Field(1.0, description="share of the images kept after a stage; the rest is blended in anew")
+    ce: float = Field(1.0, ge=0, description="weight of each member's cross-entropy")
+    r_bn: float = Field(0.01, ge=0, description="weight of each member's statistics term")
+    first_bn_multiplier: float = Field(10.0, ge=0, description="extra weight of the first layer that is matched")
+    statistics_of: Literal["unit", "stack"] = Field(
+        "unit", description="match statistics of each unit, as published, or of the whole stack"
+    )
+    statistics: StatisticsConfig = Field(default_factory=StatisticsConfig)
+    density: float = Field(0.0, ge=0, description="weight of G-VBSM's data densification")
+    density_scale: Literal["none", "dimension", "cosine"] = Field(
+        "none", description="of the Gram matrix: none as released, divided by its dimension, or of unit vectors"
+    )
+    crop_scale: Range | None = Field((0.08, 1.0), description="area range of the unit's crop; null for none")
+    crop_schedule: Literal["constant", "step", "linear", "cosine"] = Field(
+        "constant", description="how the lowest area goes from 1 down to crop_scale (CDA)"
+    )
+    crop_milestone: Share = Field(1.0, description="share of the iterations after which it has arrived")
+    pad: int = Field(0, ge=0, description="shift by up to so many pixels after padding with black; for crop_scale=null")
+    flip: bool = Field(True, description="random horizontal flip of the unit")
+    jitter: int = Field(ge=0, description="circular shift of the unit, 0..jitter pixels on both axes")
+    jitter_both_ways: bool = Field(False, description="-jitter..jitter pixels instead")
+    checkpoint_every: Positive = Field(500, description="iterations between checkpoints inside a stack")
+    log_every: Positive = Field(25, description="iterations between log rows")
+    grid_every: Positive = Field(500, description="iterations between logged image grids")
+    jpeg_round_trip: bool = Field(False, description="store what the release's JPEG quality 75 would have kept")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problem = next(self._problems(), None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if self.iterations == 0 and self.init == "noise":
+            yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
+        if self.iterations and self.init == "all":
+            yield "method.init=all keeps every real image as it is; set method.iterations=0"
+        if self.iterations and self.ce == 0 and self.r_bn == 0:
+            yield "method.ce=0 and method.r_bn=0 leave nothing to optimise"
+        for name in ("log_every", "grid_every"):
+            if self.checkpoint_every % getattr(self, name) and getattr(self, name) < self.checkpoint_every:
+                yield f"method.{name} must divide method.checkpoint_every={self.checkpoint_every}"
+        if self.voters == []:
+            yield "method.voters is empty: name members, or choose drawn or all"
+        if self.slots_per_unit and self.composer == "slots":
+            yield "method.slots_per_unit is of method.composer=classes; with composer=slots a unit has one slot"
+        if self.iterations % self.stages:
+            yield f"method.stages={self.stages} must divide method.iterations={self.iterations}"
+        if self.sizes is not None and len(self.sizes) != self.stages:
+            yield f"method.sizes={self.sizes} needs one side for each of method.stages={self.stages}"
+        if self.residual < 1 and self.stages == 1:
+            yield "method.residual blends after a stage that is not the last; set method.stages to at least 2"
+        if self.residual < 1 and self.init == "noise":
+            yield "method.residual blends in the initial real images, and method.init=noise has none; set residual=1"
+        if self.crop_schedule != "constant" and self.crop_scale is None:
+            yield "method.crop_schedule needs method.crop_scale"
+        if self.crop_milestone < 1 and self.crop_schedule == "constant":
+            yield "method.crop_milestone is of a crop_schedule; choose step, linear or cosine"
+        if self.pad and self.crop_scale is not None:
+            yield "method.pad shifts whole images; set method.crop_scale=null"
+        if self.jitter_both_ways and not self.jitter:
+            yield "method.jitter_both_ways=true needs method.jitter"
+        if self.density and self.composer == "slots":
+            yield "method.density needs several images of a class in a unit; set method.composer=classes"
+        if self.density_scale != "none" and not self.density:
+            yield "method.density_scale is of method.density, which is 0"
+        if not self.r_bn and self.statistics != StatisticsConfig():
+            yield "method.statistics is of method.r_bn, which is 0"

@@ -1,0 +1,32 @@
+"""Training of committee members."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cvdd.config_base import StrictConfig
+from cvdd.schema.types import Positive, Range
+
+
+class RecipeConfig(StrictConfig):
+    """How a committee member is trained on the real data."""
+
+    name: str = Field(description="name of the recipe, shown in manifests")
+    epochs: Positive = Field(description="passes over the training data")
+    batch_size: Positive = Field(description="images per step")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(description="adam couples weight decay, adamw does not")
+    lr: float = Field(gt=0, description="highest learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="of sgd")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimiser, on all parameters")
+    schedule: Literal["cosine", "onecycle", "constant"] = Field(
+        "cosine", description="cosine steps per epoch, onecycle per step"
+    )
+    cosine_period: Positive | None = Field(None, description="epochs until the cosine reaches 0; null is all epochs")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    crop: Literal["none", "pad", "resized"] = Field("pad", description="random shift after padding, or resized crop")
+    pad: int = Field(4, ge=0, description="pixels of padding for crop=pad")
+    crop_scale: Range = Field((0.08, 1.0), description="area range for crop=resized")
+    flip: bool = Field(True, description="random horizontal flip")

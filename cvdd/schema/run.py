@@ -1,0 +1,104 @@
+"""The whole configuration and the checks across its parts."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from cvdd.backbones.config import BackboneConfig
+from cvdd.config_base import ConfigError, StrictConfig
+from cvdd.data.config import DatasetConfig
+from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
+from cvdd.schema.label import LabelConfig
+from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig
+from cvdd.schema.protocol import ProtocolConfig
+from cvdd.schema.recipe import RecipeConfig
+from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
+from cvdd.schema.types import Verb
+
+
+class RunConfig(StrictConfig):
+    """The whole configuration; the same for all four verbs."""
+
+    verb: Verb = Field(description="what the command makes; set by the script")
+    seed: int = Field(ge=0, description="of everything but the students, which have protocol.seeds")
+    dataset: DatasetConfig
+    recipe: RecipeConfig
+    committee: CommitteeConfig
+    prior: PriorConfig
+    ipc: IpcConfig
+    temperature: TemperatureConfig
+    patches: PatchesConfig
+    method: MethodConfig
+    label: LabelConfig
+    protocol: ProtocolConfig
+    students: dict[str, BackboneConfig] = Field(min_length=1, description="networks to train on the distilled set")
+    compare: dict[str, dict[str, Any]] = Field(
+        {}, description="more rows of the table: name -> the overrides in which the row differs from this config"
+    )
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    paths: PathsConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = list(self.committee.members)
+        for field, name in [("patches.observer", self.patches.observer), ("prior.observer", self.prior.observer)]:
+            if name not in names:
+                raise ValueError(f"{field}={name} is not a member of the committee; choose from {', '.join(names)}")
+        if self.label.teachers != "committee":
+            for name in self.label.teachers:
+                if name not in names:
+                    raise ValueError(f"label.teachers names {name}; the members are {', '.join(names)}, or committee")
+        if self.prior.source == "given":
+            missing = [name for name in names if name not in self.prior.values]
+            if missing and needs_priors(self):
+                raise ValueError(
+                    f"prior.values has no number for {', '.join(missing)}; add +prior.values.{missing[0]}=PERCENT, or "
+                    "use prior=measured"
+                )
+        if self.protocol.epochs > self.label.epochs:
+            raise ValueError(
+                f"protocol.epochs={self.protocol.epochs} needs labels of as many epochs, and label.epochs is "
+                f"{self.label.epochs}; set label.epochs={self.protocol.epochs} or protocol.epochs={self.label.epochs}"
+            )
+        if self.method.init == "patches" and self.patches.images_per_class < self.ipc.images_per_class:
+            raise ValueError(
+                f"patches.images_per_class={self.patches.images_per_class} is less than "
+                f"ipc.images_per_class={self.ipc.images_per_class}; set it to at least as many"
+            )
+        return self
+
+
+def teachers_of(config: RunConfig) -> list[str]:
+    """Names of the members that label, in committee order."""
+    if config.label.teachers == "committee":
+        return list(config.committee.members)
+    return [name for name in config.committee.members if name in config.label.teachers]
+
+
+def needs_priors(config: RunConfig) -> bool:
+    """Whether anything in this configuration depends on the members' prior performance."""
+    voting = config.method.iterations > 0 and (
+        config.committee.draw == "best" or (config.committee.voter == "prior" and config.committee.size > 1)
+    )
+    return voting or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
+
+
+def with_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """Return a copy of a configuration with dotted keys replaced, checked like a new one.
+
+    Raises:
+        ConfigError: a key does not exist or the result cannot run.
+    """
+    tree = config.model_dump()
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        node: Any = tree
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ConfigError(f"{key}: there is no such field in the configuration")
+        node[last] = value
+    return RunConfig.model_validate(tree)

@@ -1,0 +1,40 @@
+"""Where things run and where results go; never part of what an artefact is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from cvdd.config_base import StrictConfig
+from cvdd.schema.types import Positive
+
+
+class TrainerConfig(StrictConfig):
+    """Where and in what precision things run; never part of an artefact's identity on the CPU in fp32."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(description="where to run")
+    devices: Positive = Field(1, description="processes")
+    threads: Positive | None = Field(None, description="CPU threads; null leaves PyTorch's choice")
+    workers: int = Field(2, ge=0, description="loader processes for data that does not fit memory")
+    progress: Literal["auto", "bar", "lines", "none"] = Field("auto", description="bar in a terminal, lines elsewhere")
+
+
+class LoggerConfig(StrictConfig):
+    """Besides csv, which is always on."""
+
+    wandb: bool = Field(False, description="Weights & Biases")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="offline runs are sent later by wandb sync")
+    project: str = Field("cvdd", description="wandb project")
+    entity: str | None = Field(None, description="wandb entity; null is your default")
+    group: str | None = Field(None, description="wandb group; null is the sweep's directory, if any")
+    tensorboard: bool = Field(False, description="TensorBoard event files")
+
+
+class PathsConfig(StrictConfig):
+    """Directories; never part of an artefact's identity."""
+
+    data: Path = Field(description="raw data sets")
+    store: Path = Field(description="artefacts")
+    output: Path = Field(description="this run's table, metrics, page and logs")

@@ -1,0 +1,25 @@
+"""Kinds of values that several parts of the configuration share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Verb = Literal["train", "distill", "relabel", "evaluate"]
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _none_is_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Range = Annotated[tuple[Share, Share], BeforeValidator(_pair)]
+Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+# In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
+Numbers = Annotated[dict[str, float], BeforeValidator(_none_is_empty)]
