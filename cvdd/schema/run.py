@@ -10,6 +10,7 @@ from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import ConfigError, StrictConfig
 from cvdd.data.config import DatasetConfig
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
+from cvdd.schema.expected import ExpectedConfig
 from cvdd.schema.label import LabelConfig
 from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig
 from cvdd.schema.protocol import ProtocolConfig
@@ -37,6 +38,7 @@ class RunConfig(StrictConfig):
     compare: dict[str, dict[str, Any]] = Field(
         {}, description="more rows of the table: name -> the overrides in which the row differs from this config"
     )
+    expected: ExpectedConfig | None = None
     trainer: TrainerConfig
     logger: LoggerConfig
     paths: PathsConfig
@@ -58,6 +60,11 @@ class RunConfig(StrictConfig):
                     f"prior.values has no number for {', '.join(missing)}; add +prior.values.{missing[0]}=PERCENT, or "
                     "use prior=measured"
                 )
+        if self.expected is not None and self.expected.student not in self.students:
+            raise ValueError(
+                f"expected.student={self.expected.student} is not among the students ({', '.join(self.students)}); "
+                "choose one of them, or leave the published number out with expected=null"
+            )
         if self.protocol.epochs > self.label.epochs:
             raise ValueError(
                 f"protocol.epochs={self.protocol.epochs} needs labels of as many epochs, and label.epochs is "
