@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cvdd.backbones import batchnorm_layers
 from cvdd.config_base import ConfigError
+from cvdd.layer_statistics import InputWatch, Moments, channel_moments
 
 FIRST_LAYER_MULTIPLIER = 10.0
 """Weight of the first BatchNorm layer in the matching term; the others have 1 (specification, section 2.2)."""
 
 
-class BatchStatistics:
+class BatchStatistics(InputWatch[Moments]):
     """Collects mean and biased variance of the input of every BatchNorm layer during one forward pass.
 
     Use as a context manager around the forward pass. Statistics are taken per group of consecutive samples, so that
-    several units can share one pass. Some networks run their layers in another order than they register them; layers
-    and statistics are listed in the order of registration.
+    several units can share one pass. Layers and statistics are listed in the order of registration.
 
     Args:
         network: the network to watch.
@@ -30,43 +28,23 @@ class BatchStatistics:
     """
 
     def __init__(self, network: nn.Module, groups: int) -> None:
-        self.groups = groups
-        self._watched = [layer for _, layer in batchnorm_layers(network)]
-        self._collected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._handles: list[RemovableHandle] = []
+        self._batchnorm = dict(batchnorm_layers(network))
+        super().__init__(self._batchnorm, lambda name, inputs: channel_moments(inputs, groups))
 
     @property
     def layers(self) -> list[nn.BatchNorm2d]:
         """The layers that the forward pass went through."""
-        return [layer for layer in self._watched if layer in self._collected]
+        return [self._batchnorm[name] for name in self.measured]
 
     @property
     def means(self) -> list[Tensor]:
         """Per layer [groups, channels]."""
-        return [self._collected[layer][0] for layer in self.layers]
+        return [moments.mean for moments in self.measured.values()]
 
     @property
     def variances(self) -> list[Tensor]:
         """Per layer [groups, channels], biased."""
-        return [self._collected[layer][1] for layer in self.layers]
-
-    def __enter__(self) -> BatchStatistics:
-        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self._watched]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _collect(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        grouped = inputs[0].unflatten(0, (self.groups, -1))
-        # Two passes by hand: on a CPU torch.var_mean over these axes takes three times as long, gradient included.
-        centre = grouped.mean(dim=(1, 3, 4), keepdim=True)
-        variance = (grouped - centre).square().mean(dim=(1, 3, 4))
-        mean = centre[:, 0, :, 0, 0]
-        self._collected[layer] = (mean, variance)
+        return [moments.variance for moments in self.measured.values()]
 
 
 def statistics_distance(
