@@ -33,6 +33,9 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "committee/imagenet": LARGE,
     "committee/imagenet_resnet18": LARGE,
     "committee/imagenet_pretrained": (*LARGE, "dataset=imagenet1k"),
+    "label/hard": ("protocol=hard_tiny",),
+    "protocol/hard": ("label=hard",),
+    "protocol/hard_tiny": ("label=hard",),
 }
 """What a file is used with, where the default of the other groups would make no sense."""
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
-from cvdd.schema.types import Positive, Range
+from cvdd.schema.types import Positive, Range, Share
 
 
 class LabelConfig(StrictConfig):
     """Soft labels: which view of which image, scored by whom."""
 
     name: str = Field(description="name of the label recipe, shown in results")
-    teachers: Literal["committee"] | list[str] = Field(description="all members, or a list of member names")
-    weights: Literal["prior", "equal"] = Field(
-        description="average of several teachers' logits: softmax(prior/T), equal"
+    teachers: Literal["committee", "none"] | list[str] = Field(
+        description="all members, a list of member names, or none: students learn the images' own classes"
+    )
+    weights: Literal["prior", "equal", "balanced"] = Field(
+        description="average of several teachers' logits: softmax(prior/T), equal, or equal after their logits of a "
+        "batch were brought to the same norm (G-VBSM)"
     )
     bn_mode: Literal["batch", "running"] = Field(description="batch: statistics of the labelled batch itself (BSSL)")
     halves: bool = Field(True, description="split each batch in two halves with statistics of their own")
@@ -25,19 +29,40 @@ class LabelConfig(StrictConfig):
     batch_size: int = Field(ge=2, description="images per batch")
     crop_scale: Range = Field((0.08, 1.0), description="area range of the crop")
     flip: bool = Field(True, description="random horizontal flip")
+    shuffle: Literal[1, 2] = Field(
+        1, description="2: swap the halves of each image at random, on both axes, before the crop (RDED); 1: leave them"
+    )
+    randaugment: bool = Field(False, description="two random operations of RandAugment, before all else (EDC)")
     mix: Literal["cutmix", "mixup", "none"] = Field("cutmix", description="how a batch is mixed with itself")
     mix_alpha: float = Field(1.0, gt=0, description="of the Beta distribution of the mix")
     dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits")
     store: Literal["logits", "none"] = Field("logits", description="none computes the same labels on the fly")
     parameters: Literal["stored", "seed"] = Field("stored", description="store crops and mixes, or redraw them")
+    keep: Share = Field(
+        1.0, description="share of the label batches that is stored; epochs then draw from it with replacement (LPLD)"
+    )
     stack: Positive = Field(32, description="batches that share a forward pass")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.halves and self.batch_size < 4:
-            raise ValueError(f"label.batch_size={self.batch_size} with label.halves=true leaves halves of one image")
-        if self.dropout and self.bn_mode != "batch":
-            raise ValueError("label.dropout=true imitates train-mode teachers and needs label.bn_mode=batch")
-        if self.teachers == []:
-            raise ValueError("label.teachers is empty: name members, or committee for all")
+        problem = next(self._problems(), None)
+        if problem:
+            raise ValueError(problem)
         return self
+
+    def _problems(self) -> Iterator[str]:
+        if self.halves and self.bn_mode == "batch" and self.batch_size < 4:
+            yield f"label.batch_size={self.batch_size} with label.halves=true leaves halves of one image"
+        if self.dropout and self.bn_mode != "batch":
+            yield "label.dropout=true imitates train-mode teachers and needs label.bn_mode=batch"
+        if self.teachers == []:
+            yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
+        if self.teachers == "none" and self.store != "none":
+            yield "label.teachers=none gives hard labels, of which there is nothing to store; set label.store=none"
+        if self.teachers == "none" and self.dropout:
+            yield "label.dropout=true is of teachers, and label.teachers=none; set label.dropout=false"
+        if self.keep < 1 and (self.store != "logits" or self.parameters != "stored"):
+            yield (
+                f"label.keep={self.keep} reads stored batches out of order; set label.store=logits and "
+                "label.parameters=stored, or label.keep=1"
+            )

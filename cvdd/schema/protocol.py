@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,11 +16,28 @@ class ProtocolConfig(StrictConfig):
 
     name: str = Field(description="name of the protocol, shown beside every number")
     epochs: Positive = Field(description="epochs over the distilled set; at most label.epochs")
-    lr: float = Field(gt=0, description="of AdamW")
-    eta: float = Field(1.0, gt=0, description="stretch of the cosine: 1 ends at 0, 2 ends at half the rate")
-    weight_decay: float = Field(0.01, ge=0, description="on weights with two or more axes")
-    betas: Pair = Field((0.9, 0.999), description="of AdamW")
-    temperature: float = Field(20.0, gt=0, description="of both softmaxes in the divergence; must be greater than 0")
+    loss: Literal["kl", "mse", "cross_entropy"] = Field(
+        "kl", description="kl: divergence from the teachers, mse: of the logits, cross_entropy: for label.teachers=none"
+    )
+    temperature: float = Field(20.0, gt=0, description="of both softmaxes of loss=kl; must be greater than 0")
+    temperature_squared: bool = Field(False, description="multiply the divergence by temperature^2")
+    hard_label_weight: float = Field(0.0, ge=0, description="weight of the unmixed image's cross-entropy in loss=mse")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw decouples weight decay, sgd does not")
+    lr: float = Field(gt=0, description="highest learning rate")
+    betas: Pair = Field((0.9, 0.999), description="of adamw")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.01, ge=0, description="of the optimiser")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices", description="what decays: parameters with two or more axes, or all"
+    )
+    schedule: Literal["cosine", "linear", "early_late", "multistep"] = Field(
+        "cosine", description="per epoch; early_late: cosine until 5/6, then lower and linear to 0 (EDC)"
+    )
+    eta: float = Field(1.0, gt=0, description="stretch of the schedule: cosine 1 ends at 0, 2 ends at half the rate")
+    warmup: int = Field(0, ge=0, description="epochs that rise linearly from a hundredth of the rate")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the parameters that is measured; null for none"
+    )
     accumulation: Positive = Field(2, description="parts of a batch that are forwarded separately")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student for each seed")
     images: Literal["once", "per_seed"] = Field(
@@ -31,6 +49,22 @@ class ProtocolConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"protocol.seeds={self.seeds} repeats a seed")
+        problem = next(self._problems(), None)
+        if problem:
+            raise ValueError(problem)
         return self
+
+    def _problems(self) -> Iterator[str]:
+        if len(set(self.seeds)) != len(self.seeds):
+            yield f"protocol.seeds={self.seeds} repeats a seed"
+        if self.temperature_squared and self.loss != "kl":
+            yield f"protocol.temperature_squared=true is of protocol.loss=kl, and protocol.loss={self.loss}"
+        if self.hard_label_weight and self.loss != "mse":
+            yield (
+                f"protocol.hard_label_weight={self.hard_label_weight} is of protocol.loss=mse, and "
+                f"protocol.loss={self.loss}; set protocol.hard_label_weight=0"
+            )
+        if self.eta != 1 and self.schedule == "multistep":
+            yield f"protocol.eta={self.eta} stretches a curve, and protocol.schedule=multistep has none; set it to 1"
+        if self.warmup >= self.epochs:
+            yield f"protocol.warmup={self.warmup} must be less than protocol.epochs={self.epochs}"

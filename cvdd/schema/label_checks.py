@@ -1,0 +1,42 @@
+"""What labels and protocol must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cvdd.schema.label import LabelConfig
+from cvdd.schema.protocol import ProtocolConfig
+
+
+def label_problems(
+    label: LabelConfig, protocol: ProtocolConfig, members: Sequence[str], image_size: int
+) -> Iterator[str]:
+    """Yield why labels and students cannot be made so, each with what to type.
+
+    Args:
+        label: the label recipe.
+        protocol: of the students.
+        members: names of the committee.
+        image_size: side of the images in pixels.
+    """
+    if isinstance(label.teachers, list):
+        for name in label.teachers:
+            if name not in members:
+                yield f"label.teachers names {name}; the members are {', '.join(members)}, or committee"
+    if label.teachers == "none" and protocol.loss != "cross_entropy":
+        yield (
+            f"protocol.loss={protocol.loss} learns from teachers, and label.teachers=none; set "
+            "protocol.loss=cross_entropy, or choose teachers with label=NAME"
+        )
+    if label.teachers != "none" and protocol.loss == "cross_entropy":
+        yield (
+            "protocol.loss=cross_entropy would not use the labels of label.teachers; choose label=hard, or "
+            "protocol.loss=kl or mse"
+        )
+    if label.shuffle > 1 and image_size % label.shuffle:
+        yield f"label.shuffle={label.shuffle} needs an even dataset.image_size, not {image_size}; set label.shuffle=1"
+    if protocol.epochs > label.epochs:
+        yield (
+            f"protocol.epochs={protocol.epochs} needs labels of as many epochs, and label.epochs is "
+            f"{label.epochs}; set label.epochs={protocol.epochs} or protocol.epochs={label.epochs}"
+        )
