@@ -12,6 +12,7 @@ from cvdd.data.config import DatasetConfig
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.expected import ExpectedConfig
 from cvdd.schema.label import LabelConfig
+from cvdd.schema.label_checks import label_problems
 from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
@@ -49,10 +50,9 @@ class RunConfig(StrictConfig):
         for field, name in [("patches.observer", self.patches.observer), ("prior.observer", self.prior.observer)]:
             if name not in names:
                 raise ValueError(f"{field}={name} is not a member of the committee; choose from {', '.join(names)}")
-        if self.label.teachers != "committee":
-            for name in self.label.teachers:
-                if name not in names:
-                    raise ValueError(f"label.teachers names {name}; the members are {', '.join(names)}, or committee")
+        problem = next(label_problems(self.label, self.protocol, names, self.dataset.image_size), None)
+        if problem:
+            raise ValueError(problem)
         if self.prior.source == "given":
             missing = [name for name in names if name not in self.prior.values]
             if missing and needs_priors(self):
@@ -65,11 +65,6 @@ class RunConfig(StrictConfig):
                 f"expected.student={self.expected.student} is not among the students ({', '.join(self.students)}); "
                 "choose one of them, or leave the published number out with expected=null"
             )
-        if self.protocol.epochs > self.label.epochs:
-            raise ValueError(
-                f"protocol.epochs={self.protocol.epochs} needs labels of as many epochs, and label.epochs is "
-                f"{self.label.epochs}; set label.epochs={self.protocol.epochs} or protocol.epochs={self.label.epochs}"
-            )
         if self.method.init == "patches" and self.patches.images_per_class < self.ipc.images_per_class:
             raise ValueError(
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
@@ -79,9 +74,9 @@ class RunConfig(StrictConfig):
 
 
 def teachers_of(config: RunConfig) -> list[str]:
-    """Names of the members that label, in committee order."""
-    if config.label.teachers == "committee":
-        return list(config.committee.members)
+    """Names of the members that label, in committee order; none of hard labels."""
+    if isinstance(config.label.teachers, str):
+        return list(config.committee.members) if config.label.teachers == "committee" else []
     return [name for name in config.committee.members if name in config.label.teachers]
 
 
