@@ -42,13 +42,20 @@ def _command(verb: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _again(verb: str, overrides: list[str]) -> DictConfig:
+    from hydra import compose
+
+    return compose(verb, overrides)
+
+
 def _run(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
     sweeping = settings.mode is RunMode.MULTIRUN
     with told(sweeping):
+        from cvdd.rows import expand_rows
         from cvdd.validation import check
 
-        config = check(composed)
+        config = check(expand_rows(composed, lambda row: _again(composed.verb, [*settings.overrides.task, *row])))
         # PyTorch and Lightning are imported only once it is known that there is something to do.
         from cvdd.runtime import Invocation, run
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from cvdd.arguments import prepare
 from cvdd.cli import config_directory
+from cvdd.rows import expand_rows
 from cvdd.schema import RunConfig
 from cvdd.validation import check
 
@@ -35,7 +36,9 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
     # A developer's conf/local must not decide what the tests see.
     arguments = [*places, "~local", *overrides] if (conf / "local").is_dir() else [*places, *overrides]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        return hydra_compose(verb, prepare(arguments, conf))
+        prepared = prepare(arguments, conf)
+        composed = hydra_compose(verb, prepared)
+        return expand_rows(composed, lambda row: hydra_compose(verb, [*prepared, *row]))
 
 
 @pytest.fixture

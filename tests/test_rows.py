@@ -1,0 +1,55 @@
+"""Rows of a comparison that are written as one types them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import compose_raw
+from omegaconf import DictConfig
+
+from cvdd.config_base import ConfigError
+from cvdd.rows import differences
+from cvdd.schema import with_overrides
+from cvdd.validation import check
+
+
+def row_of(directory: Path, row: Sequence[str], *overrides: str) -> DictConfig:
+    quoted = ",".join(f"'{override}'" for override in row)
+    return compose_raw(directory, "evaluate", "compare=none", f"+compare.row=[{quoted}]", *overrides)
+
+
+def test_a_row_is_what_the_command_would_be_with_it(tmp_path: Path) -> None:
+    row = ("method=sre2l", "label=running", "method.iterations=7")
+    config = check(row_of(tmp_path, row, "method.lr=0.5", "seed=3"))
+    typed = check(compose_raw(tmp_path, "evaluate", "compare=none", "method.lr=0.5", "seed=3", *row))
+    made = with_overrides(config, {**config.compare["row"], "compare": {}})
+    assert made == typed
+    assert (made.method.name, made.method.voters, made.method.lr) == ("sre2l", ["resnet18"], 0.5)
+    # Only what differs is there: the seed is that of the command.
+    assert "seed" not in config.compare["row"]
+
+
+def test_a_row_may_choose_another_committee(tmp_path: Path) -> None:
+    config = check(row_of(tmp_path, ["committee=tiny_resnet18"]))
+    made = with_overrides(config, {**config.compare["row"], "compare": {}})
+    assert list(made.committee.members) == ["resnet18"]
+
+
+def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
+    config = check(compose_raw(tmp_path, "evaluate", "compare=random_real"))
+    assert config.compare["random_real"]["method.init"] == "real"
+
+
+@pytest.mark.parametrize("row", ["method=nosuch", "method.nosuch=1"])
+def test_a_row_that_cannot_be_composed_is_named(tmp_path: Path, row: str) -> None:
+    with pytest.raises(ConfigError, match=r"compare\.row=\[method.*nosuch"):
+        row_of(tmp_path, [row])
+
+
+def test_differences_name_leaves_unless_the_keys_differ() -> None:
+    base = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": {"g": 4}}
+    other = {"a": 1, "b": {"c": 5, "d": {"e": 3}}, "f": {"h": 4}}
+    assert differences(base, other) == {"b.c": 5, "f": {"h": 4}}
+    assert differences(base, base) == {}
