@@ -69,11 +69,24 @@ def statistics_distance(
     """
     total = torch.zeros_like(means[0][:, 0])
     for index, (mean, variance, layer) in enumerate(zip(means, variances, layers, strict=True)):
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        distance = (layer.running_var - variance).norm(dim=1) + (layer.running_mean - mean).norm(dim=1)
+        target = running_moments(layer)
+        distance = (target.variance - variance).norm(dim=1) + (target.mean - mean).norm(dim=1)
         total = total + (first_multiplier if index == 0 else 1.0) * distance
     return total
+
+
+def running_moments(layer: nn.BatchNorm2d) -> Moments:
+    """Running mean and variance of a layer, each [channels].
+
+    Raises:
+        ConfigError: it keeps none.
+    """
+    if layer.running_mean is None or layer.running_var is None:
+        raise ConfigError(
+            "a BatchNorm layer keeps no running statistics to match (track_running_stats=False). Choose another "
+            "backbone, or set method.r_bn=0"
+        )
+    return Moments(layer.running_mean, layer.running_var)
 
 
 def require_batchnorm(network: nn.Module, name: str) -> None:

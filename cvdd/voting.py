@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.bn import FIRST_LAYER_MULTIPLIER, BatchStatistics, statistics_distance
+from cvdd.matching import Matcher
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Voter:
     Attributes:
         name: of the member.
         network: frozen, in evaluation mode.
-        bn_scale: factor on its BatchNorm term.
+        bn_scale: factor on its statistics term.
+        matcher: of this stack, where more is matched than running statistics of BatchNorm; None for those alone.
     """
 
     name: str
     network: nn.Module
     bn_scale: float = 1.0
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class VoteTerms:
     Attributes:
         loss: scalar, the voting loss summed over units, so that each unit's gradient is its own.
         ce: [members, units] cross-entropies.
-        bn: [members, units] distances of BatchNorm statistics, the first layer's multiplier included.
+        bn: [members, units] distances of statistics, the first layer's multiplier included; 0 for a member that has
+            no layer to match, whose vote is its cross-entropy.
     """
 
     loss: Tensor
@@ -61,26 +65,38 @@ def voting_loss(
         voters: the members of this draw.
         weights: [members, units] shares of the vote, summing to 1 over members.
         ce: weight of the cross-entropies.
-        r_bn: weight of the BatchNorm terms; at 0 they are not computed and read 0.
-        first_bn_multiplier: extra weight of the first BatchNorm layer.
+        r_bn: weight of the statistics terms; at 0 they are not computed and read 0.
+        first_bn_multiplier: extra weight of the first BatchNorm layer; a voter's matcher has its own.
         statistics_of: match the statistics of each unit, as published, or those of all images of the stack together;
-            every unit then counts the stack's distance as its own.
+            every unit then counts the stack's distance as its own. A voter's matcher has its own number of groups.
     """
     units, count = targets.shape
+    groups = units if statistics_of == "unit" else 1
     flat = images.flatten(0, 1)
     total = images.new_zeros(())
     all_ce, all_bn = [], []
     for voter, weight in zip(voters, weights, strict=True):
-        with BatchStatistics(voter.network, units if statistics_of == "unit" else 1) as statistics:
-            logits = voter.network(flat)
+        logits, distance = _judge(voter, flat, targets, groups, first_bn_multiplier, matched=r_bn > 0)
         each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count).mean(dim=1)
-        if r_bn and statistics.layers:
-            distance = statistics_distance(
-                statistics.means, statistics.variances, statistics.layers, first_bn_multiplier
-            ).expand(units)
-        else:
-            distance = torch.zeros_like(each)
+        distance = torch.zeros_like(each) if distance is None else distance.expand(units)
         total = total + (weight * (ce * each + r_bn * voter.bn_scale * distance)).sum()
         all_ce.append(each.detach())
         all_bn.append(distance.detach())
     return VoteTerms(total, torch.stack(all_ce), torch.stack(all_bn))
+
+
+def _judge(
+    voter: Voter, images: Tensor, targets: Tensor, groups: int, first_multiplier: float, *, matched: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return a voter's logits and, if its statistics are matched, their distance [groups]."""
+    if not matched:
+        return voter.network(images), None
+    if voter.matcher is not None:
+        with voter.matcher:
+            logits = voter.network(images)
+        return logits, voter.matcher.distance(targets)
+    with BatchStatistics(voter.network, groups) as statistics:
+        logits = voter.network(images)
+    if not statistics.layers:
+        return logits, None
+    return logits, statistics_distance(statistics.means, statistics.variances, statistics.layers, first_multiplier)

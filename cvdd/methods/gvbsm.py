@@ -83,4 +83,5 @@ def balanced_mean(logits: Tensor, block: int | None) -> Tensor:
 def _balanced(logits: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(logits, dim=(1, 2), keepdim=True)
     # A teacher that says nothing at all has no size to correct.
-    return (logits * (norms.mean() / norms.clamp(min=torch.finfo(logits.dtype).tiny))).mean(dim=0)
+    balanced: Tensor = logits * (norms.mean() / norms.clamp(min=torch.finfo(logits.dtype).tiny))
+    return balanced.mean(dim=0)

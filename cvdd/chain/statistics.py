@@ -1,0 +1,131 @@
+"""Stage ``statistics``: what a member sees of the real data, where images are matched to more than it holds itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cvdd.artifact import Artifact
+from cvdd.augment import normalise
+from cvdd.chain.members import RealImages, load_network, make_member
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.layer_statistics import Moments
+from cvdd.member import augment
+from cvdd.recording import Recorded, Table, record_statistics
+from cvdd.seeds import derive_seed, generator
+
+STATISTICS = "statistics.safetensors"
+BATCH = 64
+"""Images per batch, as released for small images; the global variance and ``moving`` depend on it."""
+
+
+def make_statistics(context: Context, name: str) -> Artifact:
+    """Return the statistics of the training images at the layers of a member, as ``method.statistics`` asks for.
+
+    The images are augmented by the recipe (crop and flip). The member's artefact is a parent, so statistics are never
+    those of other weights.
+
+    Args:
+        context: the configuration and its surroundings.
+        name: of the member.
+
+    Raises:
+        ConfigError: classes have targets of their own, and one has no images.
+    """
+    config, data = context.config, context.data()
+    wanted, recipe = config.method.statistics, config.recipe
+    assert wanted.recorded
+    member = make_member(context, name)
+    seed = derive_seed(config.seed, "statistics")
+    used = {"crop", "flip"} | ({"pad": {"pad"}, "resized": {"crop_scale"}}.get(recipe.crop) or set())
+    identity: dict[str, Any] = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "layers": wanted.layers,
+        "patch": wanted.patch if wanted.layers == "bn_and_conv" else None,
+        "class_statistics": wanted.class_statistics if wanted.class_share else None,
+        "augmentation": recipe.model_dump(mode="json", include=used),
+        "batch": BATCH,
+        "seed": seed,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        if wanted.class_share:
+            _require_all_classes(context)
+        backbone = config.committee.members[name].backbone
+        network = load_network(context, member, backbone).to(context.device)
+        with context.progress(f"statistics of {name}", -(-len(data.train) // BATCH)) as advance:
+            recorded = record_statistics(network, _batches(context, seed, advance), wanted, len(data.classes))
+        save_file(_flat(recorded), work / STATISTICS)
+        layers = set(recorded.layers) | set(recorded.classes)
+        return {"images": len(data.train), "layers": len(layers)}
+
+    return context.store.make("statistics", f"{data.name}-{name}", identity, [member], build)
+
+
+def load_statistics(artifact: Artifact) -> Recorded:
+    """Read the statistics that :func:`make_statistics` made."""
+    tables: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {"layers": {}, "classes": {}}
+    for key, tensor in load_file(artifact.path / STATISTICS).items():
+        table, layer, part, moment = key.split("/")
+        tables[table].setdefault(layer, {}).setdefault(part, {})[moment] = tensor
+    return Recorded(_table(tables["layers"]), _table(tables["classes"]))
+
+
+def _table(tree: dict[str, dict[str, dict[str, Tensor]]]) -> Table:
+    return {
+        layer: {part: Moments(moments["mean"], moments["variance"]) for part, moments in parts.items()}
+        for layer, parts in tree.items()
+    }
+
+
+def _flat(recorded: Recorded) -> dict[str, Tensor]:
+    return {
+        f"{name}/{layer}/{part}/{moment}": tensor.contiguous().cpu()
+        for name, table in (("layers", recorded.layers), ("classes", recorded.classes))
+        for layer, parts in table.items()
+        for part, moments in parts.items()
+        for moment, tensor in moments._asdict().items()
+    }
+
+
+def _require_all_classes(context: Context) -> None:
+    data = context.data()
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+    for name, count in zip(data.classes, counts, strict=True):
+        if not count:
+            raise ConfigError(
+                f"class {name} has no training images, so there is nothing to match its images to; set "
+                "method.statistics.class_share=0"
+            )
+
+
+def _batches(context: Context, seed: int, advance: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all training images once, shuffled: normalised [n, 3, size, size] and their labels [n], on the device."""
+    data, recipe, device = context.data(), context.config.recipe, context.device
+    order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(BATCH)
+    for index, (pixels, labels) in enumerate(_pixels(context, list(order))):
+        seen = augment(pixels.to(device), recipe, data.image_size, generator(seed, "augment", index))
+        yield normalise(seen, data.mean, data.std), labels.to(device)
+        advance(1)
+
+
+def _pixels(context: Context, order: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    data = context.data()
+    if data.train.in_memory:
+        for chosen in order:
+            yield data.train.stacked()[chosen], data.train.labels[chosen]
+        return
+    # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
+    side = data.image_size * 8 // 7 if context.config.recipe.crop == "resized" else data.image_size
+    loader: DataLoader[Any] = DataLoader(
+        RealImages(data, side), sampler=order, batch_size=None, num_workers=context.config.trainer.workers
+    )
+    yield from loader
