@@ -74,3 +74,33 @@ def draw_members(
     if draw == "fixed":
         return tuple(fixed[slot % len(fixed)])
     raise ConfigError(f"committee.draw={draw}: choose in_turn, random, best or fixed.")
+
+
+def turn_weights(weights: Tensor, turns: str, iterations: int, seed: int) -> Tensor:
+    """Shares of the vote in every iteration.
+
+    Args:
+        weights: [members, units] shares of the vote.
+        turns: ``all`` (every member by its share), ``in_turn`` (one member after the other, alone), or ``sampled`` (one
+            member alone, drawn by its share: an unbiased estimate of the whole vote at the cost of one member).
+        iterations: how many.
+        seed: of ``sampled``; units with the same shares draw the same member.
+
+    Returns:
+        [iterations, members, units].
+
+    Raises:
+        ConfigError: there is no such way.
+    """
+    members, units = weights.shape
+    if turns == "all":
+        return weights.expand(iterations, members, units)
+    if turns == "in_turn":
+        chosen = (torch.arange(iterations) % members)[:, None].expand(iterations, units)
+    elif turns == "sampled":
+        point = torch.rand(iterations, generator=generator(seed, "turns"), dtype=torch.float64)
+        below = weights.double().cumsum(dim=0)[None] <= point[:, None, None]
+        chosen = below.sum(dim=1).clamp(max=members - 1)
+    else:
+        raise ConfigError(f"method.turns={turns}: choose all, in_turn or sampled.")
+    return torch.nn.functional.one_hot(chosen, members).transpose(1, 2).to(weights.dtype)

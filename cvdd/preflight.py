@@ -8,14 +8,15 @@ from torch import nn
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
-from cvdd.chain.images import plan_draws
 from cvdd.chain.initial import require_real_images
 from cvdd.chain.priors import priors_needed
+from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.schema import RunConfig, teachers_of
+from cvdd.units import plan_units
 
 
 def check_before_work(context: Context) -> None:
@@ -43,7 +44,7 @@ def check_before_work(context: Context) -> None:
             _try(f"students.{name}", backbone, classes, config.dataset.image_size)
     if config.verb == "train":
         return
-    needed = dict.fromkeys(name for row in rows for name in _matched(row.config))
+    needed = dict.fromkeys(name for row in rows for name in _matched(row.config, classes))
     needed |= dict.fromkeys(name for row in rows if labels for name in _replaced(row.config))
     needed |= dict.fromkeys(_measuring(config) if measured else ())
     for name in needed:
@@ -77,12 +78,14 @@ def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Mo
     return network
 
 
-def _matched(config: RunConfig) -> list[str]:
+def _matched(config: RunConfig, classes: int) -> list[str]:
     """Names of the members whose statistics the images are matched to, as far as they are known."""
     method, members = config.method, config.committee.members
-    if not (method.iterations and method.r_bn) or (config.committee.draw == "best" and not config.prior.values):
+    unknown = method.voters == "drawn" and config.committee.draw == "best" and not config.prior.values
+    if not (method.iterations and method.r_bn) or method.statistics.layers != "bn" or unknown:
         return []
-    voting = {index for draw in plan_draws(config, config.prior.values) for index in draw}
+    units = plan_units(config.ipc.images_per_class, classes, method)
+    voting = {index for draw in plan_draws(config, units, config.prior.values) for index in draw}
     return [name for index, name in enumerate(members) if index in voting and members[name].bn_scale]
 
 

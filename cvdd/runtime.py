@@ -40,12 +40,10 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
     Returns:
         the verb's main metric, or None if it has none.
     """
-    _quiet_libraries()
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
+    device = prepare_process(config)
     output = config.paths.output
     output.mkdir(parents=True, exist_ok=True)
-    context = Context(config, Store(config.paths.store), find_device(config))
+    context = Context(config, Store(config.paths.store), device)
     check_before_work(context)
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)
@@ -56,6 +54,18 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
         return metric
     finally:
         finish(loggers, failed)
+
+
+def prepare_process(config: RunConfig) -> torch.device:
+    """Set what is global to a process, and return the device.
+
+    Raises:
+        ConfigError: the device that is asked for is not there.
+    """
+    _quiet_libraries()
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    return find_device(config)
 
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:

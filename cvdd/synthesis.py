@@ -1,4 +1,4 @@
-"""Units, stacks and the module whose parameters are the images."""
+"""The module whose parameters are the images."""
 
 from __future__ import annotations
 
@@ -12,73 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.augment import Views, apply_matrices, draw_views, view_matrices
-from cvdd.committee import Draw
+from cvdd.augment import Views, apply_matrices
+from cvdd.committee import turn_weights
+from cvdd.methods.gvbsm import densification
 from cvdd.schema import MethodConfig
-from cvdd.seeds import generator
+from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Voter, VoteTerms, voting_loss
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One image of each of a block of classes, optimised together and depending on nothing outside.
-
-    Attributes:
-        slot: IPC slot, 0 to IPC - 1.
-        block: index of the block of classes.
-        start: first class.
-        stop: class after the last.
-    """
-
-    slot: int
-    block: int
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        """Name of its file."""
-        return f"slot{self.slot:04d}_block{self.block:04d}"
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Units with the same draw and the same number of classes that share a forward pass.
-
-    The partition into stacks is fixed by the configuration, because floating point makes it show in the last bits.
-    """
-
-    index: int
-    draw: Draw
-    units: tuple[Unit, ...]
-
-
-def plan_units(ipc: int, classes: int, classes_per_unit: int) -> list[Unit]:
-    """List all units of a distilled set, slot by slot."""
-    return [
-        Unit(slot, block, start, min(start + classes_per_unit, classes))
-        for slot in range(ipc)
-        for block, start in enumerate(range(0, classes, classes_per_unit))
-    ]
-
-
-def plan_stacks(units: Sequence[Unit], draw_of: Callable[[int], Draw], units_per_stack: int) -> list[Stack]:
-    """Partition units into stacks: by draw and number of classes, in order, at most ``units_per_stack`` each."""
-    groups: dict[tuple[Draw, int], list[Unit]] = {}
-    for unit in units:
-        groups.setdefault((draw_of(unit.slot), unit.stop - unit.start), []).append(unit)
-    parts = [
-        (draw, tuple(group[first : first + units_per_stack]))
-        for (draw, _), group in groups.items()
-        for first in range(0, len(group), units_per_stack)
-    ]
-    return [Stack(index, draw, part) for index, (draw, part) in enumerate(parts)]
-
-
-def unit_views(unit: Unit, method: MethodConfig, size: int, seed: int) -> Views:
-    """Draw the crops, flips and shifts of all iterations of a unit; they depend on (seed, slot, block) alone."""
-    source = generator(seed, "recover", unit.slot, unit.block)
-    return draw_views(method.iterations, size, size, method.crop_scale, method.flip, method.jitter, source)
 
 
 def cosine(step: int, total: int) -> float:
@@ -93,9 +32,10 @@ class LogRow:
     Attributes:
         iteration: number of finished optimiser steps.
         loss: voting loss, mean over units.
-        ce: cross-entropy by member, mean over units.
-        bn: BatchNorm term by member, mean over units.
+        ce: cross-entropy by member, mean over units, when it last judged; members that never did are missing.
+        bn: statistics term by member, likewise.
         lr: learning rate.
+        density: term of the data densification, mean over units.
     """
 
     iteration: int
@@ -103,6 +43,16 @@ class LogRow:
     ce: dict[str, float]
     bn: dict[str, float]
     lr: float
+    density: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What was said in one iteration, by the voters that judged it."""
+
+    voters: tuple[int, ...]
+    terms: VoteTerms
+    density: Tensor
 
 
 class NonFiniteLoss(ValueError):
@@ -110,7 +60,7 @@ class NonFiniteLoss(ValueError):
 
 
 class DistillModule(pl.LightningModule):
-    """A stack of units: the images are the parameters, the voting loss is the training step.
+    """A stack of units in one stage: the images are the parameters, the voting loss is the training step.
 
     An epoch is ``method.checkpoint_every`` iterations, because Lightning resumes exactly at the ends of epochs only.
     A batch is a range of iterations between two log rows, so that a step costs no host synchronisation.
@@ -118,12 +68,13 @@ class DistillModule(pl.LightningModule):
     Args:
         images: [units, images, 3, size, size] initial images, normalised.
         targets: [units, images] class indices.
-        views: per unit, the views of all iterations; None shows the images as they are.
+        views: per unit, the views of the stage's iterations; None shows the images as they are.
         voters: the members of the draw.
         weights: [members, units] shares of the vote.
         method: the method's configuration.
         bounds: lowest and highest value, each [3, 1, 1], to which images are clamped after every step.
         on_row: called with each log row and the images.
+        stage: which iterations; None is all of them.
     """
 
     targets: Tensor
@@ -141,6 +92,7 @@ class DistillModule(pl.LightningModule):
         method: MethodConfig,
         bounds: tuple[Tensor, Tensor],
         on_row: Callable[[LogRow, Tensor], None],
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -153,6 +105,9 @@ class DistillModule(pl.LightningModule):
         self._voters = tuple(voters)
         self._views = None if views is None else tuple(views)
         self.method = method
+        self.stage = stage or Stage(0, 0, method.iterations, images.shape[-1])
+        # Whose turn it is must be known without asking the device.
+        self._turns = turn_weights(weights.cpu(), method.turns, method.iterations, method.seed)
         self._on_row = on_row
         self.rows: list[LogRow] = []
 
@@ -168,13 +123,13 @@ class DistillModule(pl.LightningModule):
 
     @property
     def epochs(self) -> int:
-        """Number of epochs that make up all iterations."""
-        return math.ceil(self.method.iterations / self.method.checkpoint_every)
+        """Number of epochs that make up all iterations of the stage."""
+        return math.ceil((self.stage.last - self.stage.first) / self.method.checkpoint_every)
 
     def train_dataloader(self) -> DataLoader[tuple[int, int]]:
         """Ranges of iterations of the current epoch."""
-        first = self.current_epoch * self.method.checkpoint_every
-        last = min(first + self.method.checkpoint_every, self.method.iterations)
+        first = self.stage.first + self.current_epoch * self.method.checkpoint_every
+        last = min(first + self.method.checkpoint_every, self.stage.last)
         step = self.method.log_every
         ranges = [(begin, min(begin + step, last)) for begin in range(first, last, step)]
         return DataLoader(ranges, batch_size=None)  # type: ignore[arg-type]
@@ -184,27 +139,48 @@ class DistillModule(pl.LightningModule):
         begin, end = int(batch[0]), int(batch[1])
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        history: list[VoteTerms] = []
+        history: list[_Judgement] = []
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
             optimizer.param_groups[0]["lr"] = self.method.lr * cosine(iteration, self.method.iterations)
-            terms = self.loss(view)
+            loss, judgement = self._judge(iteration, view)
             optimizer.zero_grad()
-            terms.loss.backward()
+            loss.backward()
             optimizer.step()
-            history.append(replace(terms, loss=terms.loss.detach()))
+            history.append(judgement)
             with torch.no_grad():
                 self.images.clamp_(self.low, self.high)
         self._report(begin, history, optimizer.param_groups[0]["lr"])
 
     def loss(self, view: tuple[Tensor, Tensor] | None) -> VoteTerms:
-        """Voting loss of the images through one view per unit: row and column matrices [units, size, size]."""
-        seen = self.images if view is None else apply_matrices(self.images, *view)
+        """Voting loss of all voters through one view per unit: row and column matrices [units, size, size]."""
+        return self._vote(self._seen(view), self._voters, self.weights)
+
+    def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
+        return self.images if view is None else apply_matrices(self.images, *view)
+
+    def _judge(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> tuple[Tensor, _Judgement]:
+        seen, method = self._seen(view), self.method
+        everyone = method.turns == "all"
+        judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
+        weights = self.weights if everyone else self._turns[iteration, judging].to(self.device)
+        voters = [self._voters[index] for index in judging]
+        for voter in voters:
+            if voter.matcher is not None:
+                voter.matcher.begin(iteration)
+        terms = self._vote(seen, voters, weights)
+        loss, density = terms.loss, terms.loss.new_zeros(())
+        if method.density:
+            crowding = densification(seen, self.targets, method.density_scale).sum()
+            loss, density = loss + method.density * crowding, crowding.detach()
+        return loss, _Judgement(tuple(judging), replace(terms, loss=loss.detach()), density)
+
+    def _vote(self, seen: Tensor, voters: Sequence[Voter], weights: Tensor) -> VoteTerms:
         method = self.method
         return voting_loss(
             seen,
             self.targets,
-            self._voters,
-            self.weights,
+            voters,
+            weights,
             ce=method.ce,
             r_bn=method.r_bn,
             first_bn_multiplier=method.first_bn_multiplier,
@@ -216,19 +192,25 @@ class DistillModule(pl.LightningModule):
             yield from [None] * (end - begin)
             return
         size = self.images.shape[-1]
-        units = len(self._views)
-        views = Views.cat([view[begin:end] for view in self._views])
-        rows, columns = (matrix.to(self.device) for matrix in view_matrices(views, size, size, size))
+        units, offset = len(self._views), self.stage.first
+        views = Views.cat([view[begin - offset : end - offset] for view in self._views])
+        rows, columns = (matrix.to(self.device) for matrix in unit_matrices(views, size))
         rows = rows.view(units, end - begin, size, size)
         columns = columns.view(units, end - begin, size, size)
         for index in range(end - begin):
             yield rows[:, index], columns[:, index]
 
-    def _report(self, begin: int, history: Sequence[VoteTerms], lr: float) -> None:
-        terms, iteration = history[-1], begin + len(history)
-        ce, bn = terms.ce.mean(dim=1).tolist(), terms.bn.mean(dim=1).tolist()
+    def _report(self, begin: int, history: Sequence[_Judgement], lr: float) -> None:
+        iteration, last = begin + len(history), history[-1]
         names = [voter.name for voter in self._voters]
-        if not all(math.isfinite(value) for value in [*ce, *bn]):
+        ce = dict(self.rows[-1].ce) if self.rows else {}
+        bn = dict(self.rows[-1].bn) if self.rows else {}
+        heard = history if self.method.turns != "all" else history[-1:]
+        for judgement in heard:
+            means = zip(judgement.terms.ce.mean(dim=1).tolist(), judgement.terms.bn.mean(dim=1).tolist(), strict=True)
+            for index, (one, other) in zip(judgement.voters, means, strict=True):
+                ce[names[index]], bn[names[index]] = one, other
+        if not all(math.isfinite(value) for value in [*ce.values(), *bn.values()]):
             self._blame(begin, history)
         if not bool(self.images.isfinite().all()):
             raise NonFiniteLoss(
@@ -237,33 +219,40 @@ class DistillModule(pl.LightningModule):
             )
         row = LogRow(
             iteration=iteration,
-            loss=float(terms.loss) / len(self.images),
-            ce=dict(zip(names, ce, strict=True)),
-            bn=dict(zip(names, bn, strict=True)),
+            loss=float(last.terms.loss) / len(self.images),
+            ce=ce,
+            bn=bn,
             lr=lr,
+            density=float(last.density) / len(self.images),
         )
         self.rows.append(row)
         self._on_row(row, self.images.detach())
 
-    def _blame(self, begin: int, history: Sequence[VoteTerms]) -> NoReturn:
+    def _blame(self, begin: int, history: Sequence[_Judgement]) -> NoReturn:
         # One iteration later the images are not finite either, and with them the terms of all members.
-        for iteration, terms in enumerate(history, begin + 1):
-            for voter, ce, bn in zip(self._voters, terms.ce.mean(dim=1), terms.bn.mean(dim=1), strict=True):
+        for iteration, judgement in enumerate(history, begin + 1):
+            said = zip(judgement.voters, judgement.terms.ce.mean(dim=1), judgement.terms.bn.mean(dim=1), strict=True)
+            for index, ce, bn in said:
+                name = self._voters[index].name
                 if not bool((ce + bn).isfinite()):
                     raise NonFiniteLoss(
-                        f"the loss of member {voter.name} is not finite in iteration {iteration} (cross-entropy "
+                        f"the loss of member {name} is not finite in iteration {iteration} (cross-entropy "
                         f"{float(ce)}, BatchNorm term {float(bn)}). Finished units and the last checkpoint are kept. "
-                        f"Lower method.lr or method.r_bn, or leave {voter.name} out of the committee."
+                        f"Lower method.lr or method.r_bn, or leave {name} out of the committee."
                     )
         raise AssertionError("called without a term that is not finite")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the log rows, so that a resumed run has all of them."""
+        """Keep the log rows and the moving averages of statistics, so that a resumed run has all of them."""
         checkpoint["rows"] = [asdict(row) for row in self.rows]
+        checkpoint["statistics"] = [voter.matcher.state() if voter.matcher else {} for voter in self._voters]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the log rows."""
+        """Restore the log rows and the moving averages."""
         self.rows = [LogRow(**row) for row in checkpoint["rows"]]
+        for voter, state in zip(self._voters, checkpoint["statistics"], strict=True):
+            if voter.matcher is not None:
+                voter.matcher.load_state(state)
 
 
 def pixel_bounds(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from cvdd.committee import draw_members, vote_weights
+from cvdd.committee import draw_members, turn_weights, vote_weights
 from cvdd.config_base import ConfigError
 
 NAMES = ("R18", "R50", "SV2", "MB2", "D121")
@@ -143,3 +143,27 @@ def test_fixed_lists_keep_their_order() -> None:
 def test_more_members_than_there_are(size: int) -> None:
     with pytest.raises(ConfigError, match=rf"committee\.size={size}: .*choose 1 to 3"):
         draw_members("in_turn", size, 0, [1, 2, 3], 0)
+
+
+def test_turns_go_round() -> None:
+    weights = torch.tensor([[0.7, 0.1], [0.2, 0.4], [0.1, 0.5]])
+    found = turn_weights(weights, "in_turn", 4, seed=0)
+    assert found.shape == (4, 3, 2)
+    assert found.argmax(dim=1).tolist() == [[0, 0], [1, 1], [2, 2], [0, 0]]
+    assert torch.equal(turn_weights(weights, "all", 2, seed=0), torch.stack([weights, weights]))
+
+
+def test_sampled_turns_are_an_unbiased_vote() -> None:
+    weights = torch.tensor([[0.7, 0.1], [0.2, 0.4], [0.1, 0.5]])
+    found = turn_weights(weights, "sampled", 20_000, seed=3)
+    assert torch.equal(found.sum(dim=1), torch.ones(20_000, 2))
+    torch.testing.assert_close(found.mean(dim=0), weights, atol=0.015, rtol=0)
+    assert torch.equal(found, turn_weights(weights, "sampled", 20_000, seed=3))
+    # Units with the same shares agree in every iteration, whatever else is in the stack.
+    alone = turn_weights(weights[:, :1], "sampled", 20_000, seed=3)
+    assert torch.equal(found[:, :, :1], alone)
+
+
+def test_unknown_turns_name_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"method\.turns=first: choose all, in_turn or sampled"):
+        turn_weights(torch.ones(1, 1), "first", 1, seed=0)

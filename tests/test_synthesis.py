@@ -15,53 +15,13 @@ from cvdd.synthesis import (
     DistillModule,
     LogRow,
     NonFiniteLoss,
-    Unit,
     cosine,
     pixel_bounds,
-    plan_stacks,
-    plan_units,
-    unit_views,
 )
+from cvdd.units import Stage, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
 SIZE = 12
-
-
-def test_units_cover_every_class_of_every_slot_once() -> None:
-    units = plan_units(3, 25, 10)
-    assert [(unit.slot, unit.block, unit.start, unit.stop) for unit in units[:4]] == [
-        (0, 0, 0, 10),
-        (0, 1, 10, 20),
-        (0, 2, 20, 25),
-        (1, 0, 0, 10),
-    ]
-    made = sorted((unit.slot, label) for unit in units for label in range(unit.start, unit.stop))
-    assert made == [(slot, label) for slot in range(3) for label in range(25)]
-    assert len({unit.name for unit in units}) == len(units)
-
-
-def test_stacks_hold_units_of_one_draw_and_one_length() -> None:
-    units = plan_units(5, 25, 10)
-    draws = {0: (0, 1), 1: (0, 2), 2: (0, 1), 3: (0, 2), 4: (0, 1)}
-    stacks = plan_stacks(units, draws.__getitem__, 4)
-    assert sorted(unit.name for stack in stacks for unit in stack.units) == sorted(unit.name for unit in units)
-    for stack in stacks:
-        assert {draws[unit.slot] for unit in stack.units} == {stack.draw}
-        assert len({unit.stop - unit.start for unit in stack.units}) == 1
-    # Six units of ten classes with the first draw: four and two; three of five classes.
-    assert [len(stack.units) for stack in stacks if stack.draw == (0, 1)] == [4, 2, 3]
-    assert [stack.index for stack in stacks] == list(range(len(stacks)))
-
-
-def test_views_of_a_unit_depend_on_nothing_else() -> None:
-    method = method_config(iterations=20)
-    unit = Unit(3, 1, 4, 8)
-    views = unit_views(unit, method, 32, seed=5)
-    assert len(views.boxes) == 20
-    assert torch.equal(views.boxes, unit_views(Unit(3, 1, 0, 4), method, 32, seed=5).boxes)
-    for other in (Unit(2, 1, 4, 8), Unit(3, 0, 4, 8)):
-        assert not torch.equal(views.boxes, unit_views(other, method, 32, seed=5).boxes)
-    assert not torch.equal(views.boxes, unit_views(unit, method, 32, seed=6).boxes)
 
 
 def test_learning_rate_falls_from_one_to_zero() -> None:
@@ -83,15 +43,22 @@ def voters(**networks: nn.Module) -> list[Voter]:
 
 
 def module_of(
-    images: Tensor, chosen: list[Unit], members: list[Voter], rows: list[LogRow] | None = None, **changes: object
+    images: Tensor,
+    chosen: list[Unit],
+    members: list[Voter],
+    rows: list[LogRow] | None = None,
+    stage: Stage | None = None,
+    **changes: object,
 ) -> DistillModule:
     method = method_config(**{"log_every": 2, "grid_every": 6, "checkpoint_every": 6, "iterations": 11, **changes})
-    targets = torch.stack([torch.arange(unit.start, unit.stop) for unit in chosen])
-    views = [unit_views(unit, method, SIZE, seed=0) for unit in chosen]
+    targets = torch.stack([unit.targets for unit in chosen])
+    stage = plan_stages(method, SIZE)[0] if stage is None else stage
+    views = [unit_views(unit, method, stage, seed=0) for unit in chosen]
     weights = torch.full((len(members), len(chosen)), 1 / len(members))
     kept = [] if rows is None else rows
+    bounds = pixel_bounds(MEAN, STD)
     return DistillModule(
-        images, targets, views, members, weights, method, pixel_bounds(MEAN, STD), lambda row, current: kept.append(row)
+        images, targets, views, members, weights, method, bounds, lambda row, current: kept.append(row), stage
     )
 
 
@@ -122,7 +89,7 @@ def plain_loop(images: Tensor, unit: Unit, network: nn.Module, steps: int) -> Te
     from torchvision.transforms import functional as vision
 
     method = method_config(iterations=steps)
-    views = unit_views(unit, method, SIZE, seed=0)
+    views = unit_views(unit, method, Stage(0, 0, steps, SIZE), seed=0)
     leaf = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([leaf], lr=method.lr, betas=(0.5, 0.9), eps=1e-8)
     low, high = pixel_bounds(MEAN, STD)
@@ -246,3 +213,42 @@ def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
     trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.equal(whole.images, resumed.images)
     assert whole.rows == resumed.rows
+
+
+# --- one voter an iteration -------------------------------------------------------------------------------------------
+
+
+def test_voters_judge_in_turn() -> None:
+    """Two members in turn for two steps are two plain steps of one member each."""
+    members = voters(a=small_network(seed=1), b=small_network(seed=2))
+    module = module_of(start(1), SLOTS[:1], members, turns="in_turn", iterations=2, log_every=1, grid_every=2)
+    fit(module)
+    assert set(module.rows[0].ce) == {"a"}
+    assert set(module.rows[1].ce) == {"a", "b"}
+    alone = module_of(start(1), SLOTS[:1], members[:1], iterations=2, log_every=1, grid_every=2)
+    fit(alone)
+    assert module.rows[0].ce["a"] == pytest.approx(alone.rows[0].ce["a"], rel=1e-6)
+    assert module.rows[0].loss == pytest.approx(alone.rows[0].loss, rel=1e-6)
+    assert module.rows[1].loss != pytest.approx(alone.rows[1].loss, rel=1e-6)
+    assert module.rows[1].ce["a"] == module.rows[0].ce["a"]
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_stage_goes_on_with_the_schedule_and_a_fresh_optimiser() -> None:
+    """Without a blend two stages of Adam are one run whose moments are cleared in the middle."""
+    changes = {"iterations": 4, "log_every": 2, "grid_every": 4, "checkpoint_every": 4, "stages": 2}
+    stages = plan_stages(method_config(iterations=4, stages=2), SIZE)
+    first = fit(module_of(start(1), SLOTS[:1], voters(a=small_network()), stage=stages[0], **changes))
+    second = fit(module_of(first.images.detach(), SLOTS[:1], voters(a=small_network()), stage=stages[1], **changes))
+    assert [row.iteration for row in first.rows + second.rows] == [2, 4]
+    assert second.rows[0].lr == pytest.approx(0.25 * cosine(3, 4))
+    # A fresh Adam's first step is its learning rate in the direction of the gradient's sign: 0.25 * cos at iteration 2.
+    one = fit(
+        module_of(first.images.detach(), SLOTS[:1], voters(a=small_network()), stage=Stage(1, 2, 3, SIZE), **changes)
+    )
+    steps = (one.images.detach() - first.images.detach()).abs()
+    low, high = pixel_bounds(MEAN, STD)
+    free = (one.images > low) & (one.images < high)
+    assert steps[free].max().item() == pytest.approx(0.25 * cosine(2, 4), rel=1e-3)

@@ -119,7 +119,7 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     priors = find_priors(context)
     distilled, results = [], []
     for row, row_context in rows_of(context):
-        sets = _sets(row_context, row, priors)
+        sets = make_sets(row_context, row, priors, row_context.config.protocol.seeds)
         first = next(iter(sets.values()))
         distilled.append(first)
         protocol = row_context.config.protocol
@@ -129,15 +129,12 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     return distilled, [*results, *_full_data(context)]
 
 
-def _sets(context: Context, row: str, priors: Priors) -> dict[int, Distilled]:
-    """The distilled set of each seed of the protocol: the same for all, or one of its own for each."""
-    protocol = context.config.protocol
-    if protocol.images == "once":
+def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) -> dict[int, Distilled]:
+    """Make the distilled set of each seed: the same for all, or one of its own for each, as the protocol says."""
+    if context.config.protocol.images == "once":
         made = distil(context, row, priors)
-        return dict.fromkeys(protocol.seeds, made)
-    return {
-        seed: distil(context.differing({"method.seed": seed}, context.label), row, priors) for seed in protocol.seeds
-    }
+        return dict.fromkeys(seeds, made)
+    return {seed: distil(context.differing({"method.seed": seed}, context.label), row, priors) for seed in seeds}
 
 
 def _full_data(context: Context) -> Sequence[Result]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
-from cvdd.chain.images import UNITS
+from cvdd.chain.recover import UNITS
 from cvdd.chain.initial import PATCHES, initial_images
 from cvdd.context import Context
 

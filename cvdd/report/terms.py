@@ -70,10 +70,14 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         rows: Sequence[Mapping[str, Any]] = unit["rows"]
         if not rows:
             continue
-        late = rows[-max(len(rows) // 4, 1) :]
         parts: dict[str, float] = {}
         for name, weight in unit["weights"].items():
-            for row in rows:
+            # A voter that judges in turn may not have judged yet.
+            heard = [row for row in rows if name in row["ce"]]
+            if not heard:
+                continue
+            late = heard[-max(len(heard) // 4, 1) :]
+            for row in heard:
                 one, other = effective_terms(config, name, row["ce"][name], row["bn"][name])
                 ce[name][row["iteration"]].append(one)
                 bn[name][row["iteration"]].append(other)

@@ -50,6 +50,16 @@ class RunConfig(StrictConfig):
         for field, name in [("patches.observer", self.patches.observer), ("prior.observer", self.prior.observer)]:
             if name not in names:
                 raise ValueError(f"{field}={name} is not a member of the committee; choose from {', '.join(names)}")
+        if isinstance(self.method.voters, list):
+            for name in self.method.voters:
+                if name not in names:
+                    raise ValueError(
+                        f"method.voters names {name}; the members are {', '.join(names)}. Choose among them, or drawn or "
+                        "all, or a committee that has it"
+                    )
+        sizes, side = self.method.sizes, self.dataset.image_size
+        if sizes is not None and sizes[-1] != side:
+            raise ValueError(f"method.sizes={sizes} ends at {sizes[-1]}, and dataset.image_size={side}; end at {side}")
         problem = next(label_problems(self.label, self.protocol, names, self.dataset.image_size), None)
         if problem:
             raise ValueError(problem)
@@ -82,9 +92,11 @@ def teachers_of(config: RunConfig) -> list[str]:
 
 def needs_priors(config: RunConfig) -> bool:
     """Whether anything in this configuration depends on the members' prior performance."""
-    voting = config.method.iterations > 0 and (
-        config.committee.draw == "best" or (config.committee.voter == "prior" and config.committee.size > 1)
-    )
+    method, committee = config.method, config.committee
+    voters = {"drawn": committee.size, "all": len(committee.members)}
+    several = (voters[method.voters] if isinstance(method.voters, str) else len(method.voters)) > 1
+    weighed = several and committee.voter == "prior" and method.turns != "in_turn"
+    voting = method.iterations > 0 and ((method.voters == "drawn" and committee.draw == "best") or weighed)
     return voting or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from cvdd.assistants import assisted
 from cvdd.chain.compare import compare
 from cvdd.context import Context
 from cvdd.report.summary import summarise, write_results
@@ -14,7 +15,8 @@ log = logging.getLogger(__name__)
 
 def evaluate(context: Context, commands: list[str]) -> float | None:
     """Measure all rows; return the mean top-1 accuracy of the configuration's own first row."""
-    distilled, results = compare(context)
+    with assisted(context.config):
+        distilled, results = compare(context)
     summary = summarise(context, distilled, results, commands)
     page = write_results(context, summary, distilled, results)
     for result in summary["results"]:

@@ -1,0 +1,215 @@
+"""Recover: optimise the images of one stack (specification of the SRe2L family, section 2.2)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cvdd.artifact import Artifact
+from cvdd.augment import denormalise, normalise
+from cvdd.bn import require_batchnorm
+from cvdd.chain.members import load_network
+from cvdd.context import Context
+from cvdd.grids import image_grid
+from cvdd.matching import Matcher
+from cvdd.methods.fadrm import adjustable_residual
+from cvdd.progress import Advance
+from cvdd.recording import Recorded
+from cvdd.report.terms import effective_terms
+from cvdd.schema.method import StatisticsConfig
+from cvdd.seeds import generator
+from cvdd.synthesis import DistillModule, LogRow, pixel_bounds
+from cvdd.units import Stack, Unit, plan_stages, unit_views
+from cvdd.voting import Voter
+
+log = logging.getLogger(__name__)
+
+UNITS = "units"
+
+Member = tuple[str, nn.Module, Recorded | None]
+"""Name, network and recorded statistics of a member that votes."""
+
+
+def recover_stack(
+    context: Context,
+    stack: Stack,
+    members: Sequence[Member],
+    weights: Tensor,
+    start: Tensor | None,
+    work: Path,
+    advance: Advance,
+) -> None:
+    """Optimise a stack and save its units; an interrupted call goes on from its last checkpoint.
+
+    Args:
+        context: the configuration and its surroundings.
+        stack: what to make.
+        members: of its draw: name, network, and recorded statistics where the method matches any.
+        weights: [members, units] shares of the vote.
+        start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
+        work: the artefact's directory.
+        advance: called with the number of iterations done since the last call.
+    """
+    config, data = context.config, context.data()
+    method = config.method
+    names = [name for name, _, _ in members]
+    images = torch.stack([_start(context, unit, start) for unit in stack.units])
+    rows: list[LogRow] = []
+    if method.iterations:
+        images, rows = _optimise(context, stack, members, weights, images, work, advance)
+    else:
+        advance(1)
+    pixels = denormalise(images, data.mean, data.std, truncate=method.jpeg_round_trip)
+    if method.jpeg_round_trip:
+        pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
+    for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):
+        shares = dict(zip(names, unit_weights.tolist(), strict=True))
+        save_unit(work / UNITS, unit, unit_pixels, rows, shares)
+    for leftover in work.glob(f"stack{stack.index:05d}.*.tmp"):
+        leftover.unlink()
+
+
+def _optimise(
+    context: Context,
+    stack: Stack,
+    members: Sequence[Member],
+    weights: Tensor,
+    initial: Tensor,
+    work: Path,
+    advance: Advance,
+) -> tuple[Tensor, list[LogRow]]:
+    config, data = context.config, context.data()
+    method = config.method
+    shares = dict(zip([name for name, _, _ in members], weights.mean(dim=1).tolist(), strict=True))
+    targets = torch.stack([unit.targets for unit in stack.units])
+    images, rows, done = initial, list[LogRow](), 0
+
+    def on_row(row: LogRow, current: Tensor) -> None:
+        nonlocal done
+        advance(row.iteration - done)
+        done = row.iteration
+        _log_row(context, stack, row, shares, current)
+
+    for stage in plan_stages(method, data.image_size):
+        finished = work / f"stack{stack.index:05d}.stage{stage.index}.tmp"
+        if stage.index:
+            images = adjustable_residual(images, initial, method.residual, stage.size)
+        if finished.exists():
+            images, rows = _load_stage(finished)
+            on_row(rows[-1], images)
+            continue
+        module = DistillModule(
+            images,
+            targets,
+            [unit_views(unit, method, stage, method.seed) for unit in stack.units],
+            _voters(context, members, len(stack.units)),
+            weights,
+            method,
+            pixel_bounds(data.mean, data.std),
+            on_row,
+            stage,
+        )
+        module.rows = list(rows)
+        checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
+        context.fit(module, None, module.epochs, checkpoint)
+        images, rows = module.images.detach().cpu(), module.rows
+        _save_stage(finished, images, rows)
+    return images, rows
+
+
+def _save_stage(path: Path, images: Tensor, rows: Sequence[LogRow]) -> None:
+    temporary = path.with_name("part-" + path.name)
+    save_file({"images": images}, temporary, metadata={"rows": json.dumps([asdict(row) for row in rows])})
+    temporary.replace(path)
+
+
+def _load_stage(path: Path) -> tuple[Tensor, list[LogRow]]:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("images"), [LogRow(**row) for row in json.loads(file.metadata()["rows"])]
+
+
+def load_voter(context: Context, name: str, artifact: Artifact) -> nn.Module:
+    """Load a member that votes.
+
+    Raises:
+        ConfigError: it has no BatchNorm layer whose statistics could be matched.
+    """
+    method, member = context.config.method, context.config.committee.members[name]
+    network = load_network(context, artifact, member.backbone).to(context.device)
+    if method.r_bn and member.bn_scale and method.statistics.layers == "bn":
+        require_batchnorm(network, name)
+    return network
+
+
+def _voters(context: Context, members: Sequence[Member], units: int) -> list[Voter]:
+    method = context.config.method
+    voters = []
+    for name, network, recorded in members:
+        matcher = None
+        if method.statistics != StatisticsConfig():
+            groups = units if method.statistics_of == "unit" else 1
+            matcher = Matcher(network, method.statistics, groups, method.first_bn_multiplier, recorded, method.seed)
+        voters.append(Voter(name, network, context.config.committee.members[name].bn_scale, matcher))
+    return voters
+
+
+def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
+    data = context.data()
+    if start is None:
+        shape = (len(unit.targets), 3, data.image_size, data.image_size)
+        return torch.randn(shape, generator=generator(context.config.method.seed, "noise", unit.slot, unit.block))
+    return normalise(unit.of(start), data.mean, data.std)
+
+
+def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, float], images: Tensor) -> None:
+    """Log a stack: loss, learning rate, and by member its two terms and its weight.
+
+    The terms are those of the page's plot: cross-entropy times ``method.ce``, and the BatchNorm distance times
+    ``method.r_bn`` and the member's ``bn_scale``. The sum over members of weight times both terms is the loss where
+    all units of the stack have the same weights.
+    """
+    config, data = context.config, context.data()
+    method = config.method
+    terms = {name: effective_terms(config, name, row.ce[name], row.bn[name]) for name in row.ce}
+    values = {"distill/loss": row.loss, "distill/lr": row.lr, "distill/stack": float(stack.index)}
+    values |= {f"distill/ce/{name}": ce for name, (ce, _) in terms.items()}
+    values |= {f"distill/bn/{name}": bn for name, (_, bn) in terms.items()}
+    values |= {f"distill/weight/{name}": value for name, value in shares.items()}
+    step = stack.index * method.iterations + row.iteration
+    context.log(values, step)
+    if row.iteration % method.grid_every == 0 or row.iteration == method.iterations:
+        by_member = "; ".join(
+            f"{name} weight {shares[name]:.2f} CE {ce:.3g} BN {bn:.3g}" for name, (ce, bn) in terms.items()
+        )
+        log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, by_member)
+        grid = image_grid(denormalise(images[0], data.mean, data.std))
+        context.log_images("distill/images", grid, step)
+        context.save_picture(f"stack{stack.index:05d}", grid)
+
+
+def save_unit(folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[LogRow], weights: Mapping[str, float]) -> None:
+    """Write a unit's images [images, 3, size, size] uint8, its classes and its history, atomically."""
+    path = folder / f"{unit.name}.safetensors"
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {"images": pixels.contiguous(), "labels": unit.targets}
+    history = {"weights": dict(weights), "rows": [asdict(row) for row in rows]}
+    save_file(tensors, temporary, metadata={"history": json.dumps(history)})
+    temporary.replace(path)
+
+
+def jpeg_round_trip(image: Tensor) -> Tensor:
+    """Return what remains of an image [3, h, w] uint8 after JPEG at quality 75 with 4:2:0 chroma, as released."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG")
+    return torch.from_numpy(np.asarray(Image.open(buffer)).copy()).permute(2, 0, 1)

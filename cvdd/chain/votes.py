@@ -1,0 +1,70 @@
+"""Who votes on each unit, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cvdd.committee import Draw, draw_members, vote_weights
+from cvdd.schema import RunConfig
+from cvdd.seeds import derive_seed
+from cvdd.units import Unit, draw_per_unit
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Who votes on a unit.
+
+    Attributes:
+        draw: member indices.
+        weights: their shares.
+    """
+
+    draw: Draw
+    weights: tuple[float, ...]
+
+
+def plan_draws(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, float]) -> list[Draw]:
+    """Return, unit by unit, the indices of the members that vote.
+
+    Args:
+        config: the configuration.
+        units: all units.
+        priors: prior performance of each member in percent; may be empty where the draw does not depend on it.
+    """
+    committee, voters = config.committee, config.method.voters
+    names = list(committee.members)
+    if voters == "all":
+        return [tuple(range(len(names)))] * len(units)
+    if voters != "drawn":
+        return [tuple(names.index(name) for name in voters)] * len(units)
+    alphas = [priors.get(name, 0.0) for name in names]
+    fixed = [[names.index(name) for name in group] for group in committee.fixed]
+    seed = derive_seed(config.method.seed, "distill")
+
+    def draw(turn: int) -> Draw:
+        return draw_members(committee.draw, committee.size, turn, alphas, seed, fixed)
+
+    return draw_per_unit(units, config.method, draw)
+
+
+def plan_votes(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, float]) -> list[Vote]:
+    """Return, unit by unit, who votes and with what weight.
+
+    Args:
+        config: the configuration.
+        units: all units.
+        priors: prior performance of each member in percent; may be empty where nothing depends on it.
+    """
+    if not config.method.iterations:
+        return [Vote((), ())] * len(units)
+    committee = config.committee
+    alphas = [priors.get(name, 0.0) for name in committee.members]
+    seed = derive_seed(config.method.seed, "distill")
+    votes = []
+    for unit, draw in zip(units, plan_draws(config, units, priors), strict=True):
+        chosen = [alphas[index] for index in draw]
+        voter = committee.voter if len(draw) > 1 else "equal"
+        weights = vote_weights(chosen, config.temperature.vote, voter, seed=seed, slot=unit.slot)
+        votes.append(Vote(draw, tuple(weights.tolist())))
+    return votes

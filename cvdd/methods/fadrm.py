@@ -1,0 +1,28 @@
+"""FADRM: between stages the synthetic images get some of their real ones back (specification of FADRM, section 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def adjustable_residual(images: Tensor, initial: Tensor, kept: float, size: int) -> Tensor:
+    """Blend images with those that they started from, both at the next stage's size.
+
+    Args:
+        images: [units, images, 3, h, w] as the stage left them.
+        initial: [units, images, 3, h', w'] as they were before the first stage.
+        kept: share of ``images``; the rest is ``initial``.
+        size: side in the next stage.
+
+    Returns:
+        [units, images, 3, size, size].
+    """
+    return kept * _resized(images, size) + (1 - kept) * _resized(initial, size)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    units = len(images)
+    resized = nn.functional.interpolate(images.flatten(0, 1), (size, size), mode="bilinear", align_corners=False)
+    return resized.unflatten(0, (units, -1))

@@ -1,0 +1,166 @@
+"""Units and stacks: what is optimised together, what shares a forward pass, and what each unit sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvdd.augment import Views, draw_views, view_matrices
+from cvdd.committee import Draw
+from cvdd.methods.cda import lowest_area
+from cvdd.schema import MethodConfig
+from cvdd.seeds import generator
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Images that are optimised together and depend on nothing outside: one or more slots of a block of classes.
+
+    Attributes:
+        slot: its first IPC slot, 0 to IPC - 1.
+        block: index of the block of classes.
+        start: first class.
+        stop: class after the last.
+        slots: number of consecutive slots.
+    """
+
+    slot: int
+    block: int
+    start: int
+    stop: int
+    slots: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"slot{self.slot:04d}_block{self.block:04d}"
+
+    @property
+    def targets(self) -> Tensor:
+        """Class of each image, [images]: class after class, and slot after slot within a class."""
+        return torch.arange(self.start, self.stop).repeat_interleave(self.slots)
+
+    def of(self, images: Tensor) -> Tensor:
+        """Pick this unit's images out of [classes, ipc, ...]: [images, ...]."""
+        return images[self.start : self.stop, self.slot : self.slot + self.slots].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Units with the same draw and the same shape that share a forward pass.
+
+    The partition into stacks is fixed by the configuration, because floating point makes it show in the last bits.
+    """
+
+    index: int
+    draw: Draw
+    units: tuple[Unit, ...]
+
+
+def plan_units(ipc: int, classes: int, method: MethodConfig) -> list[Unit]:
+    """List all units of a distilled set, in the order in which committees are drawn for them.
+
+    With ``composer=slots`` a unit is one slot of a block of classes; with ``composer=classes`` it is all slots of a
+    block, or ``slots_per_unit`` of them.
+    """
+    per_unit = 1 if method.composer == "slots" else min(method.slots_per_unit or ipc, ipc)
+    return [
+        Unit(slot, block, start, min(start + method.classes_per_unit, classes), min(per_unit, ipc - slot))
+        for slot in range(0, ipc, per_unit)
+        for block, start in enumerate(range(0, classes, method.classes_per_unit))
+    ]
+
+
+def plan_stacks(units: Sequence[Unit], draws: Sequence[Draw], units_per_stack: int) -> list[Stack]:
+    """Partition units into stacks: by draw and shape, in order, at most ``units_per_stack`` each.
+
+    Args:
+        units: all units.
+        draws: the members that vote on each.
+        units_per_stack: the most that share a forward pass.
+    """
+    groups: dict[tuple[Draw, int, int], list[Unit]] = {}
+    for unit, draw in zip(units, draws, strict=True):
+        groups.setdefault((draw, unit.stop - unit.start, unit.slots), []).append(unit)
+    parts = [
+        (draw, tuple(group[first : first + units_per_stack]))
+        for (draw, _, _), group in groups.items()
+        for first in range(0, len(group), units_per_stack)
+    ]
+    return [Stack(index, draw, part) for index, (draw, part) in enumerate(parts)]
+
+
+def draw_per_unit(units: Sequence[Unit], method: MethodConfig, draw: Callable[[int], Draw]) -> list[Draw]:
+    """Draw a committee for every unit: one for each slot, or, where a unit has several slots, one for each unit."""
+    if method.composer == "slots":
+        return [draw(unit.slot) for unit in units]
+    return [draw(index) for index in range(len(units))]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the iterations with an optimiser and a size of its own (specification of FADRM, section 2).
+
+    Attributes:
+        index: 0 for the first.
+        first: its first iteration.
+        last: the iteration after its last.
+        size: side of the images in pixels.
+    """
+
+    index: int
+    first: int
+    last: int
+    size: int
+
+
+def plan_stages(method: MethodConfig, size: int) -> list[Stage]:
+    """Cut the iterations into equal stages; ``size`` is the side of the data set's images."""
+    length = method.iterations // method.stages
+    sizes = method.sizes or [size] * method.stages
+    return [Stage(index, index * length, (index + 1) * length, side) for index, side in enumerate(sizes)]
+
+
+def unit_views(unit: Unit, method: MethodConfig, stage: Stage, seed: int) -> Views:
+    """Draw the crops, flips and shifts of a unit in one stage; they depend on (seed, slot, block, stage) alone.
+
+    With ``method.pad`` a box has the size of the image and may begin up to so many pixels outside it.
+    """
+    source = generator(seed, "recover", unit.slot, unit.block, *([stage.index] if stage.index else []))
+    count, size = stage.last - stage.first, stage.size
+    jitter = 2 * method.jitter if method.jitter_both_ways else method.jitter
+    if method.crop_schedule == "constant" or method.crop_scale is None:
+        views = draw_views(count, size, size, method.crop_scale, method.flip, jitter, source)
+    else:
+        low, high = method.crop_scale
+        lowest = [
+            lowest_area(iteration, method.iterations, method.crop_schedule, method.crop_milestone, low)
+            for iteration in range(stage.first, stage.last)
+        ]
+        views = Views.cat([draw_views(1, size, size, (a, max(a, high)), method.flip, jitter, source) for a in lowest])
+    boxes, shifts = views.boxes, views.shifts
+    if method.pad:
+        offsets = torch.randint(-method.pad, method.pad + 1, (count, 2), generator=source)
+        boxes = torch.cat([offsets, boxes[:, 2:]], dim=1)
+    if method.jitter_both_ways:
+        shifts = shifts - method.jitter
+    return Views(boxes, views.flips, shifts)
+
+
+def unit_matrices(views: Views, size: int) -> tuple[Tensor, Tensor]:
+    """Return the row and column matrices of a unit's views, each [n, size, size].
+
+    A box that begins outside the image shows the mean colour there: images are normalised, so that is 0.
+    """
+    boxes = views.boxes
+    outside = boxes[:, :2].amin(dim=1) < 0
+    if not bool((outside | (boxes[:, :2] + boxes[:, 2:] > size).any(dim=1)).any()):
+        return view_matrices(views, size, size, size)
+    whole = Views(torch.tensor([0, 0, size, size]).expand(len(boxes), 4), views.flips, views.shifts)
+    rows, columns = view_matrices(whole, size, size, size)
+    place = torch.arange(size)
+    shifted = [(place[:, None] + offset[:, None, None] == place).float() for offset in boxes[:, :2].unbind(dim=1)]
+    return rows @ shifted[0], columns @ shifted[1]
