@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, prepare
 from cvdd.outcome import USER_ERROR, told
+from cvdd.sweep import with_points
 
 
 def config_directory() -> Path:
@@ -30,7 +31,7 @@ def _help(part: str, verb: str) -> str:
 
 def _command(verb: str) -> None:
     try:
-        sys.argv[1:] = prepare(sys.argv[1:], config_directory())
+        sys.argv[1:] = with_points(prepare(sys.argv[1:], config_directory()), config_directory())
     except ArgumentError as error:
         print(error, file=sys.stderr)
         sys.exit(USER_ERROR)

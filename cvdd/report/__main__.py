@@ -1,0 +1,51 @@
+"""``python -m cvdd.report DIRECTORY``: the report of a sweep, from its directories alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from cvdd.config_base import ConfigError
+from cvdd.outcome import USER_ERROR
+
+
+def report_sweep(arguments: Sequence[str]) -> None:
+    """Write the reports of sweeps, and say how far these are.
+
+    Args:
+        arguments: their directories.
+    """
+    from cvdd.report.sweeps import progress, read_directory, write_report
+
+    for argument in arguments:
+        page = write_report(Path(argument))
+        print(f"{argument}: {progress(read_directory(Path(argument)))}\n{page}")
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = MappingProxyType({})
+"""By the first argument; any other is the directory of a sweep."""
+
+USAGE = "usage: python -m cvdd.report multirun/NAME [multirun/NAME ...]"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else USER_ERROR
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            report_sweep(arguments)
+        else:
+            command(arguments[1:])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""Table, plots and page of a sweep, read from its directories alone, also while it still runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import DictConfig, OmegaConf
+
+from cvdd.config_base import ConfigError
+from cvdd.report.headline import with_error
+from cvdd.report.sweep_plots import Cell, plot, standalone
+from cvdd.sweep import STATE, SweepConfig, read_sweep, replace_file, same_command
+
+TEMPLATE = "sweep.html.j2"
+METRICS = "metrics.json"
+
+Status = Literal["done", "failed", "not finished", "missing"]
+
+COLUMNS = ("student", "protocol", "n", "top1", "std", "standard_error", "best_top1", "top5", "loss", "top1_by_seed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep, as its directory shows it.
+
+    Attributes:
+        name: of its directory.
+        at: its place on each axis; None: all of that axis.
+        status: not finished means running or interrupted, which a directory cannot tell apart.
+        error: why it failed; empty otherwise.
+        results: of the row that the point is about, one for each student; empty unless it is done.
+        commit: of the code that made them.
+    """
+
+    name: str
+    at: tuple[str | None, ...]
+    status: Status
+    error: str = ""
+    results: tuple[Mapping[str, Any], ...] = ()
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its directory shows it.
+
+    Attributes:
+        name: of the directory.
+        title: for people.
+        axes: what varies, one or two.
+        plot: curve or heat_map.
+        command: that makes it.
+        points: in the order of the sweep.
+    """
+
+    name: str
+    title: str
+    axes: tuple[str, ...]
+    plot: Literal["curve", "heat_map"]
+    command: str
+    points: tuple[Point, ...]
+
+    def students(self) -> list[str]:
+        """List the students of all points, in their order."""
+        return list(dict.fromkeys(str(result["student"]) for point in self.points for result in point.results))
+
+
+def read_directory(directory: Path) -> Sweep:
+    """Read a sweep from its directory.
+
+    Raises:
+        ConfigError: it is no directory of a multirun.
+    """
+    try:
+        config = OmegaConf.load(directory / "multirun.yaml")
+    except OSError as error:
+        raise ConfigError(f"{directory}: this is no directory of a sweep; it has no multirun.yaml") from error
+    assert isinstance(config, DictConfig)
+    overrides = [str(item) for item in config.hydra.overrides.task]
+    sweep = read_sweep(config)
+    name = directory.resolve().name
+    verb = config.hydra.job.name
+    if sweep is None:
+        axes, points = _points_without_names(directory)
+        shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
+        command = " ".join([f"python {verb}.py --multirun", *overrides])
+        return Sweep(name, name, axes, shape, command, points)
+    # The points are the sweep's own: they need not be typed.
+    typed = [item for item in overrides if not item.startswith("+point=")]
+    points = tuple(_read_point(directory, point, sweep, overrides) for point in sweep.points)
+    return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
+
+
+def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Sequence[str]) -> Point:
+    point = sweep.points[name]
+    at = tuple(None if place is None else _written(place) for place in point.at)
+    folder = directory / name
+    state = _load(folder / STATE)
+    # What another command, or the same sweep with another definition of this point, has left there is not of this one.
+    if state is None or state["node"] != sweep.node(name) or not same_command(state["overrides"], overrides):
+        return Point(name, at, "missing")
+    if state["status"] == "failed":
+        return Point(name, at, "failed", str(state["error"]))
+    metrics = _load(folder / METRICS) if state["status"] == "done" else None
+    if metrics is None:
+        return Point(name, at, "not finished")
+    row = name if point.row else metrics["results"][0]["row"]
+    return Point(name, at, "done", "", _of_row(metrics, row), metrics["code"].get("commit"))
+
+
+def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point, ...]]:
+    """Read the numbered directories of a multirun that was typed; what they differ in are the axes."""
+    folders = sorted(
+        (path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")),
+        key=lambda path: (len(path.name), path.name),
+    )
+    typed = [
+        dict(_key_and_value(str(item)) for item in OmegaConf.load(path / ".hydra/overrides.yaml")) for path in folders
+    ]
+    keys = list(dict.fromkeys(key for one in typed for key in one))
+    differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
+    axes = tuple(differing) if 1 <= len(differing) <= 2 else ("point",)
+    points = []
+    for folder, one in zip(folders, typed, strict=True):
+        label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or folder.name
+        at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
+        metrics = _load(folder / METRICS)
+        if metrics is None:
+            points.append(Point(folder.name, at, "not finished"))
+        else:
+            results = _of_row(metrics, metrics["results"][0]["row"])
+            points.append(Point(folder.name, at, "done", "", results, metrics["code"].get("commit")))
+    return axes, tuple(points)
+
+
+def _key_and_value(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key, value.strip("'\"")
+
+
+def _of_row(metrics: Mapping[str, Any], row: str) -> tuple[Mapping[str, Any], ...]:
+    return tuple(result for result in metrics["results"] if result["row"] == row)
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        # Not there yet, or being written.
+        return None
+    return tree
+
+
+def _written(place: str | float) -> str:
+    return place if isinstance(place, str) else f"{place:g}"
+
+
+def csv_table(sweep: Sweep) -> str:
+    """Write a row for each point and student, points without a result included."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ("point", *sweep.axes, "status", *COLUMNS, "error"), extrasaction="ignore")
+    writer.writeheader()
+    for point in sweep.points:
+        place = {axis: "" if at is None else at for axis, at in zip(sweep.axes, point.at, strict=True)}
+        for result in point.results or ({},):
+            writer.writerow(
+                {
+                    **result,
+                    **place,
+                    "point": point.name,
+                    "status": point.status,
+                    "error": point.error.partition("\n")[0],
+                }
+            )
+    return table.getvalue()
+
+
+def markdown_table(sweep: Sweep) -> str:
+    """Write the same for people, accuracies with their standard errors."""
+    header = ["point", *sweep.axes, "student", "n", "top-1", "top-5", "status"]
+    rows = [header, ["---"] * len(header)]
+    for point in sweep.points:
+        place = [at or "" for at in point.at]
+        for result in point.results:
+            accuracies = [with_error(result["top1"], result["standard_error"]), f"{result['top5']:.1f}"]
+            rows.append([point.name, *place, result["student"], str(result["n"]), *accuracies, point.status])
+        if not point.results:
+            rows.append([point.name, *place, "", "", "", "", ": ".join(filter(None, (point.status, point.error)))])
+    lines = ["| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([f"# {sweep.title}", "", progress(sweep), "", *lines, ""])
+
+
+def progress(sweep: Sweep) -> str:
+    """Say in a sentence how many points there are, and which are missing or failed."""
+    parts = []
+    for status in ("failed", "not finished", "missing"):
+        names = [point.name for point in sweep.points if point.status == status]
+        if names:
+            parts.append(f"{len(names)} {status} ({', '.join(names)})")
+    done = sum(point.status == "done" for point in sweep.points)
+    return "; ".join([f"{done} of {len(sweep.points)} points are done", *parts]) + "."
+
+
+def write_report(directory: Path) -> Path:
+    """Write results.csv, table.md, a plot for each student and report.html into a sweep's directory.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ConfigError: it is no directory of a multirun.
+    """
+    sweep = read_directory(directory)
+    replace_file(directory / "results.csv", csv_table(sweep))
+    replace_file(directory / "table.md", markdown_table(sweep))
+    plots = {}
+    for index, student in enumerate(sweep.students()):
+        plots[student] = plot(sweep.plot, sweep.axes, _cells(sweep, student), f"plot{index}", student)
+        replace_file(directory / f"plot-{student}.svg", standalone(plots[student]))
+    environment = Environment(
+        loader=PackageLoader("cvdd", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals["with_error"] = with_error
+    commits = sorted({point.commit or "unknown" for point in sweep.points if point.status == "done"})
+    page = environment.get_template(TEMPLATE).render(
+        sweep=sweep,
+        progress=progress(sweep),
+        plots=plots,
+        counts=sorted({result["n"] for point in sweep.points for result in point.results}),
+        commits=[commit[:12] for commit in commits],
+    )
+    replace_file(directory / "report.html", page)
+    return directory / "report.html"
+
+
+def _cells(sweep: Sweep, student: str) -> list[Cell]:
+    cells = []
+    for point in sweep.points:
+        result = next((one for one in point.results if one["student"] == student), None)
+        if result is None:
+            cells.append(Cell(point.at, None, None, (), "missing" if point.status == "done" else point.status))
+        else:
+            values = tuple(result["top1_by_seed"])
+            cells.append(Cell(point.at, result["top1"], result["standard_error"], values, ""))
+    return cells

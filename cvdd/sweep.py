@@ -1,0 +1,246 @@
+"""Sweeps with names: their points become choices of a group that Hydra's own sweeper walks through.
+
+A file of ``conf/sweep`` sets ``hydra.mode=MULTIRUN`` and gives :class:`SweepCallback` its points. A point is a piece of
+configuration, so a sweep need not be a full product, and a point's directory has its name: the same command meets the
+same directory again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, ValidationError, model_validator
+
+from cvdd.arguments import FIELDS, ArgumentError
+from cvdd.config_base import StrictConfig
+
+log = logging.getLogger(__name__)
+
+GROUP = "point"
+STATE = "point.json"
+"""In a point's directory: how far it is."""
+
+_POINT = re.compile(rf"\+?{GROUP}=(.*)")
+_LISTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
+
+
+class PointConfig(StrictConfig):
+    """One point of a sweep."""
+
+    at: list[str | int | float | None] = Field(description="its place on each axis; null: it lies on all of that axis")
+    settings: dict[str, Any] = Field({}, description="the configuration in which it differs, with defaults if need be")
+    row: dict[str, Any] = Field(
+        {}, description="dotted keys in which a row of compare differs, which is shown instead and shares the priors"
+    )
+
+
+class SweepConfig(StrictConfig):
+    """What a sweep varies and how it is shown."""
+
+    title: str = Field(description="of the page")
+    axes: list[str] = Field(min_length=1, max_length=2, description="what varies: along x and, if given, along y")
+    plot: Literal["curve", "heat_map"] = Field("curve", description="curve: a line for each place on the second axis")
+    points: dict[str, PointConfig] = Field(min_length=1, description="the points by the names of their directories")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.plot == "heat_map" and len(self.axes) == 1:
+            raise ValueError("plot=heat_map needs two axes")
+        for name, point in self.points.items():
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"points.{name}: a point's name is that of a directory: letters, digits, _ . + -")
+            if len(point.at) != len(self.axes):
+                raise ValueError(f"points.{name}.at needs a place on each of {', '.join(self.axes)}")
+        return self
+
+    def node(self, name: str) -> dict[str, Any]:
+        """Return what Hydra merges into the configuration at a point."""
+        point = self.points[name]
+        if not point.row:
+            return dict(point.settings)
+        return {**point.settings, "compare": {name: {"method.name": name, **point.row}}}
+
+    def varied(self) -> list[str]:
+        """List the dotted keys and groups that the points decide, so that nobody else can."""
+        rows = [set(point.row) for point in self.points.values()]
+        keys = [key for point in self.points.values() for key in _settings_keys(point.settings)]
+        return list(dict.fromkeys([*keys, *sorted(set.intersection(*rows))]))
+
+
+def read_sweep(config: DictConfig) -> SweepConfig | None:
+    """Return the sweep that a composed or a single configuration describes; None if it describes none.
+
+    Raises:
+        ValueError: what it describes is no sweep.
+    """
+    node = OmegaConf.select(config, "hydra.callbacks.sweep")
+    if node is None:
+        return None
+    tree = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(tree, dict)
+    return SweepConfig.model_validate({str(key): value for key, value in tree.items() if key != "_target_"})
+
+
+def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
+    """Make the points of the chosen sweep known to Hydra and add them to the arguments.
+
+    Args:
+        arguments: of the command line, after :func:`cvdd.arguments.prepare`.
+        directory: of the configuration; a directory of one's own (``--config-dir``) is looked into first.
+
+    Raises:
+        ArgumentError: there is no such point, or the sweep would overwrite or be overwritten by what was typed.
+    """
+    name = next((argument[len("sweep=") :] for argument in arguments if argument.startswith("sweep=")), None)
+    typed = [match[1] for argument in arguments if (match := _POINT.fullmatch(argument))]
+    if name is None:
+        if typed:
+            raise ArgumentError(f"{GROUP}={typed[-1]}: points are of a sweep; choose one with sweep=NAME")
+        return list(arguments)
+    if "," in name:
+        raise ArgumentError(f"sweep={name}: choose one; each has a directory and a table of its own")
+    files = [folder / "sweep" / f"{name}.yaml" for folder in (*_own_directories(arguments), directory)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        # Hydra lists the choices.
+        return list(arguments)
+    try:
+        sweep = read_sweep(OmegaConf.create(OmegaConf.load(file)))  # type: ignore[arg-type]
+    except (ValidationError, ValueError) as error:
+        raise ArgumentError(f"{file}: {error}") from error
+    if sweep is None:
+        raise ArgumentError(f"{file}: hydra.callbacks.sweep is missing; it holds the points")
+    _register(sweep)
+    others = [argument for argument in arguments if not _POINT.fullmatch(argument)]
+    _refuse_conflicts(name, sweep, others)
+    chosen = [point for points in typed for point in points.replace("'", "").split(",")]
+    unknown = [point for point in chosen if point not in sweep.points]
+    if unknown:
+        raise ArgumentError(f"{GROUP}={','.join(unknown)}: sweep={name} has the points {', '.join(sweep.points)}")
+    if not chosen and any(argument.partition("=")[0] in _LISTING for argument in arguments):
+        # Only one configuration can be shown: that in which the points differ.
+        return others
+    # Beside the sweep: Hydra's parser takes no override after an option that follows others.
+    quoted = [f"'{point}'" for point in chosen or sweep.points]
+    place = others.index(f"sweep={name}") + 1
+    return [*others[:place], f"+{GROUP}={','.join(quoted)}", *others[place:]]
+
+
+def _own_directories(arguments: Sequence[str]) -> Iterator[Path]:
+    for index, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key in ("--config-dir", "-cd"):
+            yield Path(value or next(iter(arguments[index + 1 :]), ""))
+
+
+def _register(sweep: SweepConfig) -> None:
+    store = ConfigStore.instance()
+    for name in sweep.points:
+        store.store(group=GROUP, name=name, node=sweep.node(name), package="_global_", provider="cvdd")
+
+
+def _refuse_conflicts(name: str, sweep: SweepConfig, arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        key, sign, value = argument.lstrip("+~").partition("=")
+        key = key.partition("@")[0]
+        if not sign or key.startswith("-"):
+            continue
+        if "," in value and not value.startswith(("[", "{", "'", '"')) and not key.startswith("hydra."):
+            raise ArgumentError(
+                f"{argument}: sweep={name} has its points already; give one value, or start the sweep once for each "
+                "with its own hydra.sweep.dir"
+            )
+        key = FIELDS.get(key, key)
+        for other in sweep.varied():
+            if key == other or ("." in key and (key.startswith(f"{other}.") or other.startswith(f"{key}."))):
+                raise ArgumentError(f"{argument}: sweep={name} varies {other} itself; leave out one of the two")
+
+
+def _settings_keys(settings: Mapping[str, Any]) -> Iterator[str]:
+    for entry in settings.get("defaults", []):
+        for key in entry if isinstance(entry, dict) else ():
+            group = key.removeprefix("override ").lstrip("/")
+            yield FIELDS.get(group, group)
+    yield from _leaves({key: value for key, value in settings.items() if key != "defaults"}, "")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def same_command(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists of overrides ask for the same, wherever it runs and whichever of a sweep's points it is."""
+    return _asked(one) == _asked(other)
+
+
+def _asked(overrides: Sequence[str]) -> list[str]:
+    return sorted(item for item in overrides if not _SURROUNDINGS.match(item) and not _POINT.fullmatch(item))
+
+
+class SweepCallback(Callback):
+    """Notes how far each point is, and writes the sweep's report after each.
+
+    After each, because Hydra calls nothing at the end of a multirun with a failed point. A launcher may run points in
+    other processes, each with a copy of this callback.
+
+    Args:
+        sweep: the fields of :class:`SweepConfig`.
+    """
+
+    def __init__(self, **sweep: Any) -> None:
+        plain = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in sweep.items()
+        }
+        self.sweep = SweepConfig.model_validate(plain)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note that a point is being made."""
+        self._note(config, "running")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note how a point ended, and write the report."""
+        if job_return.status is JobStatus.COMPLETED:
+            self._note(config, "done")
+        else:
+            error = job_return._return_value
+            self._note(config, "failed", str(error) or type(error).__name__)
+        if config.hydra.mode.name == "MULTIRUN":
+            from cvdd.report.sweeps import write_report
+
+            page = write_report(Path(config.hydra.runtime.output_dir).parent)
+            log.info("sweep: %s", page)
+
+    def _note(self, config: DictConfig, status: str, error: str = "") -> None:
+        name = str(config.hydra.runtime.choices[GROUP])
+        state = {
+            "point": name,
+            "status": status,
+            "error": error,
+            "node": self.sweep.node(name),
+            "overrides": OmegaConf.to_container(config.hydra.overrides.task),
+        }
+        folder = Path(config.hydra.runtime.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file at once, whoever else reads or writes it meanwhile."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

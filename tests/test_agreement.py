@@ -1,0 +1,74 @@
+"""Agreement of members: cosines of gradients whose directions are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import random_pixels, small_network
+from torch import Tensor, nn
+
+from cvdd.agreement import Loss, gradient_agreement, mean_agreement, pairs_of
+from cvdd.voting import Voter, voting_loss
+
+
+def linear(*rows: tuple[float, ...]) -> Loss:
+    """A loss whose gradient in each unit is the row given for it."""
+    return lambda images: (images * torch.tensor(rows)).sum()
+
+
+def test_the_cosines_are_those_of_the_gradients_and_the_mean_is_over_units() -> None:
+    images = torch.zeros(2, 2)
+    # First unit: 90 degrees; second unit: 60 degrees.
+    one, other = linear((3, 0), (1, 0)), linear((0, 7), (1, math.sqrt(3)))
+    matrix = gradient_agreement(images, [one, other])
+    torch.testing.assert_close(matrix, torch.tensor([[1, 0.25], [0.25, 1]]))
+
+
+def test_opposite_members_and_factors() -> None:
+    up, down, faster = linear((1.0, 2.0)), linear((-1.0, -2.0)), linear((10.0, 20.0))
+    matrix = gradient_agreement(torch.zeros(1, 2), [up, down, faster])
+    torch.testing.assert_close(matrix, torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]]))
+    assert mean_agreement(matrix) == pytest.approx(-1 / 3)
+
+
+def test_a_member_without_gradient_agrees_with_nobody() -> None:
+    matrix = gradient_agreement(torch.zeros(1, 2), [linear((1.0, 0.0)), linear((0.0, 0.0))])
+    assert matrix.tolist() == [[1, 0], [0, 0]]
+
+
+def test_pairs_are_named_in_the_members_order() -> None:
+    matrix = torch.tensor([[1.0, 0.5, 0.25], [0.5, 1.0, -0.5], [0.25, -0.5, 1.0]])
+    assert pairs_of(matrix, ["a", "b", "c"]) == {"a-b": 0.5, "a-c": 0.25, "b-c": -0.5}
+    assert pairs_of(matrix[:1, :1], ["a"]) == {}
+
+
+def votes(images: Tensor, targets: Tensor, voters: list[Voter]) -> list[Loss]:
+    ones = torch.ones(1, len(images))
+    return [lambda seen, voter=voter: voting_loss(seen, targets, [voter], ones, r_bn=0.1).loss for voter in voters]
+
+
+def test_members_of_a_vote_agree_as_their_networks_say() -> None:
+    images = nn.Parameter(random_pixels(8, 8).float().view(2, 4, 3, 8, 8) / 255)
+    targets = torch.arange(4).expand(2, 4)
+    voters = [Voter("a", small_network(seed=0)), Voter("b", small_network(seed=1)), Voter("a again", small_network())]
+    state = torch.get_rng_state()
+    before = images.detach().clone()
+    matrix = gradient_agreement(images, votes(images, targets, voters))
+    assert images.grad is None
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    gradients = []
+    for voter in voters[:2]:
+        each = []
+        for unit in range(2):
+            alone = images.detach()[unit : unit + 1].clone().requires_grad_()
+            voting_loss(alone, targets[:1], [voter], torch.ones(1, 1), r_bn=0.1).loss.backward()
+            assert alone.grad is not None
+            each.append(alone.grad.flatten().double())
+        gradients.append(each)
+    cosines = [float(one @ other / (one.norm() * other.norm())) for one, other in zip(*gradients, strict=True)]
+    assert float(matrix[0, 1]) == pytest.approx(sum(cosines) / 2, abs=1e-5)
+    assert float(matrix[0, 2]) == pytest.approx(1, abs=1e-5)
+    assert -0.999 < float(matrix[0, 1]) < 0.999
