@@ -1,0 +1,96 @@
+"""Students of prediction matching: trained by L1 on the logits that belong to the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cvdd.artifact import Artifact, write_atomically
+from cvdd.backbones import BackboneConfig, build_network
+from cvdd.chain.apm import load_labelled
+from cvdd.chain.apm_teachers import Positions, apm_of, families_of, whitening_of
+from cvdd.chain.members import CURVE
+from cvdd.chain.space import input_space, measured_in
+from cvdd.classifier import ShuffledBatches
+from cvdd.context import Context
+from cvdd.methods.apm import logit_distance
+from cvdd.report.curves import curve_json
+from cvdd.seeds import derive_seed
+from cvdd.sgd_training import SgdModule, dsa
+
+
+def make_apm_student(
+    context: Context,
+    images: Artifact,
+    name: str,
+    backbone: BackboneConfig,
+    seed: int,
+    part: Literal["test", "train"] = "test",
+) -> Artifact:
+    """Return one student of any architecture: its curve and its final and best accuracy.
+
+    The settings are those of ``method.apm.student`` whatever the architecture (specification of APM, section 5); of the
+    protocol only ``seeds``, ``eval_every`` and ``eval_batch`` count. Images are augmented, their logits are static.
+
+    Args:
+        context: the configuration and its surroundings.
+        images: made by :func:`cvdd.chain.apm.make_apm_images`.
+        name: of the student.
+        backbone: its network.
+        seed: of its initialisation and training.
+        part: images on which it is measured; ``train`` means the real training images, which it has not seen.
+    """
+    config, data, training = context.config, context.data(), apm_of(context).student
+    every = config.protocol.eval_every
+    whitening = whitening_of(context)
+    identity = {
+        "data": data.identity,
+        "student": training.model_dump(mode="json"),
+        "augmentations": list(families_of(context)),
+        "eval_every": every,
+        "backbone": backbone.model_dump(mode="json"),
+        "seed": seed,
+        "measured_on": part,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        known = load_labelled(images)
+        title, own = f"student {name} seed {seed}", derive_seed(seed, "student")
+        loader: DataLoader[Any] = DataLoader(
+            Positions(), sampler=ShuffledBatches(len(known.images), training.batch_size, own), batch_size=None
+        )
+        with context.progress(title, training.epochs) as advance:
+
+            def on_epoch(epoch: int, row: dict[str, float]) -> None:
+                advance(1)
+                context.log({f"evaluate/{name}/seed{seed}/{key}": value for key, value in row.items()}, step=epoch + 1)
+
+            module = SgdModule(
+                training,
+                known.images,
+                known.logits,
+                nn.Identity(),
+                logit_distance,
+                dsa(families_of(context)),
+                network=build_network(backbone, len(data.classes), own),
+                name=title,
+                seed=own,
+                measure=measured_in(context, input_space(context, whitening), part),
+                measured_at=lambda epoch: (epoch + 1) % every == 0 or epoch + 1 == training.epochs,
+                on_epoch=on_epoch,
+            )
+            context.fit(module, loader, training.epochs, work / "training.ckpt.tmp")
+        write_atomically(work / CURVE, curve_json(module.curve))
+        measured = [row for row in module.curve if "top1" in row]
+        last, best = measured[-1], max(measured, key=lambda row: row["top1"])
+        return {
+            **{key: last[key] for key in ("top1", "top5", "loss")},
+            "best_top1": best["top1"],
+            "best_epoch": best["epoch"],
+        }
+
+    parents = [images, *([] if whitening is None else [whitening])]
+    return context.store.make("students", f"{images.name}-{name}-seed{seed}", identity, parents, build)

@@ -1,0 +1,82 @@
+"""The space in which networks of prediction matching see images: standardised by channel, or ZCA-whitened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cvdd.artifact import Artifact
+from cvdd.classifier import Measure
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import to_eval_tensor
+from cvdd.measure import Accuracy, Evaluator
+from cvdd.zca import InputSpace, Whitening, fit_whitening
+
+WHITENING = "whitening.safetensors"
+
+
+def make_whitening(context: Context, eps: float, section: str) -> Artifact:
+    """Return the ZCA whitening of the training images.
+
+    Args:
+        context: the configuration and its surroundings.
+        eps: added to the eigenvalues of the covariance.
+        section: of the configuration that asks for it, e.g. ``method.apm``, for messages.
+
+    Raises:
+        ConfigError: the images cannot be whitened; see :func:`cvdd.zca.fit_whitening`.
+    """
+    data = context.data()
+    if not data.train.in_memory:
+        raise ConfigError(
+            f"{section}.whitening=true: the covariance of images of {data.image_size} pixels of dataset {data.name}, "
+            f"which does not fit memory, is out of reach; set {section}.whitening=false"
+        )
+    identity = {"train": data.identity["train"], "image_size": data.image_size, "eps": eps}
+
+    def build(work: Path) -> dict[str, Any]:
+        whitening = fit_whitening(training_pixels(context), eps)
+        whitening.save(work / WHITENING)
+        return {"dimensions": len(whitening.mean), "largest": float(whitening.values.max())}
+
+    try:
+        return context.store.make("whitenings", data.name, identity, [], build)
+    except ConfigError as error:
+        # The maths is shared with trajectory matching, whose settings it names.
+        raise ConfigError(str(error).replace("method.mtt", section)) from error
+
+
+def input_space(context: Context, whitening: Artifact | None) -> InputSpace:
+    """Return the map from pixels to what networks see, on the device."""
+    data = context.data()
+    fitted = None if whitening is None else Whitening.load(whitening.path / WHITENING)
+    return InputSpace(data.mean, data.std, fitted).to(context.device)
+
+
+def training_pixels(context: Context) -> Tensor:
+    """Return all training images [n, 3, size, size] uint8."""
+    data = context.data()
+    pixels: Tensor = to_eval_tensor(data.train, data.image_size, None, torch.arange(len(data.train)))
+    return pixels
+
+
+def measured_in(context: Context, space: InputSpace, part: Literal["test", "train"] = "test") -> Measure:
+    """Return a function from a network that sees images of a space to its accuracy on real images."""
+    config, data = context.config, context.data()
+    evaluator = Evaluator(
+        data,
+        config.protocol.eval_batch,
+        context.device,
+        test_resize=config.dataset.test_resize if part == "test" or not data.train.in_memory else None,
+        part=part,
+        workers=config.trainer.workers,
+    )
+
+    def measure(network: nn.Module) -> Accuracy:
+        return evaluator(nn.Sequential(space, network).train(network.training))
+
+    return measure
