@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from cvdd.context import Context
 from cvdd.outcome import INTERRUPTED
 from cvdd.runtime import find_device
 from cvdd.synthesis import NonFiniteLoss
-from cvdd.voting import Voter
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -162,19 +160,19 @@ def test_a_member_whose_loss_is_not_finite(
     """It is named, what was done is kept, and the same command goes on from there."""
     context = again("images", "labels", "students")
     monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    original = cvdd.chain.images._voter
+    original = cvdd.chain.images.load_voter
 
-    def breaking(context: Context, artifact: Artifact, name: str) -> Voter:
-        voter = original(context, artifact, name)
-        return replace(voter, network=BreaksLater(voter.network, 3)) if name == "shufflenetv2" else voter
+    def breaking(context: Context, name: str, artifact: Artifact) -> nn.Module:
+        network = original(context, name, artifact)
+        return BreaksLater(network, 3) if name == "shufflenetv2" else network
 
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.chain.images, "_voter", breaking)
+        patched.setattr(cvdd.chain.images, "load_voter", breaking)
         with pytest.raises(NonFiniteLoss, match=r"loss of member shufflenetv2 is not finite in iteration 4 "):
             make_images(context, PRIORS)
     kept = sorted(path.name for path in context.store.root.glob("images/.partial/**/*.*") if path.is_file())
     assert "slot0000_block0000.safetensors" in kept
-    assert "stack00001.ckpt.tmp" in kept
+    assert "stack00001.stage0.ckpt.tmp" in kept
     assert same_files(make_images(context, PRIORS), made[0].images)
 
 

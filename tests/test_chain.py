@@ -12,9 +12,10 @@ from helpers import PRIORS, same_files, tiny_context
 import cvdd.chain.images
 from cvdd.augment import denormalise, normalise
 from cvdd.chain.compare import Distilled, Result, compare, distil
-from cvdd.chain.images import jpeg_round_trip, load_history, load_images, make_images
+from cvdd.chain.images import load_history, load_images, make_images
 from cvdd.chain.initial import make_initial_patches
 from cvdd.chain.priors import Priors, find_priors
+from cvdd.chain.recover import jpeg_round_trip
 from cvdd.chain.students import load_curve
 from cvdd.context import Context
 

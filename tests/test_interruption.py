@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from helpers import PRIORS, same_files, tiny_context
 
-import cvdd.chain.images
+import cvdd.chain.recover
 import cvdd.context
+import cvdd.label_store
 import cvdd.labels
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.images import make_images
@@ -33,7 +34,7 @@ class PulledPlug(Exception):
 def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: type[BaseException]) -> None:
     """Raise at the given call of a function; checkpoints are taken as often as possible."""
     monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr(cvdd.labels, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(cvdd.label_store, "SECONDS_BETWEEN_SAVES", -1.0)
     original, calls = getattr(owner, name), []
 
     def stopping(*arguments: Any, **options: Any) -> Any:
@@ -48,13 +49,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, e
 def rows_logged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(stack, iteration) of the log rows from here on."""
     rows: list[tuple[int, int]] = []
-    original = cvdd.chain.images._log_row
+    original = cvdd.chain.recover._log_row
 
     def noting(context: Context, stack: Any, row: Any, *rest: Any) -> None:
         rows.append((stack.index, row.iteration))
         original(context, stack, row, *rest)
 
-    monkeypatch.setattr(cvdd.chain.images, "_log_row", noting)
+    monkeypatch.setattr(cvdd.chain.recover, "_log_row", noting)
     return rows
 
 
@@ -71,7 +72,7 @@ def test_distil_goes_on_inside_a_stack(
     """Three rows to a stack, a checkpoint after each; Lightning turns Ctrl-C into the end of the process."""
     context = again("images", "labels", "students")
     with monkeypatch.context() as patched:
-        stop_at(patched, cvdd.chain.images, "_log_row", call, error)
+        stop_at(patched, cvdd.chain.recover, "_log_row", call, error)
         with pytest.raises((error, SystemExit)):
             make_images(context, PRIORS)
     rows = rows_logged(monkeypatch)
@@ -87,7 +88,7 @@ def test_distil_goes_on_after_being_killed(
     context = again("images", "labels", "students")
 
     def run() -> None:
-        log_row = cvdd.chain.images._log_row
+        log_row = cvdd.chain.recover._log_row
 
         def killing(context: Context, stack: Any, row: Any, *rest: Any) -> None:
             if (stack.index, row.iteration) == (1, 4):
@@ -95,7 +96,7 @@ def test_distil_goes_on_after_being_killed(
             log_row(context, stack, row, *rest)
 
         cvdd.context.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-        cvdd.chain.images._log_row = killing
+        cvdd.chain.recover._log_row = killing
         make_images(context, PRIORS)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -112,7 +113,7 @@ def test_a_damaged_checkpoint_only_costs_its_stack(
 ) -> None:
     context = again("images", "labels", "students")
     with monkeypatch.context() as patched:
-        stop_at(patched, cvdd.chain.images, "_log_row", 5, PulledPlug)
+        stop_at(patched, cvdd.chain.recover, "_log_row", 5, PulledPlug)
         with pytest.raises(PulledPlug):
             make_images(context, PRIORS)
     (checkpoint,) = context.store.root.glob("images/.partial/*/*.ckpt.tmp")

@@ -13,6 +13,7 @@ import pytest
 from helpers import TINY, configure
 
 import cvdd.chain.images
+import cvdd.chain.recover
 from cvdd.config_base import ConfigError
 from cvdd.portable import portable_config
 from cvdd.runtime import Invocation, run, run_id, run_name
@@ -130,7 +131,7 @@ def test_a_run_that_fails_is_marked_as_failed(tmp_path: Path, store: Path, monke
     pytest.importorskip("wandb")
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.chain.images, "normalise", lambda pixels, mean, std: pixels.float() * float("nan"))
+        patched.setattr(cvdd.chain.recover, "normalise", lambda pixels, mean, std: pixels.float() * float("nan"))
         with pytest.raises(NonFiniteLoss):
             command(output, store, *OFFLINE, "method.lr=0.2", verb="distill")
     assert offline_run(output).exit_code == 1
@@ -147,7 +148,7 @@ def test_an_interrupted_run_is_marked_as_failed(tmp_path: Path, store: Path, mon
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cvdd.chain.images, "_make_stack", interrupt)
+    monkeypatch.setattr(cvdd.chain.images, "recover_stack", interrupt)
     with pytest.raises(KeyboardInterrupt):
         command(tmp_path / "out", store, *OFFLINE, "method.lr=0.15", verb="distill")
     assert offline_run(tmp_path / "out").exit_code == 1

@@ -107,7 +107,8 @@ def _optimise(
             images = adjustable_residual(images, initial, method.residual, stage.size)
         if finished.exists():
             images, rows = _load_stage(finished)
-            on_row(rows[-1], images)
+            advance(stage.last - done)
+            done = stage.last
             continue
         module = DistillModule(
             images,
@@ -124,7 +125,8 @@ def _optimise(
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
         context.fit(module, None, module.epochs, checkpoint)
         images, rows = module.images.detach().cpu(), module.rows
-        _save_stage(finished, images, rows)
+        if stage.last < method.iterations:
+            _save_stage(finished, images, rows)
     return images, rows
 
 

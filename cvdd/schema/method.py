@@ -8,6 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
+from cvdd.schema.apm import ApmConfig, unread_beside_apm
+from cvdd.schema.mtt import MttConfig, unread_settings
 from cvdd.schema.types import Pair, Positive, Range, Share
 
 
@@ -113,7 +115,11 @@ class MethodConfig(StrictConfig):
         "constant", description="how the lowest area goes from 1 down to crop_scale (CDA)"
     )
     crop_milestone: Share = Field(1.0, description="share of the iterations after which it has arrived")
-    pad: int = Field(0, ge=0, description="shift by up to so many pixels after padding with black; for crop_scale=null")
+    pad: int = Field(
+        0,
+        ge=0,
+        description="shift by up to so many pixels beyond its edges, where the mean colour is; for crop_scale=null",
+    )
     flip: bool = Field(True, description="random horizontal flip of the unit")
     jitter: int = Field(ge=0, description="circular shift of the unit, 0..jitter pixels on both axes")
     jitter_both_ways: bool = Field(False, description="-jitter..jitter pixels instead")
@@ -121,6 +127,12 @@ class MethodConfig(StrictConfig):
     log_every: Positive = Field(25, description="iterations between log rows")
     grid_every: Positive = Field(500, description="iterations between logged image grids")
     jpeg_round_trip: bool = Field(False, description="store what the release's JPEG quality 75 would have kept")
+    apm: ApmConfig | None = Field(
+        None, description="settings of adversarial prediction matching instead of the recover loop; null for none"
+    )
+    mtt: MttConfig | None = Field(
+        None, description="settings of trajectory matching instead of the recover loop; null for none"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -130,6 +142,10 @@ class MethodConfig(StrictConfig):
         return self
 
     def _problems(self) -> Iterator[str]:
+        if self.mtt is not None:
+            yield from unread_settings(self)
+        if self.apm is not None:
+            yield from unread_beside_apm(self)
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.init == "all":

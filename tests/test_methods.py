@@ -1,0 +1,124 @@
+"""Every decoupled method makes images with the same engine, and what is particular to it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PRIORS, same_files, tiny_context
+
+import cvdd.chain.recover
+from cvdd.artifact import Artifact
+from cvdd.chain.images import load_history, load_images, make_images
+from cvdd.config_base import ConfigError
+
+pytest_plugins = ["chain_fixtures"]
+
+FOUR = "method.iterations=4"
+PLUS = "method.voters=[resnet18,shufflenetv2]"
+"""FADRM+ asks for members that the tiny committee of the tests does not have."""
+
+
+def images_of(home: Path, *overrides: str) -> Artifact:
+    return make_images(tiny_context(home, *overrides), PRIORS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "voters"),
+    [
+        (("method=sre2l", FOUR), ["resnet18"]),
+        (("method=sre2l_pp", FOUR), ["resnet18"]),
+        (("method=cda", FOUR), ["resnet18"]),
+        (("method=gvbsm", FOUR, "method.crop_scale=null"), ["resnet18", "resnet50", "shufflenetv2"]),
+        (("method=edc", FOUR), ["resnet18", "resnet50", "shufflenetv2"]),
+        (("method=lpld", FOUR), ["resnet18"]),
+        (("method=fadrm", FOUR), ["resnet18"]),
+        (("method=fadrm_plus", FOUR, PLUS), ["resnet18", "shufflenetv2"]),
+        (("method=rded", "patches=easy", "method.iterations=0"), []),
+        (("method=random_real", "method.iterations=0"), []),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_method_makes_all_images_with_its_voters(
+    overrides: tuple[str, ...], voters: list[str], chain_home: Path
+) -> None:
+    artifact = images_of(chain_home, *overrides)
+    images, labels = load_images(artifact)
+    assert images.shape == (20, 3, 32, 32)
+    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert len({image.numpy().tobytes() for image in images}) == 20
+    history = next(iter(load_history(artifact).values()))
+    assert list(history["weights"]) == voters
+    assert bool(history["rows"]) == bool(voters)
+
+
+def test_all_real_images(chain_home: Path) -> None:
+    context = tiny_context(chain_home, "method=full", "method.iterations=0")
+    images, labels = load_images(make_images(context, {}))
+    train = context.data().train
+    assert torch.equal(labels, train.labels.sort(stable=True).values)
+    assert torch.equal(images, train.stacked()[train.labels.argsort(stable=True)])
+
+
+def test_images_of_a_class_together_are_in_the_order_of_the_others(chain_home: Path) -> None:
+    """With nothing optimised the way of composing units cannot be seen."""
+    kept = ("method=random_real", "method.iterations=0")
+    slots = load_images(images_of(chain_home, *kept))
+    classes = load_images(images_of(chain_home, *kept, "method.composer=classes", "method.classes_per_unit=3"))
+    assert torch.equal(slots[0], classes[0])
+    assert torch.equal(slots[1], classes[1])
+
+
+def test_residual_pulls_images_back_to_where_they_began(chain_home: Path) -> None:
+    start = load_images(images_of(chain_home, "method=rded", "method.iterations=0"))[0].float()
+
+    def distance(*overrides: str) -> float:
+        made = load_images(images_of(chain_home, "method=fadrm", "method.iterations=8", *overrides))[0].float()
+        return float((made - start).abs().mean())
+
+    free, pulled = distance("method.residual=1"), distance("method.residual=0.2")
+    assert 1 < pulled < 0.8 * free
+
+
+def test_stages_may_have_sizes_of_their_own(chain_home: Path) -> None:
+    changes = ("method=fadrm", "method.iterations=4", "method.stages=2")
+    small = load_images(images_of(chain_home, *changes, "method.sizes=[24,32]"))[0]
+    assert small.shape == (20, 3, 32, 32)
+    assert not torch.equal(small, load_images(images_of(chain_home, *changes))[0])
+    with pytest.raises(ConfigError, match=r"method\.sizes=\[32, 24\] ends at 24, and dataset\.image_size=32"):
+        images_of(chain_home, *changes, "method.sizes=[32,24]")
+
+
+class PulledPlug(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=fadrm_plus", "method.iterations=8", PLUS),
+        ("method=edc", "method.iterations=8", "method.classes_per_unit=5"),
+    ],
+    ids=["stages", "moving averages"],
+)
+def test_an_interrupted_method_ends_with_the_same_bits(
+    overrides: tuple[str, ...], chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = images_of(chain_home, *overrides)
+    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    original, calls = cvdd.chain.recover._log_row, []
+
+    def stopping(*arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise PulledPlug
+        original(*arguments)  # type: ignore[arg-type]
+
+    again = tiny_context(chain_home, *overrides, store=tmp_path / "again")
+    with monkeypatch.context() as patched:
+        patched.setattr(cvdd.chain.recover, "_log_row", stopping)
+        with pytest.raises(PulledPlug):
+            make_images(again, PRIORS)
+    assert len(calls) == 4
+    assert same_files(make_images(again, PRIORS), whole)
