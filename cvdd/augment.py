@@ -224,15 +224,22 @@ def _draw_beta(alpha: float, generator: torch.Generator) -> float:
     return float(pair[0] / pair.sum())
 
 
-def apply_mix(images: Tensor, mix: Mix) -> Tensor:
-    """Mix a batch [n, c, h, w] with itself; the input is left alone."""
-    partner = images[mix.permutation.to(images.device)]
-    if mix.weight != 1.0:
-        return mix.weight * images + (1 - mix.weight) * partner
-    top, left, bottom, right = mix.box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = partner[..., top:bottom, left:right]
-    return mixed
+def draw_swaps(count: int, generator: torch.Generator) -> Tensor:
+    """Draw which images have their halves swapped, top with bottom and left with right: [count, 2] bool."""
+    return torch.rand(count, 2, generator=generator) < 0.5
+
+
+def swap_halves(images: Tensor, swap: Tensor) -> Tensor:
+    """Shuffle four patches as RDED does: columns change places together, and so do rows.
+
+    Args:
+        images: [n, c, size, size] with an even side.
+        swap: [n, 2] bool: top with bottom, left with right.
+    """
+    for axis, chosen in zip((2, 3), swap.unbind(dim=1), strict=True):
+        rolled = images.roll(images.shape[axis] // 2, dims=axis)
+        images = torch.where(chosen[:, None, None, None], rolled, images)
+    return images
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -31,10 +31,11 @@ def check_before_work(context: Context) -> None:
     rows = [context] if config.verb == "train" else _rows(context)
     labels = config.verb in ("relabel", "evaluate")
     for row in rows if labels else ():
-        check_batches(row.config.ipc.images_per_class * classes, row.config.label)
+        check_batches(_images(row, classes), row.config.label)
     measured = config.verb != "train" and config.prior.source == "measured" and priors_needed(config)
     if measured:
-        check_batches(config.prior.images_per_class * classes, config.label)
+        label = config.label.model_copy(update={"teachers": [config.prior.observer], "keep": 1.0})
+        check_batches(config.prior.images_per_class * classes, label)
     members = {
         name: _try(f"committee.members.{name}", member.backbone, classes, config.dataset.image_size)
         for name, member in config.committee.members.items()
@@ -56,6 +57,12 @@ def check_before_work(context: Context) -> None:
 def _rows(context: Context) -> list[Context]:
     # The other verbs make the configuration's own row alone.
     return [row for _, row in rows_of(context)] if context.config.verb == "evaluate" else [context]
+
+
+def _images(context: Context, classes: int) -> int:
+    """Count the images of the distilled set."""
+    config = context.config
+    return len(context.data().train) if config.method.init == "all" else config.ipc.images_per_class * classes
 
 
 def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Module:
@@ -91,14 +98,16 @@ def _matched(config: RunConfig, classes: int) -> list[str]:
 
 def _replaced(config: RunConfig) -> list[str]:
     """Names of the teachers that label with the statistics of the batch."""
-    return teachers_of(config) if config.label.bn_mode == "batch" else []
+    members = config.committee.members
+    return [name for name in teachers_of(config) if config.label.bn_mode == "batch" and members[name].bn_scale]
 
 
 def _measuring(config: RunConfig) -> list[str]:
     """Names of the members whose statistics the measurement of the priors needs."""
     members, prior = config.committee.members, config.prior
     alone = [name for name in members if members[name].bn_scale and config.method.r_bn and prior.iterations]
-    return [*alone, *([prior.observer] if config.label.bn_mode == "batch" else [])]
+    labels = config.label.bn_mode == "batch" and members[prior.observer].bn_scale
+    return [*alone, *([prior.observer] if labels else [])]
 
 
 def _check_real_images(context: Context, measured: bool) -> None:

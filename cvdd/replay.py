@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.augment import Mix, Views, apply_views, draw_mix, draw_views, normalise
+from cvdd.augment import Mix, Views, apply_views, draw_mix, draw_swaps, draw_views, normalise, swap_halves
+from cvdd.randaugment import apply_operations, draw_operations
 from cvdd.schema import LabelConfig
 from cvdd.seeds import generator
 
@@ -24,6 +26,18 @@ RECORD = np.dtype(
     ]
 )
 """One sample of one epoch on disk."""
+SWAP = ("swap", "?", (2,))
+OPERATIONS = ("operations", "i1", (2,))
+
+
+def record_type(label: LabelConfig) -> np.dtype[Any]:
+    """Return the type of one sample on disk: :data:`RECORD`, and what else the recipe draws."""
+    return _record_type(label.shuffle > 1, label.randaugment)
+
+
+def _record_type(swap: bool, operations: bool) -> np.dtype[Any]:
+    more = [*([SWAP] if swap else []), *([OPERATIONS] if operations else [])]
+    return np.dtype([*RECORD.descr, *more])
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class Replay:
         partner: [n] position, within these n samples, of the sample that it is mixed with.
         mix_box: [n, 4] CutMix region: top, left, bottom, right.
         weight: [n] share of the sample itself in a Mixup; 1 with CutMix.
+        swap: [n, 2] bool, whether the halves change places, top with bottom and left with right; None if none do.
+        operations: [n, 2] of RandAugment, one after the other (:mod:`cvdd.randaugment`); None without.
     """
 
     index: Tensor
@@ -45,30 +61,44 @@ class Replay:
     partner: Tensor
     mix_box: Tensor
     weight: Tensor
+    swap: Tensor | None = None
+    operations: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def batch(self, start: int, stop: int) -> Replay:
         """Cut out whole batches; partners are counted from ``start``."""
-        part = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
-        part["partner"] = part["partner"] - start
-        return Replay(**part)
+        part = self._each(lambda values: values[start:stop])
+        return replace(part, partner=part.partner - start)
 
     def to(self, device: torch.device) -> Replay:
         """Copy to a device."""
-        return Replay(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Replay:
+        return Replay(**{name: change(values) for name, values in self._drawn().items()})
+
+    def _drawn(self) -> dict[str, Tensor]:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values for name, values in named.items() if values is not None}
+
+    def own_share(self, size: int) -> Tensor:
+        """Share of each image [size, size] that is the sample's own after the mix: [n]."""
+        top, left, bottom, right = self.mix_box.unbind(dim=1)
+        return self.weight * (1 - (bottom - top) * (right - left) / size**2)
 
     def record(self) -> np.ndarray:
-        """Pack into an array of :data:`RECORD`."""
-        record = np.empty(len(self), RECORD)
-        for field in fields(self):
-            record[field.name] = getattr(self, field.name).numpy()
+        """Pack into an array of :data:`RECORD`, longer by what else was drawn."""
+        record = np.empty(len(self), _record_type(self.swap is not None, self.operations is not None))
+        for name, values in self._drawn().items():
+            record[name] = values.numpy()
         return record
 
     @staticmethod
     def from_record(record: np.ndarray) -> Replay:
-        """Unpack an array of :data:`RECORD`."""
+        """Unpack what :meth:`record` packed."""
+        names = record.dtype.names or ()
         return Replay(
             index=torch.from_numpy(record["index"].astype(np.int64)),
             box=torch.from_numpy(record["box"].astype(np.int64)),
@@ -76,6 +106,8 @@ class Replay:
             partner=torch.from_numpy(record["partner"].astype(np.int64)),
             mix_box=torch.from_numpy(record["mix_box"].astype(np.int64)),
             weight=torch.from_numpy(record["weight"].copy()),
+            swap=torch.from_numpy(record["swap"].copy()) if "swap" in names else None,
+            operations=torch.from_numpy(record["operations"].astype(np.int64)) if "operations" in names else None,
         )
 
 
@@ -88,7 +120,7 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     """Draw the order, views and mixes of one epoch; they depend on (seed, epoch) alone.
 
     Args:
-        label: crop range, flip, mix and batch size.
+        label: crop range, flip, mix, batch size, and whether halves are shuffled and RandAugment is on.
         count: number of images.
         size: side of the images in pixels.
         seed: of the labels.
@@ -101,7 +133,10 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
         (start, stop, draw_mix(label.mix, label.mix_alpha, stop - start, size, source))
         for start, stop in batch_bounds(count, label.batch_size)
     ]
-    return join(order, views, mixes)
+    # From generators of their own, so that they change nothing else.
+    swap = draw_swaps(count, generator(seed, "shuffle", epoch)) if label.shuffle > 1 else None
+    operations = draw_operations(count, generator(seed, "randaugment", epoch)) if label.randaugment else None
+    return replace(join(order, views, mixes), swap=swap, operations=operations)
 
 
 def join(order: Tensor, views: Views, mixes: Sequence[tuple[int, int, Mix]]) -> Replay:
@@ -119,7 +154,7 @@ def join(order: Tensor, views: Views, mixes: Sequence[tuple[int, int, Mix]]) -> 
 def replay(
     images: Tensor, replay: Replay, mean: Sequence[float], std: Sequence[float], rounding: bool = False
 ) -> Tensor:
-    """Show images as they were labelled.
+    """Show images as they were labelled: RandAugment, shuffle, crop and flip, then the mix.
 
     Args:
         images: [images, 3, size, size] uint8, the whole distilled set, on any device.
@@ -134,7 +169,12 @@ def replay(
     size = images.shape[-1]
     shifts = torch.zeros(len(replay), 2, dtype=torch.long, device=images.device)
     views = Views(replay.box, replay.flip, shifts)
-    own = normalise(apply_views(images[replay.index].float(), views, size, rounding), mean, std)
+    shown = images[replay.index]
+    if replay.operations is not None:
+        shown = apply_operations(shown, replay.operations)
+    if replay.swap is not None:
+        shown = swap_halves(shown, replay.swap)
+    own = normalise(apply_views(shown.float(), views, size, rounding), mean, std)
     partner = own[replay.partner]
     place = torch.arange(size, device=images.device)
     top, left, bottom, right = replay.mix_box.unbind(dim=1)

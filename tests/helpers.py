@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from conftest import compose_raw
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact, Store
+from cvdd.augment import Mix
 from cvdd.context import Context
+from cvdd.measure import Accuracy
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
 from cvdd.validation import check
 
@@ -105,6 +109,44 @@ def random_pixels(count: int, size: int = 16, seed: int = 0) -> Tensor:
     return torch.randint(
         0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
     )
+
+
+def mixed(images: Tensor, mix: Mix) -> Tensor:
+    """Mix a batch [n, c, h, w] with itself, image by image: the reference for what is replayed."""
+    top, left, bottom, right = mix.box
+    result = []
+    for image, partner in zip(images, images[mix.permutation], strict=True):
+        blend = image.clone() if mix.weight == 1 else mix.weight * image + (1 - mix.weight) * partner
+        blend[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
+        result.append(blend)
+    return torch.stack(result)
+
+
+def training_arguments(network: nn.Module, **changes: Any) -> dict[str, Any]:
+    """What every classifier's module needs, with a measurement that costs nothing."""
+    return {
+        "network": network,
+        "name": "net",
+        "seed": 0,
+        "measure": lambda network: Accuracy(0.0, 0.0, 0.0),
+        "measured_at": lambda epoch: False,
+        "on_epoch": lambda epoch, row: None,
+        **changes,
+    }
+
+
+def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.Trainer:
+    """Train without a checkpoint."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+    return trainer
 
 
 def label_config(**changes: Any) -> LabelConfig:

@@ -13,16 +13,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from cvdd.augment import (
-    Mix,
     Views,
-    apply_mix,
     apply_views,
     denormalise,
     draw_boxes,
     draw_mix,
+    draw_swaps,
     draw_views,
     normalise,
     resampling_matrices,
+    swap_halves,
 )
 
 
@@ -195,24 +195,6 @@ def test_one_view_for_all_images_of_a_unit() -> None:
 # --- mixes ------------------------------------------------------------------------------------------------------------
 
 
-def test_cutmix_pastes_the_partner_into_the_box() -> None:
-    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
-    before = images.clone()
-    mixed = apply_mix(images, Mix(torch.tensor([1, 2, 3, 0]), (2, 3, 6, 8), 1.0))
-    expected = before.clone()
-    for index in range(4):
-        expected[index, :, 2:6, 3:8] = float((index + 1) % 4)
-    assert torch.equal(mixed, expected)
-    assert torch.equal(images, before)
-
-
-def test_mixup_blends() -> None:
-    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    mixed = apply_mix(images, Mix(torch.tensor([1, 0]), (0, 0, 0, 0), 0.25))
-    assert torch.equal(mixed[0], torch.full((3, 4, 4), 0.75))
-    assert torch.equal(mixed[1], torch.full((3, 4, 4), 0.25))
-
-
 def test_cutmix_boxes_have_the_published_law() -> None:
     """The side is sqrt(1 - lambda) of the image, its half floored, its centre uniform, and it is clipped."""
     random = np.random.default_rng(0)
@@ -241,8 +223,33 @@ def test_mixup_share_follows_its_beta_law() -> None:
 
 
 def test_no_mix() -> None:
-    images = random_pixels(4).float()
-    assert torch.equal(apply_mix(images, draw_mix("none", 1.0, 4, 16, source())), images)
+    mix = draw_mix("none", 1.0, 4, 16, source())
+    assert mix.permutation.tolist() == [0, 1, 2, 3]
+    assert (mix.box, mix.weight) == ((0, 0, 0, 0), 1.0)
+
+
+# --- shuffled patches -------------------------------------------------------------------------------------------------
+
+
+def test_halves_change_places() -> None:
+    """Four patches A B / C D, each two pixels wide: columns first or rows first comes to the same."""
+    patches = torch.tensor([[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]) * 10
+    patches = patches + torch.tensor([[0, 1, 0, 1], [2, 3, 2, 3]]).repeat(2, 1)
+    images = patches[None, None].repeat(4, 3, 1, 1)
+    swap = torch.tensor([[False, False], [False, True], [True, False], [True, True]])
+    shown = swap_halves(images, swap)
+    layouts = [(1, 2, 3, 4), (2, 1, 4, 3), (3, 4, 1, 2), (4, 3, 2, 1)]
+    for image, layout in zip(shown, layouts, strict=True):
+        corners = [image[0, row : row + 2, column : column + 2] for row in (0, 2) for column in (0, 2)]
+        for corner, patch in zip(corners, layout, strict=True):
+            assert corner.tolist() == [[10 * patch, 10 * patch + 1], [10 * patch + 2, 10 * patch + 3]]
+
+
+def test_swaps_are_fair_and_independent() -> None:
+    swap = draw_swaps(4000, source())
+    kinds = torch.bincount(2 * swap[:, 0].int() + swap[:, 1].int(), minlength=4)
+    assert kinds.min() > 900
+    assert torch.equal(swap, draw_swaps(4000, source()))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------

@@ -1,31 +1,19 @@
-"""Soft labels: who scores what, and a store that gives back the same bits."""
+"""Labels: who scores what, and how logits are averaged."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import MEAN, STD, label_config, random_pixels, small_network
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-import cvdd.labels
-from cvdd.classifier import EpochSampler
 from cvdd.config_base import ConfigError
-from cvdd.labels import (
-    LOGITS,
-    PARAMETERS,
-    ComputedLabels,
-    LabelLayout,
-    SoftLabelDataset,
-    StoredLabels,
-    Teachers,
-    check_batches,
-    write_labels,
-)
-from cvdd.replay import RECORD, batch_bounds, draw_epoch, replay
+from cvdd.labels import ComputedLabels, HardLabels, check_batches
+from cvdd.replay import batch_bounds, draw_epoch, replay
+from cvdd.schema import LabelConfig
+from cvdd.teachers import Teachers
 
 COUNT, SIZE, CLASSES, SEED = 20, 16, 4, 3
 
@@ -74,6 +62,28 @@ def test_several_teachers_average_their_logits() -> None:
     each = [Teachers([network], [1.0], label_config()).score(samples, 8) for network in (one, two)]
     both = Teachers([one, two], [0.3, 0.7], label_config()).score(samples, 8)
     torch.testing.assert_close(both, 0.3 * each[0] + 0.7 * each[1])
+
+
+def test_balanced_teachers_have_the_same_norm_in_every_batch() -> None:
+    """Written out for each batch: both are scaled to the mean of their norms, then averaged."""
+    one, two, samples = small_network(seed=1), small_network(seed=2, width=5), noise(16)
+    label = label_config(bn_mode="running", weights="balanced")
+    balanced = Teachers([one, two], [0.5, 0.5], label).score(samples, 8)
+    expected = []
+    for batch in samples.split(8):
+        logits = [one(batch), two(batch)]
+        norms = [each.square().sum().sqrt() for each in logits]
+        scale = (norms[0] + norms[1]) / 2
+        expected.append((logits[0] * scale / norms[0] + logits[1] * scale / norms[1]) / 2)
+    torch.testing.assert_close(balanced, torch.cat(expected))
+    plain = Teachers([one, two], [0.5, 0.5], label_config(bn_mode="running")).score(samples, 8)
+    assert (balanced - plain).abs().max() > 1e-3
+
+
+def test_a_teacher_without_batchnorm_labels_in_batch_mode() -> None:
+    """There is nothing to replace; that it may is the committee's word (bn_scale=0)."""
+    network, samples = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, CLASSES)), noise(8)
+    torch.testing.assert_close(Teachers([network], [1.0], label_config()).score(samples, 8), network(samples))
 
 
 # --- computed labels --------------------------------------------------------------------------------------------------
@@ -163,101 +173,46 @@ def test_the_proposed_batch_sizes_work() -> None:
         check_batches(22, label_config(batch_size=size))
 
 
-# --- the store --------------------------------------------------------------------------------------------------------
+def hard_label(**changes: object) -> LabelConfig:
+    return label_config(teachers="none", store="none", **changes)
 
 
-def layout(parameters: bool = True, dtype: str = "float16") -> LabelLayout:
-    return LabelLayout(3, COUNT, CLASSES, dtype, parameters)
+def test_hard_labels_are_views_without_logits() -> None:
+    label = hard_label()
+    hard = HardLabels(label, COUNT, SIZE, SEED)
+    plan, logits = hard.epoch(2)
+    assert logits.shape == (COUNT, 0)
+    assert plan.record().tobytes() == draw_epoch(label_config(), COUNT, SIZE, SEED, 2).record().tobytes()
+    assert (hard.batch_size, hard.count, hard.epochs) == (8, COUNT, 3)
 
 
-def written(folder: Path, parameters: bool = True, **changes: object) -> StoredLabels:
-    labels = computed(**changes)
-    form = layout(parameters, labels.label.dtype)
-    folder.mkdir(exist_ok=True)
-    write_labels(folder, labels, form, lambda steps: None)
-    return StoredLabels(folder, form, labels.label, SIZE, SEED)
+def test_hard_labels_need_no_statistics() -> None:
+    check_batches(17, hard_label(batch_size=16))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("parameters", [True, False])
-def test_stored_labels_are_the_computed_ones_bit_for_bit(parameters: bool, dtype: str, tmp_path: Path) -> None:
-    stored, fresh = written(tmp_path, parameters, dtype=dtype), computed(dtype=dtype)
-    for epoch in (2, 0, 1):
-        plan, logits = stored.epoch(epoch)
-        expected_plan, expected = fresh.epoch(epoch)
-        assert logits.dtype == getattr(torch, dtype)
-        assert torch.equal(logits, expected)
-        assert plan.record().tobytes() == expected_plan.record().tobytes()
-    assert (stored.batch_size, stored.count, stored.epochs) == (8, COUNT, 3)
+def test_a_pool_without_a_batch_is_refused() -> None:
+    """3 epochs of 3 batches: a tenth of them is none, an eighth is one."""
+    with pytest.raises(ConfigError, match=r"label\.keep=0\.1 keeps none of 9 label batches; set at least 0\.11"):
+        check_batches(COUNT, label_config(keep=0.1))
+    check_batches(COUNT, label_config(keep=0.125))
 
 
-def test_sizes_are_known_before_writing(tmp_path: Path) -> None:
-    written(tmp_path)
-    assert layout().logits_bytes == 3 * COUNT * CLASSES * 2 == (tmp_path / LOGITS).stat().st_size
-    assert layout().parameters_bytes == 3 * COUNT * RECORD.itemsize == (tmp_path / PARAMETERS).stat().st_size
-    assert RECORD.itemsize == 4 + 8 + 1 + 4 + 8 + 4
-    assert layout(parameters=False).parameters_bytes == 0
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": "none"}, r"label\.teachers=none .* label\.store=none"),
+        ({"teachers": "none", "store": "none", "dropout": True}, r"label\.dropout=true .* label\.teachers=none"),
+        ({"teachers": []}, r"label\.teachers is empty"),
+        ({"keep": 0.5, "store": "none"}, r"label\.keep=0\.5 .* label\.store=logits"),
+        ({"keep": 0.5, "parameters": "seed"}, r"label\.keep=0\.5 .* label\.parameters=stored"),
+        ({"keep": 0}, "greater than 0"),
+        ({"batch_size": 2}, r"label\.halves=true leaves halves of one"),
+    ],
+)
+def test_recipes_that_contradict_themselves(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        label_config(**changes)
 
 
-def test_seeded_parameters_take_no_file(tmp_path: Path) -> None:
-    written(tmp_path, parameters=False)
-    assert [path.name for path in tmp_path.iterdir()] == [LOGITS]
-
-
-@pytest.mark.parametrize("name", [LOGITS, PARAMETERS])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_store_of_another_size_is_refused(name: str, damage: str, tmp_path: Path) -> None:
-    stored = written(tmp_path)
-    path = tmp_path / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=rf"{name} has \d+ bytes instead of \d+"):
-        StoredLabels(tmp_path, layout(), stored.label, SIZE, SEED)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def test_writing_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.labels, "SECONDS_BETWEEN_SAVES", -1.0)
-    written(tmp_path / "whole")
-    broken, done = tmp_path / "broken", []
-    broken.mkdir()
-
-    def stop(steps: int) -> None:
-        if len(done) == 2:
-            raise Interrupted
-        done.append(steps)
-
-    with pytest.raises(Interrupted):
-        write_labels(broken, computed(), layout(), stop)
-    again = computed()
-    scored: list[int] = []
-    original = again.epoch
-    again.epoch = lambda epoch: (scored.append(epoch), original(epoch))[1]
-    write_labels(broken, again, layout(), lambda steps: None)
-    # The second epoch was written but not noted when the first call stopped.
-    assert scored == [1, 2]
-    for name in (LOGITS, PARAMETERS):
-        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-# --- the dataset ------------------------------------------------------------------------------------------------------
-
-
-def test_a_plain_loader_brings_the_batches_of_an_epoch() -> None:
-    labels = computed()
-    dataset = SoftLabelDataset(labels)
-    assert len(dataset) == 9
-    sampler = EpochSampler(len(dataset.bounds))
-    sampler.set_epoch(2)
-    batches = list(DataLoader(dataset, sampler=sampler, batch_size=None))
-    plan, logits = labels.epoch(2)
-    assert [len(batch.logits) for batch in batches] == [8, 8, 4]
-    assert torch.equal(torch.cat([batch.logits for batch in batches]), logits)
-    assert torch.equal(torch.cat([batch.replay.index for batch in batches]), plan.index)
-    shown = torch.cat([replay(labels.images, batch.replay, MEAN, STD) for batch in batches])
-    assert torch.equal(shown, replay(labels.images, plan, MEAN, STD))
+def test_small_batches_with_running_statistics() -> None:
+    assert label_config(batch_size=2, bn_mode="running").halves

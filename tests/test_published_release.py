@@ -16,12 +16,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cvdd.backbones import BackboneConfig, build_network, load_published
-from cvdd.classifier import EpochSampler, StudentModule
 from cvdd.config_base import ConfigError
-from cvdd.labels import SoftLabelDataset, Teachers
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.measure import Accuracy
 from cvdd.published_release import PublishedLabels, published_order, read_published_images, read_record
 from cvdd.replay import replay
+from cvdd.student import StudentModule
+from cvdd.teachers import Teachers
 
 IMAGES = FIXTURES / "official_release" / "syn_data" / "cifar10" / "cvdd_ipc2"
 LABELS = FIXTURES / "official_release" / "new_labels" / "cifar10" / "cvdd_bs8_ipc2"
@@ -100,6 +101,7 @@ def test_a_student_trains_on_them() -> None:
     student = StudentModule(
         protocol_config(epochs=3),
         images,
+        torch.zeros(len(images), dtype=torch.long),
         8,
         MEAN,
         STD,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import MEAN, STD, label_config, random_pixels
+from helpers import MEAN, STD, label_config, mixed, random_pixels
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from cvdd.augment import Mix, Views, apply_mix, apply_views, normalise
-from cvdd.replay import RECORD, Replay, batch_bounds, draw_epoch, join, replay
+from cvdd.augment import Mix, Views, apply_views, normalise, swap_halves
+from cvdd.randaugment import apply_operations
+from cvdd.replay import RECORD, Replay, batch_bounds, draw_epoch, join, record_type, replay
 
 FIELDS = ("index", "box", "flip", "partner", "mix_box", "weight")
 
 
 def same(one: Replay, two: Replay) -> bool:
     return all(torch.equal(getattr(one, name), getattr(two, name)) for name in FIELDS)
+
+
+def still(images: torch.Tensor, mix: Mix) -> torch.Tensor:
+    """Replay whole images in order, mixed."""
+    count, _, size, _ = images.shape
+    plan = join(torch.arange(count), Views.whole(count, size, size), [(0, count, mix)])
+    return replay(images, plan, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) * 255
 
 
 def test_batches_cover_an_epoch_and_the_last_may_be_smaller() -> None:
@@ -86,5 +96,71 @@ def test_join_is_views_and_mixes_applied() -> None:
     mixes = [Mix(torch.tensor([1, 0]), (1, 2, 9, 12), 1.0), Mix(torch.tensor([0, 1]), (0, 0, 0, 0), 1.0)]
     plan = join(order, views, [(0, 2, mixes[0]), (2, 4, mixes[1])])
     shown = normalise(apply_views(images[order].float(), views, 16), MEAN, STD)
-    expected = torch.cat([apply_mix(shown[:2], mixes[0]), apply_mix(shown[2:], mixes[1])])
+    expected = torch.cat([mixed(shown[:2], mixes[0]), mixed(shown[2:], mixes[1])])
     assert torch.equal(replay(images, plan, MEAN, STD), expected)
+
+
+def test_cutmix_pastes_the_partner_into_the_box() -> None:
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
+    shown = still(images, Mix(torch.tensor([1, 2, 3, 0]), (2, 3, 6, 8), 1.0))
+    expected = images.float()
+    for index in range(4):
+        expected[index, :, 2:6, 3:8] = float((index + 1) % 4)
+    torch.testing.assert_close(shown, expected)
+
+
+def test_mixup_blends() -> None:
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 200.0)]).to(torch.uint8)
+    shown = still(images, Mix(torch.tensor([1, 0]), (0, 0, 0, 0), 0.25))
+    torch.testing.assert_close(shown[0], torch.full((3, 4, 4), 150.0))
+    torch.testing.assert_close(shown[1], torch.full((3, 4, 4), 50.0))
+
+
+@pytest.mark.parametrize(
+    ("mix", "share"),
+    [
+        (Mix(torch.tensor([1, 0]), (0, 0, 0, 0), 1.0), 1.0),
+        (Mix(torch.tensor([1, 0]), (2, 3, 6, 8), 1.0), 1 - 20 / 64),
+        (Mix(torch.tensor([1, 0]), (0, 0, 8, 8), 1.0), 0.0),
+        (Mix(torch.tensor([1, 0]), (0, 0, 0, 0), 0.25), 0.25),
+    ],
+)
+def test_share_of_a_mixed_image_that_is_its_own(mix: Mix, share: float) -> None:
+    plan = join(torch.arange(2), Views.whole(2, 8, 8), [(0, 2, mix)])
+    assert plan.own_share(8).tolist() == pytest.approx([share, share])
+
+
+# --- shuffled patches and RandAugment ---------------------------------------------------------------------------------
+
+BOTH = {"shuffle": 2, "randaugment": True}
+
+
+@pytest.mark.parametrize("more", [{"shuffle": 2}, {"randaugment": True}, BOTH])
+def test_what_else_is_drawn_changes_nothing_before_it(more: dict) -> None:
+    plain, plan = (draw_epoch(label_config(**changes), 20, 32, seed=1, epoch=2) for changes in ({}, more))
+    assert same(plain, plan)
+    assert (plan.swap is not None) == ("shuffle" in more)
+    assert (plan.operations is not None) == ("randaugment" in more)
+
+
+def test_all_that_is_drawn_is_on_disk() -> None:
+    images, label = random_pixels(20, 32), label_config(**BOTH)
+    plan = draw_epoch(label, 20, 32, seed=0, epoch=0)
+    assert plan.record().dtype == record_type(label)
+    assert record_type(label_config()) == RECORD
+    again = Replay.from_record(plan.record())
+    assert torch.equal(again.swap, plan.swap)
+    assert torch.equal(again.operations, plan.operations)
+    shown = [replay(images, drawn.batch(8, 16), MEAN, STD) for drawn in (plan, again)]
+    assert torch.equal(*shown)
+    assert torch.equal(shown[0], replay(images, plan, MEAN, STD)[8:16])
+
+
+def test_patches_are_shuffled_after_randaugment_and_before_the_crop() -> None:
+    images = random_pixels(20, 32)
+    plan = draw_epoch(label_config(**BOTH), 20, 32, seed=0, epoch=0)
+    changed = torch.empty_like(images)
+    changed[plan.index] = swap_halves(apply_operations(images[plan.index], plan.operations), plan.swap)
+    plain = replace(plan, swap=None, operations=None)
+    assert torch.equal(replay(images, plan, MEAN, STD), replay(changed, plain, MEAN, STD))
+    assert not torch.equal(replay(images, plan, MEAN, STD), replay(images, plain, MEAN, STD))

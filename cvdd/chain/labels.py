@@ -1,9 +1,9 @@
-"""Stage ``relabel``: soft labels for a set of images."""
+"""Stage ``relabel``: labels for a set of images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,27 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.labels import ComputedLabels, LabelLayout, SoftLabels, StoredLabels, Teachers, check_batches, write_labels
+from cvdd.label_store import LabelLayout, StoredLabels, write_labels
+from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
+from cvdd.teachers import Teachers
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Soft labels of a set of images, stored or to be computed.
+    """Labels of a set of images: stored, to be computed, or hard.
 
     Attributes:
         identity: what determines them, for a student's hash.
         parents: artefacts that a student depends on through them.
-        artifact: the store, or None if the labels are computed when they are read.
+        artifact: the store, or None if the labels are computed when they are read or are hard.
         context: that of the labels.
         images: the labelled images.
         weights: share of each teacher.
-        teachers: names and artefacts of the teachers.
+        teachers: names and artefacts of the teachers; none of hard labels.
     """
 
     identity: dict[str, Any]
@@ -61,13 +63,16 @@ class Labels:
         Raises:
             ConfigError: the labels were made for other images.
         """
+        if not self.teachers:
+            label, side = self.context.config.label, self.context.data().image_size
+            return HardLabels(label, len(pixels), side, _seed(self.context))
         if self.artifact is None:
             return _computed(self.context, self.teachers, self.weights, pixels)
         return open_labels(self.context, self.artifact, self.images, pixels)
 
 
 def make_labels(context: Context, images: Artifact, priors: Mapping[str, float]) -> Labels:
-    """Return the soft labels of a set of images.
+    """Return the labels of a set of images.
 
     Args:
         context: the configuration and its surroundings.
@@ -78,20 +83,19 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
     label = config.label
     names = teachers_of(config)
     teachers = {name: make_member(context, name) for name in names}
-    voter = label.weights if len(names) > 1 else "equal"
-    weights = vote_weights([priors.get(name, 0.0) for name in names], config.temperature.label, voter).tolist()
-    seed = derive_seed(config.seed, "labels")
+    weights = _weights(context, names, priors)
     count = int(images.metrics["images"])
     check_batches(count, label)
     identity = {
         "label": label.model_dump(mode="json", exclude={"name", "teachers", "weights", "store", "parameters"}),
-        "weights": weights,
-        "seed": seed,
+        # A balanced average has equal weights too, and other logits.
+        "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
+        "seed": _seed(context),
     }
     parents = [images, *teachers.values()]
     artifact = None
     if label.store == "logits":
-        layout = LabelLayout(label.epochs, count, len(data.classes), label.dtype, label.parameters == "stored")
+        layout = LabelLayout.of(label, count, len(data.classes))
 
         def build(work: Path) -> dict[str, Any]:
             log.info(
@@ -100,7 +104,7 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
                 layout.parameters_bytes / 1e6,
             )
             computed = _computed(context, teachers, weights, load_images(images)[0])
-            with context.progress("relabel", label.epochs) as advance:
+            with context.progress("relabel", layout.pool.labelled_epochs) as advance:
                 write_labels(work, computed, layout, advance)
             return {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
 
@@ -124,8 +128,22 @@ def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: 
     data = context.data()
     check_same_classes(list(data.classes), made_for["classes"], f"labels {artifact.name}")
     label = context.config.label
-    layout = LabelLayout(label.epochs, len(pixels), len(data.classes), label.dtype, label.parameters == "stored")
+    layout = LabelLayout.of(label, len(pixels), len(data.classes))
     return StoredLabels(artifact.path, layout, label, data.image_size, made_for["seed"])
+
+
+def _seed(context: Context) -> int:
+    return derive_seed(context.config.seed, "labels")
+
+
+def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, float]) -> list[float]:
+    config = context.config
+    if not teachers:
+        return []
+    voter = "prior" if config.label.weights == "prior" and len(teachers) > 1 else "equal"
+    weights = vote_weights([priors.get(name, 0.0) for name in teachers], config.temperature.label, voter)
+    shares: list[float] = weights.tolist()
+    return shares
 
 
 def _computed(
@@ -134,10 +152,10 @@ def _computed(
     config, data = context.config, context.data()
     networks = []
     for name, artifact in artifacts.items():
-        network = load_network(context, artifact, config.committee.members[name].backbone)
-        if config.label.bn_mode == "batch":
+        member = config.committee.members[name]
+        network = load_network(context, artifact, member.backbone)
+        if config.label.bn_mode == "batch" and member.bn_scale:
             require_batchnorm(network, name)
         networks.append(network)
     teachers = Teachers(networks, weights, config.label).to(context.device)
-    seed = derive_seed(config.seed, "labels")
-    return ComputedLabels(teachers, pixels.to(context.device), config.label, seed, data.mean, data.std)
+    return ComputedLabels(teachers, pixels.to(context.device), config.label, _seed(context), data.mean, data.std)

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, file_checksum, write_atomically
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
-from cvdd.classifier import MemberModule, ShuffledBatches
+from cvdd.classifier import ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.measure import Evaluator
+from cvdd.member import MemberModule
 from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed
 

@@ -53,6 +53,7 @@ def priors_needed(config: RunConfig) -> bool:
 def measure_prior(context: Context, member: str) -> Priors:
     """Distil with one member alone, label with the observer, train its network, and return the top-1 accuracy.
 
+    The observer labels also where the configuration itself has hard labels or a pruned store.
     Every step is an ordinary artefact, so a prior is measured once whatever is changed later in the committee.
     """
     config = context.config
@@ -69,6 +70,8 @@ def measure_prior(context: Context, member: str) -> Priors:
         "label.teachers": [prior.observer],
         "label.epochs": prior.epochs,
         "label.store": "none",
+        "label.keep": 1.0,
+        "protocol.loss": "kl" if config.label.teachers == "none" else config.protocol.loss,
         "protocol.epochs": prior.epochs,
         "protocol.eval_every": prior.epochs,
         "compare": {},

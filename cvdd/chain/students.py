@@ -12,12 +12,12 @@ from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.images import load_images
 from cvdd.chain.labels import Labels
-from cvdd.classifier import EpochSampler, StudentModule
 from cvdd.context import Context
-from cvdd.labels import SoftLabelDataset
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.measure import Evaluator
 from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed
+from cvdd.student import StudentModule
 
 CURVE = "curve.json"
 
@@ -60,7 +60,7 @@ def make_student(
             part=part,
             workers=config.trainer.workers,
         )
-        pixels, _ = load_images(labels.images)
+        pixels, classes = load_images(labels.images)
         dataset = SoftLabelDataset(labels.open(pixels))
         sampler = EpochSampler(len(dataset.bounds))
         title = f"student {name} seed {seed}"
@@ -73,6 +73,7 @@ def make_student(
             module = StudentModule(
                 protocol,
                 pixels,
+                classes,
                 dataset.labels.batch_size,
                 data.mean,
                 data.std,

@@ -1,0 +1,178 @@
+"""The store of soft labels: as large as was known before, interrupted without loss, read without loading."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvdd.artifact import write_atomically
+from cvdd.config_base import ConfigError
+from cvdd.label_pool import LabelPool
+from cvdd.labels import ComputedLabels
+from cvdd.replay import Replay, draw_epoch, record_type
+from cvdd.schema import LabelConfig
+
+LOGITS = "logits.bin"
+PARAMETERS = "parameters.bin"
+PROGRESS = "progress.tmp"
+SECONDS_BETWEEN_SAVES = 2.0
+
+
+@dataclass(frozen=True)
+class LabelLayout:
+    """Sizes of a label store, known before it is written.
+
+    Attributes:
+        pool: which batches are stored.
+        classes: length of a logit vector.
+        dtype: of the logits.
+        record: of one sample's view and mix; None if they are not stored.
+    """
+
+    pool: LabelPool
+    classes: int
+    dtype: str
+    record: np.dtype[Any] | None
+
+    @staticmethod
+    def of(label: LabelConfig, count: int, classes: int) -> LabelLayout:
+        """Return the layout of a recipe for so many images and classes."""
+        record = record_type(label) if label.parameters == "stored" else None
+        return LabelLayout(LabelPool.of(label, count), classes, label.dtype, record)
+
+    @property
+    def logits_row(self) -> int:
+        """Bytes of one sample's logits."""
+        return self.classes * np.dtype(self.dtype).itemsize
+
+    @property
+    def parameters_row(self) -> int:
+        """Bytes of one sample's view and mix."""
+        return 0 if self.record is None else self.record.itemsize
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of the logits' file."""
+        return self.pool.samples * self.logits_row
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Size of the file of views and mixes."""
+        return self.pool.samples * self.parameters_row
+
+
+def write_labels(folder: Path, computed: ComputedLabels, layout: LabelLayout, advance: Callable[[int], None]) -> None:
+    """Compute what is stored and write it; an interrupted call goes on after the last epoch that is on disk.
+
+    Args:
+        folder: where the files go.
+        computed: the labels.
+        layout: their sizes; space for all is reserved before the first is computed.
+        advance: called with the number of epochs done since the last call.
+    """
+    _reserve(folder / LOGITS, layout.logits_bytes)
+    if layout.record is not None:
+        _reserve(folder / PARAMETERS, layout.parameters_bytes)
+    progress = folder / PROGRESS
+    done = int(progress.read_text()) if progress.exists() else 0
+    advance(done)
+    with contextlib.ExitStack() as files:
+        logits_file = files.enter_context((folder / LOGITS).open("r+b"))
+        stored = layout.record is not None
+        parameters_file = files.enter_context((folder / PARAMETERS).open("r+b")) if stored else None
+        saved = time.monotonic()
+        for epoch in range(done, layout.pool.labelled_epochs):
+            plan, logits = computed.epoch(epoch)
+            first = epoch * layout.pool.count
+            _write(logits_file, first * layout.logits_row, logits.numpy().tobytes())
+            if parameters_file is not None:
+                _write(parameters_file, first * layout.parameters_row, plan.record().tobytes())
+            advance(1)
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                for file in (logits_file, parameters_file):
+                    if file is not None:
+                        file.flush()
+                        os.fsync(file.fileno())
+                write_atomically(progress, str(epoch + 1).encode())
+                saved = time.monotonic()
+
+
+def _reserve(path: Path, size: int) -> None:
+    if path.exists() and path.stat().st_size == size:
+        return
+    with path.open("wb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            os.truncate(stream.fileno(), size)
+
+
+def _write(stream: BinaryIO, offset: int, content: bytes) -> None:
+    stream.seek(offset)
+    stream.write(content)
+
+
+class StoredLabels:
+    """Labels read from a store; logits and parameters are memory-mapped.
+
+    Of a store that holds all label batches an epoch shows its own; of a pruned one, batches that are drawn from it.
+
+    Args:
+        folder: of a sealed label artefact.
+        layout: its sizes.
+        label: the recipe that it was made with.
+        size: side of the images, to redraw parameters that are not stored.
+        seed: of the labels, for the same and for the draws from a pool.
+
+    Raises:
+        ConfigError: a file does not have the size that the layout says.
+    """
+
+    def __init__(self, folder: Path, layout: LabelLayout, label: LabelConfig, size: int, seed: int) -> None:
+        self.pool, self.label, self.size, self.seed = layout.pool, label, size, seed
+        self.batch_size, self.count, self.epochs = label.batch_size, layout.pool.shown, label.epochs
+        sizes = {LOGITS: layout.logits_bytes, PARAMETERS: layout.parameters_bytes}
+        for name, expected in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found != expected:
+                raise ConfigError(f"{folder / name} has {found} bytes instead of {expected}: the labels are damaged")
+        samples = layout.pool.samples
+        self._logits = np.memmap(folder / LOGITS, layout.dtype, "r", shape=(samples, layout.classes))
+        self._records = (
+            None if layout.record is None else np.memmap(folder / PARAMETERS, layout.record, "r", shape=(samples,))
+        )
+
+    def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
+        """Read one epoch."""
+        if self.pool.keep < 1:
+            return self._drawn(epoch)
+        rows = slice(epoch * self.count, (epoch + 1) * self.count)
+        if self._records is None:
+            plan = draw_epoch(self.label, self.count, self.size, self.seed, epoch)
+        else:
+            plan = Replay.from_record(np.asarray(self._records[rows]))
+        return plan, torch.from_numpy(np.array(self._logits[rows]))
+
+    def _drawn(self, epoch: int) -> tuple[Replay, Tensor]:
+        assert self._records is not None
+        records, logits = [], []
+        for place, batch in enumerate(self.pool.draw(self.seed, epoch)):
+            start, stop = self.pool.samples_of(batch)
+            record = np.array(self._records[start:stop])
+            # Partners are counted from the first sample of an epoch: once of that of the labels, now of this one.
+            record["partner"] += place * self.pool.batch_size - start % self.pool.count
+            records.append(record)
+            logits.append(np.array(self._logits[start:stop]))
+        return Replay.from_record(np.concatenate(records)), torch.from_numpy(np.concatenate(logits))

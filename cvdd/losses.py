@@ -1,0 +1,47 @@
+"""What a student minimises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the softened predictions, mean over the batch, without a factor T^2.
+
+    Args:
+        student: logits [n, classes].
+        teacher: logits [n, classes].
+        temperature: of both softmaxes.
+    """
+    target = torch.softmax(teacher / temperature, dim=1)
+    return nn.functional.kl_div(torch.log_softmax(student / temperature, dim=1), target, reduction="batchmean")
+
+
+def logit_loss(student: Tensor, teacher: Tensor, classes: Tensor, hard_label_weight: float) -> Tensor:
+    """Mean squared difference of logits, plus some cross-entropy (specification of G-VBSM, section 2.5; EDC, A2.5).
+
+    Args:
+        student: logits [n, classes].
+        teacher: logits [n, classes].
+        classes: [n] of the images before they were mixed.
+        hard_label_weight: of the cross-entropy.
+    """
+    loss = nn.functional.mse_loss(student, teacher)
+    if hard_label_weight:
+        loss = loss + hard_label_weight * nn.functional.cross_entropy(student, classes)
+    return loss
+
+
+def mixed_cross_entropy(student: Tensor, classes: Tensor, partners: Tensor, share: Tensor) -> Tensor:
+    """Cross-entropy of mixed images: that of each of the two classes, by its share of the image.
+
+    Args:
+        student: logits [n, classes].
+        classes: [n] of the images themselves.
+        partners: [n] classes of the images that they are mixed with.
+        share: [n] of the image itself.
+    """
+    own = nn.functional.cross_entropy(student, classes, reduction="none")
+    other = nn.functional.cross_entropy(student, partners, reduction="none")
+    return (share * own + (1 - share) * other).mean()

@@ -1,0 +1,32 @@
+"""Learning rates of students by epoch."""
+
+from __future__ import annotations
+
+import math
+
+from cvdd.schema import ProtocolConfig
+
+WARMUP_START = 0.01
+"""First factor of a warm-up (specification of LPLD, section B3)."""
+
+
+def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
+    """Return the factor on ``protocol.lr`` in an epoch, counted from 0.
+
+    After the warm-up, with ``e`` and ``E`` counted from its end (specification of EDC, section A2.5):
+
+    - ``cosine``: ``(1 + cos(pi e / (E eta))) / 2``;
+    - ``linear``: ``1 - e / (E eta)``, never below 0;
+    - ``early_late``: the cosine until ``e = 5E/6``, then its value there times ``1 - e / E``;
+    - ``multistep``: halved at 80, 90 and 95 percent.
+    """
+    if epoch < protocol.warmup:
+        return WARMUP_START + (1 - WARMUP_START) * epoch / protocol.warmup
+    done, total = epoch - protocol.warmup, protocol.epochs - protocol.warmup
+    if protocol.schedule == "linear":
+        return max(1 - done / (total * protocol.eta), 0.0)
+    if protocol.schedule == "multistep":
+        return 0.5 ** sum(20 * done >= twentieths * total for twentieths in (16, 18, 19))
+    if protocol.schedule == "early_late" and 6 * done > 5 * total:
+        return 0.5 * (1 + math.cos(5 * math.pi / (6 * protocol.eta))) * (1 - done / total)
+    return 0.5 * (1 + math.cos(math.pi * done / (total * protocol.eta)))

@@ -1,0 +1,116 @@
+"""The LightningModule that trains a student on a distilled set."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from cvdd.classifier import Classifier
+from cvdd.label_batches import LabelledBatch
+from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
+from cvdd.replay import replay
+from cvdd.schedules import student_rate
+from cvdd.schema import ProtocolConfig
+
+
+class StudentModule(Classifier):
+    """Trains a student on a distilled set and its labels (specification of the SRe2L family, section 2.4).
+
+    Args:
+        protocol: loss, optimiser, schedule, accumulation, and whether an average of the parameters is measured.
+        images: [n, 3, size, size] uint8, the distilled set.
+        classes: [n] of the images.
+        batch_size: images per full label batch; parts of it are forwarded separately.
+        mean: of the normalisation.
+        std: of the normalisation.
+        shared: arguments of :class:`Classifier`.
+    """
+
+    def __init__(
+        self,
+        protocol: ProtocolConfig,
+        images: Tensor,
+        classes: Tensor,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        **shared: object,
+    ) -> None:
+        super().__init__(**shared)  # type: ignore[arg-type]
+        self.protocol, self.mean, self.std = protocol, mean, std
+        self.register_buffer("images", images, persistent=False)
+        self.register_buffer("classes", classes, persistent=False)
+        self.part = max(batch_size // protocol.accumulation, 1)
+        self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
+
+    def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
+        """Loss of the protocol, each part of the mixed batch forwarded by itself."""
+        assert isinstance(self.images, Tensor)
+        samples = replay(self.images, batch.replay, self.mean, self.std)
+        loss = samples.new_zeros(())
+        for part in parts_of(len(samples), self.part):
+            loss = loss + self._loss(self.network(samples[part]), batch, part) / self.protocol.accumulation
+        return self._note(loss)
+
+    def _loss(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
+        assert isinstance(self.images, Tensor)
+        assert isinstance(self.classes, Tensor)
+        protocol, plan = self.protocol, batch.replay
+        classes = self.classes[plan.index]
+        if protocol.loss == "cross_entropy":
+            share = plan.own_share(self.images.shape[-1])
+            return mixed_cross_entropy(student, classes[part], classes[plan.partner][part], share[part])
+        teacher = batch.logits[part].float()
+        if protocol.loss == "mse":
+            # The released programs take the class of the unmixed image also for mixed ones.
+            return logit_loss(student, teacher, classes[part], protocol.hard_label_weight)
+        loss = soft_label_loss(student, teacher, protocol.temperature)
+        return loss * protocol.temperature**2 if protocol.temperature_squared else loss
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: LabelledBatch, batch_index: int) -> None:
+        """Move the average towards the parameters of this step."""
+        if self.average is not None:
+            assert self.protocol.ema is not None
+            for mean, parameter in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(parameter, 1 - self.protocol.ema)
+
+    @torch.no_grad()
+    def measured_network(self) -> nn.Module:
+        """Return the network itself, or the average of its parameters with the buffers that it has now."""
+        if self.average is None:
+            return self.network
+        # As released: BatchNorm statistics are those of the network that was trained, not averaged.
+        for mine, buffer in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            mine.copy_(buffer)
+        return self.average
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimiser of the protocol, with decay on what it says; the schedule steps per epoch."""
+        protocol = self.protocol
+        parameters = list(self.network.parameters())
+        decaying = [p for p in parameters if p.ndim > 1 or protocol.decay == "all"]
+        free = [p for p in parameters if p.ndim <= 1 and protocol.decay != "all"]
+        groups = [{"params": decaying, "weight_decay": protocol.weight_decay}]
+        if free:
+            groups.append({"params": free, "weight_decay": 0.0})
+        optimizer: torch.optim.Optimizer
+        if protocol.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: student_rate(protocol, epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+
+def parts_of(count: int, part: int) -> list[slice]:
+    """Cut a batch of ``count`` samples into parts; a single sample at the end joins the part before it."""
+    starts = list(range(0, count, part))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        # BatchNorm cannot normalise a single sample.
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]

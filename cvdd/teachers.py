@@ -1,0 +1,66 @@
+"""The networks that label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cvdd.bn import BatchStatisticsNetwork
+from cvdd.methods.gvbsm import balanced_mean
+from cvdd.schema import LabelConfig
+
+
+class Teachers:
+    """The networks that label, averaged.
+
+    Args:
+        networks: trained networks.
+        weights: their shares of the averaged logits.
+        label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], weights: Sequence[float], label: LabelConfig) -> None:
+        self.label = label
+        self.weights = list(weights)
+        self.networks: list[nn.Module] = []
+        for network in networks:
+            frozen = network.eval().requires_grad_(False)
+            self.networks.append(BatchStatisticsNetwork(frozen, label.dropout) if label.bn_mode == "batch" else frozen)
+
+    def to(self, device: torch.device) -> Teachers:
+        """Move the networks to a device."""
+        for network in self.networks:
+            network.to(device)
+        return self
+
+    @torch.no_grad()
+    def score(self, samples: Tensor, batch_size: int) -> Tensor:
+        """Return averaged logits [n, classes] of ``n // batch_size`` whole batches [n, 3, h, w].
+
+        With batch statistics each batch, or each half of it (the first of ``batch_size // 2`` samples), is normalised
+        by itself, however many batches share the forward pass. A balanced average is that of each batch.
+        """
+        scored = (self._logits(network, samples, batch_size) for network in self.networks)
+        if self.label.weights == "balanced":
+            return balanced_mean(torch.stack(list(scored)), batch_size)
+        total = None
+        for logits, weight in zip(scored, self.weights, strict=True):
+            total = weight * logits if total is None else total + weight * logits
+        assert total is not None
+        return total
+
+    def _logits(self, network: nn.Module, samples: Tensor, batch_size: int) -> Tensor:
+        if self.label.bn_mode == "running":
+            logits: Tensor = network(samples)
+            return logits
+        first = batch_size // 2
+        if not self.label.halves:
+            return network(samples, batch_size)  # type: ignore[no-any-return]
+        if 2 * first == batch_size:
+            return network(samples, first)  # type: ignore[no-any-return]
+        batches = samples.view(-1, batch_size, *samples.shape[1:])
+        parts = [batches[:, :first], batches[:, first:]]
+        scored = [network(part.flatten(0, 1), part.shape[1]).view(len(batches), part.shape[1], -1) for part in parts]
+        return torch.cat(scored, dim=1).flatten(0, 1)

@@ -1,0 +1,297 @@
+"""Students: losses, parts of batches, optimisers, and the average of the parameters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    MEAN,
+    STD,
+    fit,
+    label_config,
+    protocol_config,
+    random_pixels,
+    small_network,
+    tiny_context,
+    training_arguments,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+import cvdd.context
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.labels import ComputedLabels, HardLabels
+from cvdd.losses import soft_label_loss
+from cvdd.measure import Accuracy
+from cvdd.replay import replay
+from cvdd.student import StudentModule, parts_of
+from cvdd.teachers import Teachers
+
+SIZE = 16
+CLASSES = torch.arange(20) % 4
+
+
+def trainable(seed: int = 0, **options: Any) -> nn.Module:
+    return small_network(seed=seed, **options).train().requires_grad_(True)
+
+
+def batches(labels: ComputedLabels | HardLabels) -> DataLoader:
+    dataset = SoftLabelDataset(labels)
+    return DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
+
+
+def test_epoch_sampler_counts_on() -> None:
+    sampler = EpochSampler(3)
+    assert list(sampler) == [0, 1, 2]
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8]
+    assert len(sampler) == 3
+
+
+def soft_labels(count: int = 20, batch_size: int = 8) -> ComputedLabels:
+    label = label_config(batch_size=batch_size, dtype="float32", epochs=4)
+    teachers = Teachers([small_network(seed=9)], [1.0], label)
+    return ComputedLabels(teachers, random_pixels(count, SIZE), label, 0, MEAN, STD)
+
+
+def student(network: nn.Module, labels: ComputedLabels | HardLabels, **changes: Any) -> StudentModule:
+    extra = {key: changes.pop(key) for key in ("measure", "measured_at") if key in changes}
+    arguments = training_arguments(network, **extra)
+    images = random_pixels(20, SIZE)
+    return StudentModule(protocol_config(**changes), images, CLASSES, labels.batch_size, MEAN, STD, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "accumulation", "parts"),
+    [
+        (16, 16, 2, [8, 8]),
+        (4, 16, 2, [4]),
+        (8, 16, 2, [8]),
+        (12, 16, 2, [8, 4]),
+        (10, 10, 2, [5, 5]),
+        (7, 7, 2, [3, 4]),
+        (9, 16, 2, [9]),
+        (16, 16, 1, [16]),
+        (16, 16, 4, [4, 4, 4, 4]),
+        (1, 16, 2, [1]),
+        (10, 1024, 2, [10]),
+    ],
+)
+def test_parts_of_a_batch(count: int, batch: int, accumulation: int, parts: list[int]) -> None:
+    """As published, ceil(n / (B / 2)) parts; a single image joins the part before it."""
+    module = student(trainable(), soft_labels(20, batch), accumulation=accumulation)
+    cut = parts_of(count, module.part)
+    assert [part.stop - part.start for part in cut] == parts
+    assert [index for part in cut for index in range(count)[part]] == list(range(count))
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_step_is_the_sum_of_separate_parts(batch: int) -> None:
+    """Each half has BatchNorm statistics of its own; both the full and the partial batch divide by two."""
+    labels = soft_labels()
+    item = SoftLabelDataset(labels)[batch]
+    module = student(trainable(), labels)
+    loss = module.training_step(item, 0)
+    samples = replay(labels.images, item.replay, MEAN, STD)
+    reference = trainable()
+    halves = [slice(0, 4), slice(4, 8)] if batch == 0 else [slice(0, 4)]
+    expected = sum(soft_label_loss(reference(samples[part]), item.logits[part], 20) / 2 for part in halves)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(module.network[0].weight.grad, reference[0].weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_is_for_weights_of_two_or_more_axes() -> None:
+    module = student(trainable(), soft_labels(), weight_decay=0.05)
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(module.network.parameters()))
+    assert decayed["betas"] == (0.9, 0.999)
+
+
+def test_the_rate_changes_by_epoch() -> None:
+    """LR(e) = lr/2 (1 + cos(pi e / (E eta))): stretched by 2 it ends at about half."""
+    rates = []
+    options = student(trainable(), soft_labels(), epochs=10, eta=2, lr=0.004).configure_optimizers()
+    for _ in range(10):
+        rates.append(options["optimizer"].param_groups[0]["lr"])
+        options["optimizer"].step()
+        options["lr_scheduler"]["scheduler"].step()
+    assert rates[0] == pytest.approx(0.004)
+    assert rates[-1] == pytest.approx(0.004 * 0.5 * (1 + math.cos(math.pi * 9 / 20)))
+    assert options["lr_scheduler"]["interval"] == "epoch"
+
+
+def test_a_student_is_trained_once_per_stored_batch() -> None:
+    labels = soft_labels()
+    module = student(trainable(), labels, epochs=2)
+    trainer = fit(module, batches(labels), 2)
+    assert trainer.global_step == 6
+    assert len(module.curve) == 2
+
+
+def test_images_are_not_in_a_students_checkpoint() -> None:
+    assert not [name for name in student(trainable(), soft_labels()).state_dict() if not name.startswith("network.")]
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_squared_temperature_multiplies_the_divergence() -> None:
+    labels = soft_labels()
+    item = SoftLabelDataset(labels)[0]
+    plain, scaled = (
+        student(trainable(), labels, temperature=3, temperature_squared=squared).training_step(item, 0).item()
+        for squared in (False, True)
+    )
+    assert scaled == pytest.approx(9 * plain, rel=1e-5)
+
+
+def test_a_regression_step_adds_the_class_of_the_unmixed_image() -> None:
+    """One part; the mean is over samples and classes, the classes are those of the images before CutMix."""
+    labels = soft_labels()
+    item = SoftLabelDataset(labels)[1]
+    loss = student(trainable(), labels, loss="mse", hard_label_weight=0.15, accumulation=1).training_step(item, 0)
+    logits = trainable()(replay(labels.images, item.replay, MEAN, STD)).detach()
+    squares = sum(float((a - b) ** 2) for a, b in zip(logits.flatten(), item.logits.flatten(), strict=True))
+    classes = CLASSES[item.replay.index].tolist()
+    surprise = [-float(row.log_softmax(0)[label]) for row, label in zip(logits, classes, strict=True)]
+    assert loss.item() == pytest.approx(squares / (8 * 4) + 0.15 * sum(surprise) / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_hard_labels_of_mixed_images_are_mixed(mix: str) -> None:
+    """CutMix by the area that is pasted, Mixup by its weight."""
+    label = label_config(teachers="none", store="none", mix=mix)
+    labels, images = HardLabels(label, 20, SIZE, 5), random_pixels(20, SIZE)
+    item = SoftLabelDataset(labels)[0]
+    loss = student(trainable(), labels, loss="cross_entropy", accumulation=1).training_step(item, 0)
+    plan = item.replay
+    surprise = -trainable()(replay(images, plan, MEAN, STD)).log_softmax(1)
+    expected = 0.0
+    for sample in range(8):
+        top, left, bottom, right = plan.mix_box[sample].tolist()
+        partner = {"cutmix": (bottom - top) * (right - left) / 256, "mixup": 1 - float(plan.weight[sample]), "none": 0}
+        own = int(CLASSES[plan.index[sample]])
+        other = int(CLASSES[plan.index[plan.partner[sample]]])
+        share = partner[mix]
+        expected += ((1 - share) * surprise[sample, own] + share * surprise[sample, other]).item() / 8
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert (mix == "none") == (plan.own_share(SIZE).min() == 1)
+
+
+def test_parts_of_a_mixed_batch_keep_their_partners() -> None:
+    """A partner may lie in the other part; without BatchNorm the parts sum to the whole."""
+    label = label_config(teachers="none", store="none")
+    labels = HardLabels(label, 20, SIZE, 5)
+    item = SoftLabelDataset(labels)[0]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 4))
+    whole, halves = (
+        student(network, labels, loss="cross_entropy", accumulation=parts).training_step(item, 0).item()
+        for parts in (1, 2)
+    )
+    assert halves == pytest.approx(whole, rel=1e-5)
+
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def test_decay_of_all_parameters() -> None:
+    optimizer = student(trainable(), soft_labels(), weight_decay=0.05, decay="all").configure_optimizers()["optimizer"]
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.05
+    assert len(group["params"]) == len(list(small_network().parameters()))
+
+
+def test_a_step_of_sgd_with_momentum() -> None:
+    """Two steps with the gradients 1 and 1: w - lr g, then w - lr (m g + g); vectors do not decay."""
+    module = student(trainable(), soft_labels(), optimizer="sgd", lr=0.1, momentum=0.875, weight_decay=0.5)
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    vector, matrix = module.network[1].bias, module.network[-1].weight
+    before, weights = vector.detach().clone(), matrix.detach().clone()
+    for _ in range(2):
+        for parameter in module.network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    torch.testing.assert_close(vector.detach(), before - 0.1 * 1 - 0.1 * 1.875)
+    first = weights - 0.1 * (1 + 0.5 * weights)
+    torch.testing.assert_close(matrix.detach(), first - 0.1 * (0.875 * (1 + 0.5 * weights) + 1 + 0.5 * first))
+
+
+# --- the average of the parameters ------------------------------------------------------------------------------------
+
+
+def test_the_average_of_three_steps() -> None:
+    """0.9 of the average and 0.1 of the parameters after every step, from the initial parameters on."""
+    labels, seen = soft_labels(), []
+    module = student(
+        trainable(),
+        labels,
+        ema=0.9,
+        measured_at=lambda epoch: True,
+        measure=lambda network: (seen.append(network), Accuracy(1.0, 2.0, 3.0))[1],
+    )
+    weight = module.network[-1].weight
+    history = [weight.detach().clone()]
+    step = module.on_train_batch_end
+
+    def noting(*arguments: Any) -> None:
+        history.append(weight.detach().clone())
+        step(*arguments)
+
+    module.on_train_batch_end = noting
+    fit(module, batches(labels), 1)
+    assert len(history) == 4
+    expected = 0.729 * history[0] + 0.081 * history[1] + 0.09 * history[2] + 0.1 * history[3]
+    (measured,) = seen
+    torch.testing.assert_close(measured[-1].weight, expected)
+    assert not torch.equal(measured[-1].weight, weight)
+    # Statistics are those of the network itself.
+    assert torch.equal(measured[1].running_mean, module.network[1].running_mean)
+    assert not torch.equal(measured[1].running_mean, small_network()[1].running_mean)
+
+
+def test_without_an_average_the_network_itself_is_measured() -> None:
+    module = student(trainable(), soft_labels())
+    assert module.measured_network() is module.network
+
+
+def test_a_student_with_an_average_goes_on_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    context = tiny_context(tmp_path)
+
+    def measured(network: nn.Module) -> Accuracy:
+        return Accuracy(float(network[-1].weight.sum()), float(network[1].running_var.sum()), 0.0)
+
+    def train(folder: Path, stop: int | None) -> list[dict[str, float]]:
+        folder.mkdir(exist_ok=True)
+        labels = soft_labels()
+        options = {"epochs": 4, "ema": 0.8, "optimizer": "sgd", "warmup": 1, "schedule": "early_late"}
+        module = student(trainable(), labels, measure=measured, measured_at=lambda epoch: True, **options)
+        if stop is not None:
+
+            def pull() -> None:
+                if module.current_epoch == stop:
+                    raise InterruptedError
+
+            module.on_train_epoch_start = pull
+        context.fit(module, batches(labels), 4, folder / "training.ckpt.tmp")
+        return module.curve
+
+    whole = train(tmp_path / "whole", None)
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "broken", 2)
+    assert train(tmp_path / "broken", None) == whole
+    assert len({row["top1"] for row in whole}) == 4
