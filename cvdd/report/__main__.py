@@ -1,4 +1,4 @@
-"""``python -m cvdd.report DIRECTORY``: the report of a sweep, from its directories alone."""
+"""``python -m cvdd.report``: what can be told from the directories of runs alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,23 @@ def report_sweep(arguments: Sequence[str]) -> None:
         print(f"{argument}: {progress(read_directory(Path(argument)))}\n{page}")
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = MappingProxyType({})
+def report_experiments(arguments: Sequence[str]) -> None:
+    """List the recipes of published numbers with what was measured here.
+
+    Args:
+        arguments: parts of their names.
+    """
+    from cvdd.report.experiments import list_experiments
+
+    list_experiments(arguments)
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = MappingProxyType({"experiments": report_experiments})
 """By the first argument; any other is the directory of a sweep."""
 
-USAGE = "usage: python -m cvdd.report multirun/NAME [multirun/NAME ...]"
+USAGE = """usage:
+  python -m cvdd.report multirun/NAME [multirun/NAME ...]  the report of a sweep
+  python -m cvdd.report experiments [PART ...]             published numbers, and which were measured here"""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.tables import readable_bytes, readable_seconds
 from cvdd.report.terms import member_terms
+from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table
 from cvdd.schema import RunConfig
 
@@ -51,7 +52,7 @@ def render_page(
             one_student=len({result.student for result in results}) == 1,
             sentences=[
                 headline.headline(results),
-                *filter(None, (headline.other_students(results), headline.reference(results))),
+                *filter(None, (headline.other_students(results), headline.reference(results), _published(summary))),
             ],
             verdict=_verdict(results),
             colours=plots.row_colours(results),
@@ -103,6 +104,11 @@ def _row(result: Result) -> dict[str, Any]:
 def _verdict(results: Sequence[Result]) -> str:
     baseline = headline.find_baseline(results, results[0])
     return "unknown" if baseline is None else headline.difference(results[0], baseline).verdict
+
+
+def _published(summary: Mapping[str, Any]) -> str | None:
+    verdict = summary.get("verdict")
+    return None if verdict is None else f"Published: {verdict_sentence(verdict)}."
 
 
 def _code(code: dict[str, Any]) -> str:

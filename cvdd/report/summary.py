@@ -14,6 +14,7 @@ from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.members import make_member
 from cvdd.context import Context
 from cvdd.provenance import code_version
+from cvdd.report.verdict import hold_against
 from cvdd.schema import teachers_of
 
 COLUMNS = (
@@ -52,6 +53,7 @@ def summarise(
         "dataset": context.data().identity,
         "classes": list(context.data().classes),
         "results": [result.summary() for result in results],
+        "verdict": hold_against(config.expected, results),
         "members": {
             name: {
                 "metrics": dict(member.metrics),

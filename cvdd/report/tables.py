@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd.artifact import Artifact
+from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
 
 
@@ -104,6 +105,12 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
             readable_bytes(result["label_bytes"]),
         )
     _print(table)
+
+
+def print_verdict(verdict: Mapping[str, Any] | None) -> None:
+    """Print what was expected beside what was measured, if a published number was given."""
+    if verdict is not None:
+        Console().print(verdict_sentence(verdict), markup=False, highlight=False)
 
 
 def _table(title: str) -> Table:

@@ -8,7 +8,7 @@ from cvdd.assistants import assisted
 from cvdd.chain.compare import compare
 from cvdd.context import Context
 from cvdd.report.summary import summarise, write_results
-from cvdd.report.tables import print_results
+from cvdd.report.tables import print_results, print_verdict
 
 log = logging.getLogger(__name__)
 
@@ -23,5 +23,6 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
         prefix = f"result/{result['row']}/{result['student']}"
         context.log({f"{prefix}/top1": result["top1"], f"{prefix}/best_top1": result["best_top1"]}, step=0)
     print_results(summary["results"])
+    print_verdict(summary["verdict"])
     log.info("page: %s", page)
     return float(summary["results"][0]["top1"])
