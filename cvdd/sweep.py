@@ -207,6 +207,11 @@ class SweepCallback(Callback):
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in sweep.items()
         }
         self.sweep = SweepConfig.model_validate(plain)
+        self._overrides: list[str] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep what was typed: Hydra gives a point its overrides rewritten, and once each."""
+        self._overrides = [str(item) for item in config.hydra.overrides.task]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note that a point is being made."""
@@ -232,7 +237,7 @@ class SweepCallback(Callback):
             "status": status,
             "error": error,
             "node": self.sweep.node(name),
-            "overrides": OmegaConf.to_container(config.hydra.overrides.task),
+            "overrides": self._overrides,
         }
         folder = Path(config.hydra.runtime.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
