@@ -1,0 +1,489 @@
+"""Adversarial prediction matching: maths, module, and the chain from teachers to students."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_files, small_network, tiny_context
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import cvdd.chain.apm
+import cvdd.context
+from cvdd.adversarial import AdversarialModule, ImageSgd, NonFiniteImages, Pace, teacher_logits
+from cvdd.artifact import Artifact, Store
+from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
+from cvdd.chain.apm_student import make_apm_student
+from cvdd.chain.apm_teachers import load_teachers, make_apm_teachers
+from cvdd.chain.images import load_history, load_images
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.methods.apm import Snapshots, chunked_gradient, image_gradient, is_refresh, logit_distance, snapshot_epochs
+from cvdd.schema import MethodConfig
+from cvdd.schema.apm import ApmConfig, SgdConfig, SurrogateConfig
+from cvdd.seeds import generator
+from cvdd.surrogate import fit_surrogate, require_batches, train_by_sgd
+
+BACKBONE = {"name": "convnet3", "target": "cvdd.backbones.convnet.convnet"}
+
+
+def source(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth_network(seed: int, classes: int = 4) -> nn.Module:
+    """In double precision, without kinks, so that finite differences are exact enough."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(20, classes))
+    return network.double().eval().requires_grad_(False)
+
+
+def stacked(networks: list[nn.Module]) -> dict[str, Tensor]:
+    states = [network.state_dict() for network in networks]
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def plain(images: Tensor, random: torch.Generator) -> Tensor:
+    return images
+
+
+STUDENTS = [smooth_network(seed) for seed in (1, 2, 3)]
+TEACHER = smooth_network(0)
+X = torch.randn(7, 3, 4, 4, dtype=torch.float64, generator=source())
+Y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+
+
+def snapshots() -> Snapshots:
+    return Snapshots(copy.deepcopy(TEACHER), stacked(STUDENTS))
+
+
+def loss_by_hand(images: Tensor, discrepancy: float, ce: float) -> float:
+    """The formula of the specification, image by image and class by class."""
+    total = 0.0
+    for image, label in zip(images, Y.tolist(), strict=True):
+        taught = TEACHER(image[None])[0]
+        for student in STUDENTS:
+            seen = student(image[None])[0]
+            total -= discrepancy * sum(abs(float(a) - float(b)) for a, b in zip(seen, taught, strict=True)) / 28
+        total -= ce * float(taught.softmax(dim=0)[label].log()) / 7
+    return total
+
+
+# --- maths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("discrepancy", "ce"), [(1.0, 0.1), (0.0, 1.0), (-0.5, 0.0)])
+def test_the_images_gradient_is_that_of_finite_differences(discrepancy: float, ce: float) -> None:
+    gradient, terms = image_gradient(X, Y, TEACHER, snapshots(), discrepancy=discrepancy, ce=ce)
+    assert float(terms.loss(discrepancy, ce)) == pytest.approx(loss_by_hand(X, discrepancy, ce), abs=1e-12)
+    for place in [(0, 0, 0, 0), (1, 2, 3, 3), (4, 1, 2, 1), (6, 0, 1, 2)]:
+        step = torch.zeros_like(X)
+        step[place] = 1e-6
+        slope = (loss_by_hand(X + step, discrepancy, ce) - loss_by_hand(X - step, discrepancy, ce)) / 2e-6
+        assert float(gradient[place]) == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_any_chunk_gives_the_same_gradient(chunk: int, at_once: bool) -> None:
+    """Six of seven leaves a chunk of a single image, on which the release fails."""
+    whole, terms = chunked_gradient(X, Y, TEACHER, snapshots(), discrepancy=1.0, ce=0.1)
+    parts, summed = chunked_gradient(X, Y, TEACHER, snapshots(), discrepancy=1.0, ce=0.1, chunk=chunk, at_once=at_once)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-14)
+    torch.testing.assert_close(summed.discrepancy, terms.discrepancy, rtol=0, atol=1e-14)
+    torch.testing.assert_close(summed.ce, terms.ce, rtol=0, atol=1e-14)
+
+
+def test_the_step_climbs_the_disagreement() -> None:
+    gradient, before = image_gradient(X, Y, TEACHER, snapshots(), discrepancy=1.0, ce=0.0)
+    _, after = image_gradient(X - 0.1 * gradient, Y, TEACHER, snapshots(), discrepancy=1.0, ce=0.0)
+    assert float(after.discrepancy) > float(before.discrepancy)
+
+
+def test_students_that_agree_with_the_teacher_leave_the_images_alone() -> None:
+    same = Snapshots(copy.deepcopy(TEACHER), stacked([TEACHER, TEACHER]))
+    gradient, terms = image_gradient(X, Y, TEACHER, same, discrepancy=1.0, ce=0.0)
+    assert float(terms.discrepancy) == 0
+    assert float(gradient.abs().max()) == 0
+
+
+def test_neither_weights_nor_images_keep_a_graph() -> None:
+    logits = teacher_logits(TEACHER, X.clone().requires_grad_(), 3)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, TEACHER(X), rtol=0, atol=1e-14)
+    gradient, _ = image_gradient(X, Y, TEACHER, snapshots(), discrepancy=1.0, ce=0.1)
+    assert not gradient.requires_grad
+    assert all(parameter.grad is None for parameter in TEACHER.parameters())
+
+
+def test_schedules_are_those_of_the_release() -> None:
+    assert [it for it in range(10) if is_refresh(it, 2)] == [0, 3, 6, 9]
+    assert sum(is_refresh(it, 2) for it in range(2501)) == 834
+    assert [it for it in range(4) if is_refresh(it, 0)] == [0, 1, 2, 3]
+    assert snapshot_epochs(251, 5) == (50, 100, 150, 200, 250)
+    # Where the release takes six snapshots, or divides by zero.
+    assert snapshot_epochs(13, 5) == (2, 4, 6, 8, 12)
+    assert snapshot_epochs(1, 1) == (0,)
+    surrogate = SurrogateConfig(epochs=251, lr=0.02)
+    assert [surrogate.lr_at(epoch) for epoch in (0, 125, 126, 250)] == pytest.approx([0.02, 0.02, 0.002, 0.002])
+    teacher = SgdConfig(epochs=100, lr=0.05, milestone=50)
+    assert [teacher.lr_at(epoch) for epoch in (49, 50)] == pytest.approx([0.05, 0.005])
+
+
+def test_logits_are_held_apart_by_their_mean_absolute_difference() -> None:
+    assert float(logit_distance(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), torch.zeros(2, 2))) == pytest.approx(1.5)
+
+
+# --- students that live for a moment ----------------------------------------------------------------------------------
+
+
+def test_training_steps_are_those_of_sgd_by_hand() -> None:
+    """One weight from w = 1, loss (2 w - 1)^2 with gradient 4 (2 w - 1), and 0.5 w of decay."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    config = SgdConfig(epochs=3, batch_size=4, lr=0.1, momentum=0.5, weight_decay=0.5, milestone=2, factor=0.1)
+    train_by_sgd(network, torch.tensor([[2.0]]), torch.tensor([[1.0]]), nn.functional.mse_loss, config, plain, source())
+    first = 4 * (2 * 1.0 - 1) + 0.5 * 1.0
+    w = 1.0 - 0.1 * first
+    velocity = 0.5 * first + 4 * (2 * w - 1) + 0.5 * w
+    w -= 0.1 * velocity
+    velocity = 0.5 * velocity + 4 * (2 * w - 1) + 0.5 * w
+    assert network.weight.item() == pytest.approx(w - 0.01 * velocity, abs=1e-6)
+
+
+def test_snapshots_are_copies_of_the_students_way() -> None:
+    images, logits = torch.randn(6, 3, 8, 8, generator=source()), torch.randn(6, 4, generator=source(1))
+    config = SurrogateConfig(epochs=7, lr=0.05, batch_size=4, snapshots=3)
+    network = small_network(seed=5)
+    states, loss = fit_surrogate(network, images, logits, config, plain, source(2))
+    shorter = small_network(seed=5)
+    upto = SgdConfig(epochs=3, lr=0.05, batch_size=4, milestone=2, factor=1.0)
+    train_by_sgd(shorter, images, logits, logit_distance, upto, plain, source(2))
+    for name, value in network.state_dict().items():
+        assert len(states[name]) == 3
+        assert torch.equal(states[name][0], shorter.state_dict()[name]), name
+        assert torch.equal(states[name][2], value), name
+    weights = states["0.weight"]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert float(loss) > 0
+
+
+def test_batches_of_one_are_refused_only_where_they_are_too_few() -> None:
+    with pytest.raises(ConfigError, match=r"surrogate\.batch_size=4 leaves a last batch of one of 9 images.*Choose 5"):
+        require_batches(small_network(), 9, 4, "method.apm.surrogate.batch_size")
+    require_batches(small_network(), 8, 4, "method.apm.surrogate.batch_size")
+    require_batches(smooth_network(0), 9, 4, "method.apm.surrogate.batch_size")
+
+
+# --- the images' optimiser and module ---------------------------------------------------------------------------------
+
+
+def moved(drift: bool) -> list[list[float]]:
+    images = nn.Parameter(torch.zeros(2, 1))
+    optimizer = ImageSgd(images, 1.0, 0.5, drift)
+    places = []
+    for index in (0, 1, 0):
+        optimizer.move(torch.tensor([index]), torch.tensor([[1.0]]))
+        places.append(images.flatten().tolist())
+    return places
+
+
+def test_momentum_moves_images_without_a_gradient_as_released_or_not() -> None:
+    assert moved(drift=True) == [[-1.0, 0.0], [-1.5, -1.0], [-2.75, -1.5]]
+    assert moved(drift=False) == [[-1.0, 0.0], [-1.0, -1.0], [-2.5, -1.0]]
+
+
+def apm_config(**changes: Any) -> ApmConfig:
+    fields = {
+        "teachers": {"backbone": BACKBONE, "count": 2, "epochs": 1, "lr": 0.1},
+        "surrogate": {"epochs": 4, "lr": 0.05, "snapshots": 2, "batch_size": 4},
+        "student": {"epochs": 2, "lr": 0.1},
+        "lr_images": 1.0,
+    }
+    return ApmConfig.model_validate(fields | changes)
+
+
+def module_of(pace: Pace, augment: Any = plain, **changes: Any) -> AdversarialModule:
+    images = torch.randn(8, 3, 8, 8, generator=source())
+    return AdversarialModule(
+        images,
+        torch.arange(8) % 4,
+        [small_network(seed=1), small_network(seed=2)],
+        lambda seed: small_network(seed=seed % 1000),
+        augment,
+        apm_config(**changes),
+        pace,
+        3,
+        lambda row, current: None,
+    )
+
+
+def fit(module: AdversarialModule, tmp_path: Path) -> AdversarialModule:
+    context = Context(None, Store(tmp_path), torch.device("cpu"))  # type: ignore[arg-type]
+    context.fit(module, None, module.epochs, tmp_path / "images.ckpt.tmp")
+    return module
+
+
+def test_only_surrogates_see_augmented_images(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counting(images: Tensor, random: torch.Generator) -> Tensor:
+        calls.append(len(images))
+        return images
+
+    module = fit(module_of(Pace(5, 5, 5), counting, batch_size=6), tmp_path)
+    # Refreshes in iterations 0 and 3, four epochs each, six images in batches of four.
+    assert calls == [4, 2] * 8
+    assert [row.iteration for row in module.rows] == [5]
+
+
+def test_learning_rate_of_the_images_falls_in_the_middle() -> None:
+    module = module_of(Pace(2501, 1, 1))
+    assert [module.lr_at(iteration) for iteration in (0, 1249, 1250, 2500)] == pytest.approx([1.0, 1.0, 0.3, 0.3])
+
+
+def test_batches_are_drawn_anew_in_every_iteration() -> None:
+    module = module_of(Pace(5, 5, 5), batch_size=3)
+    drawn = [module.batch(iteration).tolist() for iteration in range(20)]
+    assert all(len(set(batch)) == 3 for batch in drawn)
+    assert len({tuple(sorted(batch)) for batch in drawn}) > 5
+    assert module.batch(4).tolist() == drawn[4]
+
+
+def test_images_that_leave_all_bounds_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteImages, match=r"iteration \d.*last checkpoint are kept\. Lower method\.apm\.lr_images"):
+        fit(module_of(Pace(6, 1, 6), lr_images=1e42), tmp_path)
+
+
+def test_students_that_diverge_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteImages, match=r"student of iteration 1 is .* Lower method\.apm\.surrogate\.lr"):
+        fit(module_of(Pace(6, 1, 6), surrogate={"epochs": 9, "lr": 1e30}), tmp_path)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 4, "chunk": 5}, "method.apm.chunk=5 is larger than method.apm.batch_size=4"),
+        ({"parts": 2, "first_part": 2}, "method.apm.first_part=2: choose 0 to 1"),
+        ({"augmentations": ["crop", "crop"]}, "repeats a family"),
+        ({"discrepancy": 0.0, "ce": 0.0}, "leave nothing to optimise"),
+        ({"momentum": 0.0, "momentum_drift": False}, "method.apm.momentum_drift=false is of"),
+        ({"whitening": False, "whitening_eps": 0.2}, "method.apm.whitening_eps is of method.apm.whitening"),
+        ({"surrogate": {"epochs": 5, "lr": 0.1}}, "method.apm.surrogate.epochs=5; choose 1 to 4 snapshots"),
+        (
+            {"student": {"epochs": 5, "lr": 0.1, "milestone": 5}},
+            "method.apm.student.milestone=5.*choose 1 to 4, or null",
+        ),
+        (
+            {"teachers": {"backbone": BACKBONE, "count": 2, "epochs": 1, "lr": 0.1, "paths": ["a"]}},
+            "method.apm.teachers.count=2; set it to 1",
+        ),
+    ],
+)
+def test_contradictions_are_answered_with_what_to_type(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        apm_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"lr": 0.1}, "method.lr is of the recover loop.*leave it at 0.25"), ({"init": "all"}, "method.init=all")],
+)
+def test_settings_of_the_recover_loop_are_refused(changes: dict[str, Any], message: str) -> None:
+    fields = {"name": "a", "seed": 0, "init": "real", "iterations": 0, "jitter": 0, "classes_per_unit": 1}
+    with pytest.raises(ValidationError, match=message):
+        MethodConfig.model_validate({**fields, "apm": apm_config().model_dump(), **changes})
+
+
+# --- the chain --------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "method=apm_tiny",
+    "method.iterations=5",
+    "method.checkpoint_every=2",
+    "method.log_every=1",
+    "method.grid_every=2",
+    "method.apm.teachers.count=2",
+    "method.apm.teachers.epochs=2",
+    "method.apm.teachers.milestone=1",
+    "method.apm.teachers.backbone.arguments.width=8",
+    "method.apm.surrogate.epochs=4",
+    "method.apm.surrogate.snapshots=2",
+    "method.apm.student.epochs=3",
+    "method.apm.parts=2",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("apm")
+
+
+def small_context(home: Path, *overrides: str, store: Path | None = None) -> Context:
+    return tiny_context(home, *SMALL, *overrides, store=store)
+
+
+@pytest.fixture(scope="module")
+def images(home: Path) -> Artifact:
+    return make_apm_images(small_context(home))
+
+
+def test_the_artefact_holds_pixels_for_people_and_floats_for_students(home: Path, images: Artifact) -> None:
+    context = small_context(home)
+    known = load_labelled(images)
+    pixels, labels = load_images(images)
+    assert pixels.dtype == torch.uint8
+    assert known.images.shape == pixels.shape == (20, 3, 32, 32)
+    assert labels.tolist() == known.targets.tolist() == [label for label in range(10) for _ in range(2)]
+    data = context.data()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    shown = ((known.images * std + mean) * 255).clamp(0, 255)
+    assert float((shown - pixels).abs().max()) <= 0.501
+    assert list(load_history(images)) == ["slot0000_block0000", "slot0001_block0000"]
+    assert [row["iteration"] for row in load_history(images)["slot0001_block0000"]["rows"]] == [1, 2, 3, 4, 5]
+
+
+def test_labels_are_the_logits_of_one_teacher_on_clean_images(home: Path, images: Artifact) -> None:
+    context = small_context(home)
+    known = load_labelled(images)
+    answers = [teacher(known.images) for teacher in load_teachers(context, make_apm_teachers(context))]
+    distances = [float((answer - known.logits).abs().max()) for answer in answers]
+    assert min(distances) < 1e-5
+    assert max(distances) > 1e-2
+
+
+def test_without_iterations_the_images_are_the_fair_baseline(home: Path, images: Artifact) -> None:
+    baseline = make_apm_images(small_context(home, "method.iterations=0"))
+    teachers = [[parent["name"] for parent in made.manifest["parents"]][-1] for made in (baseline, images)]
+    assert teachers[0] == teachers[1]
+    known = load_labelled(baseline)
+    moved = (load_labelled(images).images - known.images).abs().flatten(1).max(dim=1).values
+    assert bool((moved > 1e-3).all())
+    pixels, _ = load_images(baseline)
+    real = {image.numpy().tobytes() for image in small_context(home).data().train.stacked()}
+    assert all(image.numpy().tobytes() in real for image in pixels)
+
+
+def test_parts_depend_on_nothing_outside(home: Path, images: Artifact) -> None:
+    """The first of two parts is the whole of a set of half the size, whoever begins with which part."""
+    parts = [parent["digest"] for parent in images.manifest["parents"] if parent["kind"] == "image_parts"]
+    half = make_apm_images(small_context(home, "ipc.images_per_class=1", "method.apm.parts=1"))
+    assert [parent["digest"] for parent in half.manifest["parents"] if parent["kind"] == "image_parts"] == parts[:1]
+    assert make_apm_images(small_context(home, "method.apm.first_part=1")).digest == images.digest
+    whole = make_apm_images(small_context(home, "method.apm.parts=1"))
+    assert not torch.equal(load_labelled(whole).images, load_labelled(images).images)
+
+
+def test_an_interrupted_part_goes_on_to_the_same_bits(
+    home: Path, images: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints after iterations 2 and 4 lie between two refreshes, so students and teacher are restored as well."""
+    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    context = small_context(home, store=tmp_path / "store")
+    log_row, rows = cvdd.chain.apm._log_row, []
+
+    def noting(context: Context, part: Any, row: Any, *rest: Any) -> None:
+        rows.append((part.index, row.iteration))
+        if rows == [(0, 1), (0, 2), (0, 3)]:
+            raise RuntimeError("pulled plug")
+        log_row(context, part, row, *rest)
+
+    monkeypatch.setattr(cvdd.chain.apm, "_log_row", noting)
+    with pytest.raises(RuntimeError, match="pulled plug"):
+        make_apm_images(context)
+    made = make_apm_images(context)
+    assert rows[3:6] == [(0, 3), (0, 4), (0, 5)]
+    assert same_files(made, images)
+
+
+def test_students_of_any_architecture_are_measured(home: Path, images: Artifact) -> None:
+    context = small_context(home)
+    for name, backbone in {**context.config.students, "own": context.config.method.apm.teachers.backbone}.items():
+        student = make_apm_student(context, images, name, backbone, 0)
+        assert set(student.metrics) == {"top1", "top5", "loss", "best_top1", "best_epoch"}
+        assert 0 <= student.metrics["top1"] <= student.metrics["best_top1"] <= 100
+        assert student.kind == "students"
+
+
+def test_noise_is_a_start_too(home: Path) -> None:
+    context = small_context(home, "method.init=noise", "method.iterations=1", "ipc.images_per_class=1")
+    made = make_apm_images(context.differing({"method.apm.parts": 1}, ""))
+    start = torch.randn((10, 3, 32, 32), generator=generator(0, "noise", 0))
+    assert float((load_labelled(made).images - start).abs().max()) < 1.0
+
+
+def test_whitened_images_are_shown_as_pixels_and_judged_by_whitened_teachers(home: Path) -> None:
+    """A quarter of the pixels, so that the 1,297 images determine their covariance."""
+    changes = (
+        "dataset.image_size=16",
+        "dataset.digits.size_range=[8,16]",
+        "dataset.train_per_class=null",
+        "method.iterations=0",
+        "method.apm.teachers.count=1",
+    )
+    context = small_context(home, "method.apm.whitening=true", *changes)
+    made = make_apm_images(context)
+    pixels, _ = load_images(made)
+    real = {image.numpy().tobytes() for image in context.data().train.stacked()}
+    assert all(image.numpy().tobytes() in real for image in pixels)
+    # Whitening without epsilon would make it 1.
+    assert 0.1 < float(load_labelled(made).images.std()) < 0.9
+    (teacher,) = make_apm_teachers(context)
+    chosen = f"method.apm.teachers.paths=[{teacher.path}]"
+    with pytest.raises(ConfigError, match=r"the space of .* set method\.apm\.whitening and method\.apm\.whitening_eps"):
+        make_apm_teachers(small_context(home, chosen, *changes))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method.apm.parts=3",), r"method\.apm\.parts=3 must divide ipc\.images_per_class=2; choose 1, 2"),
+        (("method.apm.batch_size=11",), r"method\.apm\.batch_size=11 is more than the 10 images of a part"),
+        (("method.apm.whitening=true",), r"method\.apm\.whitening=true: 300 training images do not determine"),
+        (
+            ("method.apm.surrogate.batch_size=3", "method.apm.teachers.backbone.arguments.norm=batch"),
+            r"surrogate\.batch_size=3 leaves a last batch of one of 10 images",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(home: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_apm_images(small_context(home, *overrides))
+
+
+def test_teachers_made_elsewhere_must_belong_to_the_configuration(home: Path, images: Artifact) -> None:
+    context = small_context(home)
+    own = [str(artifact.path) for artifact in make_apm_teachers(context)]
+    chosen = f"method.apm.teachers.paths=[{','.join(own)}]"
+    assert make_apm_images(small_context(home, chosen)).digest == images.digest
+    for changes, message in [
+        (("method.apm.teachers.backbone.arguments.width=4",), "the backbone of .* share one architecture"),
+        (("dataset.mean=[0.5,0.5,0.5]",), "the data of .* choose the dataset"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            make_apm_teachers(small_context(home, chosen, *changes))
+    other = f"method.apm.teachers.paths=[{images.path},{images.path}]"
+    with pytest.raises(ConfigError, match="is an artefact of kind images, not teachers"):
+        make_apm_teachers(small_context(home, other))
+
+
+def test_a_part_is_stored_slot_by_slot(home: Path, images: Artifact) -> None:
+    paths = sorted((images.path.parents[1] / "image_parts").glob("*apm_tiny-slots1to2-*"))
+    parents = {parent["digest"] for parent in images.manifest["parents"]}
+    (path,) = [path for path in paths if path.name.rpartition("-")[2] in parents]
+    stored = load_file(path / IMAGES)["images"]
+    assert stored.shape == (1, 10, 3, 32, 32)
+    assert torch.equal(stored[0], load_labelled(images).images[1::2])
