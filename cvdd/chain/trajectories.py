@@ -1,0 +1,286 @@
+"""Stages before trajectory matching: the whitening of the data set, and its experts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cvdd.artifact import Artifact, write_atomically
+from cvdd.backbones import build_network
+from cvdd.chain.members import RealImages
+from cvdd.classifier import Measure, NonFiniteTraining, ShuffledBatches
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import to_eval_tensor
+from cvdd.hard_training import HardTrainingModule, SgdRecipe
+from cvdd.measure import Accuracy, Evaluator
+from cvdd.methods.mtt import FlatNetwork
+from cvdd.progress import Advance
+from cvdd.report.curves import curve_json
+from cvdd.schema.mtt import MttConfig
+from cvdd.seeds import derive_seed
+from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
+from cvdd.zca import InputSpace, Whitening, fit_whitening
+
+log = logging.getLogger(__name__)
+
+WHITENING = "whitening.safetensors"
+CURVES = "curves"
+
+
+class Positions(Dataset[Tensor]):
+    """Batches of positions of images that are in memory."""
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return index
+
+
+def mtt_of(context: Context) -> MttConfig:
+    """Return the settings of trajectory matching, which the caller knows to be there."""
+    settings = context.config.method.mtt
+    assert settings is not None
+    return settings
+
+
+def families_of(context: Context) -> tuple[str, ...]:
+    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
+    return (*mtt_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
+
+
+def make_whitening(context: Context) -> Artifact | None:
+    """Return the ZCA whitening of the training images, or None if they are only standardised.
+
+    Raises:
+        ConfigError: the images cannot be whitened; see :func:`cvdd.zca.fit_whitening`.
+    """
+    data, settings = context.data(), mtt_of(context)
+    if not settings.whitening:
+        return None
+    if not data.train.in_memory:
+        raise ConfigError(
+            f"method.mtt.whitening=true: the covariance of images of {data.image_size} pixels of dataset "
+            f"{data.name}, which does not fit memory, is out of reach; set method.mtt.whitening=false"
+        )
+    identity = {
+        "train": data.identity["train"],
+        "image_size": data.image_size,
+        "eps": settings.whitening_eps,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        whitening = fit_whitening(_pixels(context), settings.whitening_eps)
+        whitening.save(work / WHITENING)
+        return {"dimensions": len(whitening.mean), "largest": float(whitening.values.max())}
+
+    return context.store.make("whitenings", data.name, identity, [], build)
+
+
+def input_space(context: Context, whitening: Artifact | None) -> InputSpace:
+    """Return the map from pixels to what experts and students see."""
+    data = context.data()
+    fitted = None if whitening is None else Whitening.load(whitening.path / WHITENING)
+    return InputSpace(data.mean, data.std, fitted)
+
+
+def flat_network(context: Context) -> FlatNetwork:
+    """Return the experts' network as a function of its parameters."""
+    backbone = mtt_of(context).experts.backbone
+    bare = backbone.model_copy(update={"pretrained": False})
+    return FlatNetwork(build_network(bare, len(context.data().classes), 0))
+
+
+def make_trajectories(context: Context) -> Artifact:
+    """Return the parameters of all experts, after their initialisation and after each epoch.
+
+    Every expert is trained by plain SGD on augmented real images (specification of MTT, section 2.4). A finished expert
+    is kept by itself, and one that was interrupted goes on after its last checkpoint.
+
+    Raises:
+        ConfigError: the network is no mere function of its parameters, the images cannot be whitened, or the
+            trajectories in ``method.mtt.experts.path`` were made with other settings or for other data.
+    """
+    config, data, settings = context.config, context.data(), mtt_of(context)
+    experts = settings.experts
+    network = flat_network(context)
+    whitening = make_whitening(context)
+    seed = derive_seed(config.seed, "experts")
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "experts": experts.model_dump(mode="json", exclude={"path"}),
+        "augmentations": list(families_of(context)),
+        "seed": seed,
+    }
+    parents = [] if whitening is None else [whitening]
+    if experts.path is not None:
+        return _made_elsewhere(context, experts.path, identity, parents)
+    layout = TrajectoryLayout(experts.count, experts.epochs + 1, network.size, experts.dtype)
+
+    def build(work: Path) -> dict[str, Any]:
+        log.info("trajectories: %.1f MB", layout.bytes / 1e6)
+        layout.save(work)
+        (work / CURVES).mkdir(exist_ok=True)
+        space = input_space(context, whitening).to(context.device)
+        images = encoded_images(context, space) if data.train.in_memory else None
+        measure = measured_in(context, space)
+        with context.progress("experts", experts.count * experts.epochs) as advance:
+            for expert in range(experts.count):
+                if layout.file(work, expert).exists():
+                    advance(experts.epochs)
+                    continue
+                _train_expert(context, expert, derive_seed(seed, expert), work, layout, images, space, measure, advance)
+        curves = [json.loads((work / CURVES / f"expert{k:05d}.json").read_text()) for k in range(experts.count)]
+        last = [curve[-1] for curve in curves]
+        return {
+            "bytes": layout.bytes,
+            "test_top1": sum(row["top1"] for row in last) / len(last),
+            "train_loss": sum(row["train_loss"] for row in last) / len(last),
+        }
+
+    name = f"{data.name}-{experts.backbone.name}-{experts.count}x{experts.epochs}"
+    return context.store.make("trajectories", name, identity, parents, build)
+
+
+def open_trajectories(context: Context, artifact: Artifact) -> Trajectories:
+    """Open trajectories for the network and the classes of a configuration.
+
+    Raises:
+        ConfigError: they are incomplete, or of a network of another size.
+    """
+    trajectories = Trajectories(artifact.path)
+    size = flat_network(context).size
+    if trajectories.layout.parameters != size:
+        raise ConfigError(
+            f"{artifact.path} holds networks of {trajectories.layout.parameters} parameters, and "
+            f"method.mtt.experts.backbone has {size}; train experts of this network"
+        )
+    return trajectories
+
+
+def _made_elsewhere(context: Context, path: Path, identity: Mapping[str, Any], parents: list[Artifact]) -> Artifact:
+    artifact = context.store.open(path)
+    if artifact.kind != "trajectories":
+        raise ConfigError(f"method.mtt.experts.path={path} is an artefact of kind {artifact.kind}, not trajectories")
+    asked = json.loads(json.dumps(dict(identity)))
+    for key, found in _differences(asked, artifact.manifest["identity"]):
+        raise ConfigError(
+            f"method.mtt.experts.path={path} does not belong to this configuration: its {key} is {found[1]}, and "
+            f"{found[0]} is asked for. Choose the data set and the settings that it was made with, or other "
+            "trajectories, or null to make them"
+        )
+    if [parent["digest"] for parent in artifact.manifest["parents"]] != [parent.digest for parent in parents]:
+        raise ConfigError(
+            f"method.mtt.experts.path={path} was made with another whitening; choose method.mtt.whitening and "
+            "method.mtt.whitening_eps as they were there"
+        )
+    return artifact
+
+
+def _differences(asked: Any, found: Any, key: str = "") -> list[tuple[str, tuple[Any, Any]]]:
+    if isinstance(asked, dict) and isinstance(found, dict):
+        names = [*asked, *(name for name in found if name not in asked)]
+        return [
+            difference
+            for name in names
+            for difference in _differences(asked.get(name), found.get(name), f"{key}.{name}" if key else str(name))
+        ]
+    return [] if asked == found else [(key, (asked, found))]
+
+
+def _pixels(context: Context) -> Tensor:
+    data = context.data()
+    pixels: Tensor = to_eval_tensor(data.train, data.image_size, None, torch.arange(len(data.train)))
+    return pixels
+
+
+def encoded_images(context: Context, space: InputSpace) -> Tensor:
+    """Return all training images as networks see them: [n, 3, size, size] float32 on the device."""
+    chunks = _pixels(context).split(1024)
+    return torch.cat([space.encode(chunk.to(context.device)) for chunk in chunks])
+
+
+def measured_in(context: Context, space: InputSpace, part: Literal["test", "train"] = "test") -> Measure:
+    """Return a function from a network that sees images of ``space`` to its accuracy on real images."""
+    config, data = context.config, context.data()
+    evaluator = Evaluator(
+        data,
+        config.protocol.eval_batch,
+        context.device,
+        test_resize=config.dataset.test_resize if part == "test" or not data.train.in_memory else None,
+        part=part,
+        workers=config.trainer.workers,
+    )
+
+    def measure(network: nn.Module) -> Accuracy:
+        return evaluator(nn.Sequential(space, network).train(network.training))
+
+    return measure
+
+
+def _train_expert(
+    context: Context,
+    expert: int,
+    seed: int,
+    work: Path,
+    layout: TrajectoryLayout,
+    images: Tensor | None,
+    space: InputSpace,
+    measure: Measure,
+    advance: Advance,
+) -> None:
+    # Experts belong to no row of a comparison, whichever asked for them first.
+    context = replace(context, label="")
+    config, data, experts = context.config, context.data(), mtt_of(context).experts
+    network = build_network(experts.backbone, len(data.classes), seed)
+    flat = FlatNetwork(network)
+    writer = TrajectoryWriter(work, layout, expert)
+    writer.write(0, flat.vector())
+
+    def on_epoch(epoch: int, row: dict[str, float]) -> None:
+        advance(1)
+        context.log({f"experts/{expert}/{key}": value for key, value in row.items()}, step=epoch + 1)
+
+    module = HardTrainingModule(
+        SgdRecipe(
+            experts.epochs,
+            experts.lr,
+            experts.momentum,
+            experts.weight_decay,
+            experts.drop,
+            families_of(context),
+            data.image_size,
+        ),
+        images,
+        data.train.labels,
+        space.encode,
+        len(data.classes),
+        lambda epochs: writer.write(epochs, flat.vector()),
+        network=network,
+        name=f"expert {expert}",
+        seed=seed,
+        measure=measure,
+        measured_at=lambda epoch: epoch + 1 == experts.epochs,
+        on_epoch=on_epoch,
+    )
+    loader: DataLoader[Any] = DataLoader(
+        Positions() if images is not None else RealImages(data, data.image_size),
+        sampler=ShuffledBatches(len(data.train), experts.batch_size, seed),
+        batch_size=None,
+        num_workers=0 if images is not None else config.trainer.workers,
+    )
+    checkpoint = work / f"expert{expert:05d}.ckpt.tmp"
+    try:
+        context.fit(module, loader, experts.epochs, checkpoint)
+    except NonFiniteTraining as error:
+        raise NonFiniteTraining(f"{error} Here it is method.mtt.experts.lr={experts.lr}.") from error
+    write_atomically(work / CURVES / f"expert{expert:05d}.json", curve_json(module.curve))
+    writer.finish()
+    checkpoint.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""DSA: differentiable augmentation whose parameters are drawn apart from being applied (specification of MTT, 2.3).
+
+One family is drawn for a batch and its parameters for every sample; the same draw can be applied to several batches.
+kornia's augmentations draw from PyTorch's global generator, which no run of this project may depend on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SHIFT = 0.125
+"""Largest shift of a crop, as a share of the side."""
+CUTOUT = 0.5
+"""Side of the square that is cut out, as a share of the side."""
+SCALE = 1.2
+"""Largest stretch of either axis; the smallest is its inverse."""
+DEGREES = 15.0
+"""Largest rotation in either direction."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One family with its parameters.
+
+    Attributes:
+        family: key of :data:`FAMILIES`.
+        values: [n, k] parameters of each sample, or [1, k] for one draw that all samples share.
+    """
+
+    family: str
+    values: Tensor
+
+
+def draw_augmentation(
+    families: Sequence[str], count: int, size: int, source: torch.Generator, *, shared: bool = False
+) -> Augmentation | None:
+    """Draw a family uniformly, and its parameters.
+
+    Args:
+        families: keys of :data:`FAMILIES`; empty for no augmentation.
+        count: samples of the batch.
+        size: side of the images.
+        source: of randomness.
+        shared: draw one set of parameters for all samples, so that it fits batches of any size.
+
+    Returns:
+        The draw, or None if there are no families.
+    """
+    if not families:
+        return None
+    family = families[int(torch.randint(len(families), (), generator=source))]
+    return Augmentation(family, FAMILIES[family].draw(1 if shared else count, size, source))
+
+
+def augment(images: Tensor, augmentation: Augmentation | None) -> Tensor:
+    """Apply a draw to images [n, c, size, size] around 0; differentiable with respect to the images."""
+    if augmentation is None:
+        return images
+    values = augmentation.values.to(images.device)
+    if values.is_floating_point():
+        values = values.to(images.dtype)
+    return FAMILIES[augmentation.family].apply(images, values.expand(len(images), -1))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family draws its parameters and applies them.
+
+    Attributes:
+        draw: from count, side and generator to parameters [count, k].
+        apply: from images and parameters to images.
+    """
+
+    draw: Callable[[int, int, torch.Generator], Tensor]
+    apply: Callable[[Tensor, Tensor], Tensor]
+
+
+def _draw_color(count: int, size: int, source: torch.Generator) -> Tensor:
+    return torch.rand(count, 3, generator=source)
+
+
+def _color(images: Tensor, values: Tensor) -> Tensor:
+    brightness, saturation, contrast = (value.view(-1, 1, 1, 1) for value in values.unbind(dim=1))
+    images = images + (brightness - 0.5)
+    grey = images.mean(dim=1, keepdim=True)
+    images = (images - grey) * (2 * saturation) + grey
+    level = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (images - level) * (contrast + 0.5) + level
+
+
+def _draw_crop(count: int, size: int, source: torch.Generator) -> Tensor:
+    largest = int(size * SHIFT + 0.5)
+    return torch.randint(-largest, largest + 1, (count, 2), generator=source)
+
+
+def _crop(images: Tensor, values: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device)[None] + values[:, :1]
+    columns = torch.arange(width, device=images.device)[None] + values[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[
+        sample, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    ]
+    return moved.permute(0, 3, 1, 2) * inside[:, None]
+
+
+def _draw_cutout(count: int, size: int, source: torch.Generator) -> Tensor:
+    side = int(size * CUTOUT + 0.5)
+    return torch.randint(0, size + 1 - side % 2, (count, 2), generator=source)
+
+
+def _cutout(images: Tensor, values: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+
+    def cut(length: int, centre: Tensor) -> Tensor:
+        side = int(length * CUTOUT + 0.5)
+        place = torch.arange(length, device=images.device)[None] - (centre[:, None] - side // 2)
+        return (place >= 0) & (place < side)
+
+    square = cut(height, values[:, 0])[:, :, None] & cut(width, values[:, 1])[:, None, :]
+    return images * ~square[:, None]
+
+
+def _draw_flip(count: int, size: int, source: torch.Generator) -> Tensor:
+    return torch.rand(count, 1, generator=source) < 0.5
+
+
+def _flip(images: Tensor, values: Tensor) -> Tensor:
+    return torch.where(values[:, :, None, None], images.flip(-1), images)
+
+
+def _draw_scale(count: int, size: int, source: torch.Generator) -> Tensor:
+    return torch.rand(count, 2, generator=source) * (SCALE - 1 / SCALE) + 1 / SCALE
+
+
+def _scale(images: Tensor, values: Tensor) -> Tensor:
+    return _warp(images, torch.diag_embed(values))
+
+
+def _draw_rotate(count: int, size: int, source: torch.Generator) -> Tensor:
+    return (torch.rand(count, 1, generator=source) * 2 - 1) * math.radians(DEGREES)
+
+
+def _rotate(images: Tensor, values: Tensor) -> Tensor:
+    cosine, sine = values[:, 0].cos(), values[:, 0].sin()
+    return _warp(images, torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2))
+
+
+def _warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """Sample bilinearly at the places that ``matrices`` [n, 2, 2] map each pixel to; black is 0 outside."""
+    grid = functional.affine_grid(functional.pad(matrices, (0, 1)), list(images.shape), align_corners=True)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "color": Family(_draw_color, _color),
+        "crop": Family(_draw_crop, _crop),
+        "cutout": Family(_draw_cutout, _cutout),
+        "flip": Family(_draw_flip, _flip),
+        "scale": Family(_draw_scale, _scale),
+        "rotate": Family(_draw_rotate, _rotate),
+    }
+)
+"""The six families of the strategy color_crop_cutout_flip_scale_rotate."""
