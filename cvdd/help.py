@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from hydra.core.global_hydra import GlobalHydra
+
 from cvdd.validation import Field, fields
 
 WIDTH = 120
 KEY_WIDTH = 34
+
+PUBLISHED = re.compile(r"\w+_(table\d+|results)_\w+")
+"""Names of the files of ``experiment`` that hold a published number."""
+
+SHARED = "experiment/base"
+"""What these files share; not to be chosen by itself."""
 
 CHAIN = (
     "Whatever is missing on the way is made first, so that each command can be the first one; what exists is found "
@@ -70,7 +79,7 @@ def help_part(part: str, verb: str, program: str) -> str:
     """Return a part of the help, escaped for Hydra's template.
 
     Args:
-        part: ``introduction``, ``examples`` or ``fields``.
+        part: ``introduction``, ``examples``, ``groups`` or ``fields``.
         verb: what the command makes.
         program: how the command was started, ``sys.argv[0]``.
     """
@@ -78,6 +87,8 @@ def help_part(part: str, verb: str, program: str) -> str:
         text = textwrap.fill(INTRODUCTIONS[verb], WIDTH)
     elif part == "examples":
         text = _examples(verb, program)
+    elif part == "groups":
+        text = group_table()
     else:
         text = field_table()
     return text.replace("$", "$$")
@@ -90,6 +101,21 @@ def _examples(verb: str, program: str) -> str:
     for arguments, meaning in EXAMPLES[verb]:
         line = f"  {command} {arguments}".rstrip()
         lines.append(f"{line:60}  # {meaning}" if len(line) <= 60 else f"{line}\n{'':60}  # {meaning}")
+    return "\n".join(lines)
+
+
+def group_table() -> str:
+    """The files of each group; those of published numbers are only counted. Hydra must have been initialised."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    lines = []
+    for group in sorted(hydra.list_all_config_groups()):
+        if group.partition("/")[0] == "hydra" or group == SHARED:
+            continue
+        names = sorted(hydra.config_loader.get_group_options(group))
+        published = [name for name in names if group == "experiment" and PUBLISHED.fullmatch(name)]
+        more = [f"and {len(published)} of published numbers (python -m cvdd.report experiments)"] if published else []
+        lines.append(f"{group}: {', '.join([*(name for name in names if name not in published), *more])}")
     return "\n".join(lines)
 
 

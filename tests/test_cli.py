@@ -147,8 +147,14 @@ def test_help_is_not_wider_than_the_page() -> None:
 def test_help_of_every_script(verb: str, tmp_path: Path) -> None:
     done = run_script(verb, "--help", directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    for expected in (f"python {verb}.py", "dataset: cifar10, cifar100", *(field.key for field in fields())):
+    for expected in (
+        f"python {verb}.py",
+        "dataset: cifar10, cifar100",
+        "of published numbers (",
+        *(field.key for field in fields()),
+    ):
         assert expected in done.stdout
+    assert "cvdd_table1_cifar10_ipc10_r18" not in done.stdout
 
 
 def test_help_and_checks_need_no_pytorch() -> None:
