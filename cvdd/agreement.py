@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,15 @@ def pairs_of(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def mean_agreement(matrix: Tensor) -> float:
-    """Mean over the pairs of different members of a matrix [members, members] with at least two."""
-    pairs = list(itertools.combinations(range(len(matrix)), 2))
-    return sum(float(matrix[pair]) for pair in pairs) / len(pairs)
+def mean_agreement(history: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Average the agreement of each pair of members over the log rows and units in which both voted.
+
+    Args:
+        history: by the unit's name, ``rows`` with ``agreement``, as stored with the images; older rows have none.
+    """
+    found: dict[str, list[float]] = {}
+    for unit in history.values():
+        for row in unit["rows"]:
+            for pair, cosine in row.get("agreement", {}).items():
+                found.setdefault(pair, []).append(cosine)
+    return {pair: statistics.fmean(cosines) for pair, cosines in found.items()}

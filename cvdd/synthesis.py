@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cvdd.agreement import gradient_agreement, pairs_of
 from cvdd.augment import Views, apply_matrices
 from cvdd.committee import turn_weights
 from cvdd.methods.gvbsm import densification
@@ -36,6 +38,8 @@ class LogRow:
         bn: statistics term by member, likewise.
         lr: learning rate.
         density: term of the data densification, mean over units.
+        agreement: by pair of members, cosine of the gradients of their terms in the last iteration, mean over units;
+            empty for a single member and without ``method.log_agreement``.
     """
 
     iteration: int
@@ -44,6 +48,7 @@ class LogRow:
     bn: dict[str, float]
     lr: float
     density: float = 0.0
+    agreement: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,11 @@ class DistillModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         history: list[_Judgement] = []
+        agreement: dict[str, float] = {}
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
             optimizer.param_groups[0]["lr"] = self.method.lr * cosine(iteration, self.method.iterations)
+            if iteration == end - 1 and self.method.log_agreement and len(self._voters) > 1:
+                agreement = self._agreement(iteration, view)
             loss, judgement = self._judge(iteration, view)
             optimizer.zero_grad()
             loss.backward()
@@ -149,7 +157,7 @@ class DistillModule(pl.LightningModule):
             history.append(judgement)
             with torch.no_grad():
                 self.images.clamp_(self.low, self.high)
-        self._report(begin, history, optimizer.param_groups[0]["lr"])
+        self._report(begin, history, optimizer.param_groups[0]["lr"], agreement)
 
     def loss(self, view: tuple[Tensor, Tensor] | None) -> VoteTerms:
         """Voting loss of all voters through one view per unit: row and column matrices [units, size, size]."""
@@ -173,6 +181,21 @@ class DistillModule(pl.LightningModule):
             crowding = densification(seen, self.targets, method.density_scale).sum()
             loss, density = loss + method.density * crowding, crowding.detach()
         return loss, _Judgement(tuple(judging), replace(terms, loss=loss.detach()), density)
+
+    def _agreement(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+        losses = [partial(self._alone, iteration, voter) for voter in self._voters]
+        return pairs_of(gradient_agreement(self._seen(view), losses), [voter.name for voter in self._voters])
+
+    def _alone(self, iteration: int, voter: Voter, seen: Tensor) -> Tensor:
+        whole = torch.ones_like(self.weights[:1])
+        if voter.matcher is None:
+            return self._vote(seen, [voter], whole).loss
+        # Its moving averages go on from the vote of this iteration alone, so that the images are the same without.
+        averages = voter.matcher.state()
+        voter.matcher.begin(iteration)
+        loss = self._vote(seen, [voter], whole).loss
+        voter.matcher.load_state(averages)
+        return loss
 
     def _vote(self, seen: Tensor, voters: Sequence[Voter], weights: Tensor) -> VoteTerms:
         method = self.method
@@ -200,7 +223,7 @@ class DistillModule(pl.LightningModule):
         for index in range(end - begin):
             yield rows[:, index], columns[:, index]
 
-    def _report(self, begin: int, history: Sequence[_Judgement], lr: float) -> None:
+    def _report(self, begin: int, history: Sequence[_Judgement], lr: float, agreement: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]
         names = [voter.name for voter in self._voters]
         ce = dict(self.rows[-1].ce) if self.rows else {}
@@ -224,6 +247,7 @@ class DistillModule(pl.LightningModule):
             bn=bn,
             lr=lr,
             density=float(last.density) / len(self.images),
+            agreement=agreement,
         )
         self.rows.append(row)
         self._on_row(row, self.images.detach())

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from helpers import random_pixels, small_network
+from helpers import method_config, random_pixels, small_network
 from torch import Tensor, nn
 
 from cvdd.agreement import Loss, gradient_agreement, mean_agreement, pairs_of
+from cvdd.matching import Matcher
+from cvdd.schema import StatisticsConfig
+from cvdd.synthesis import DistillModule, LogRow
+from cvdd.units import Stage, Unit, unit_views
 from cvdd.voting import Voter, voting_loss
 
 
@@ -30,7 +35,6 @@ def test_opposite_members_and_factors() -> None:
     up, down, faster = linear((1.0, 2.0)), linear((-1.0, -2.0)), linear((10.0, 20.0))
     matrix = gradient_agreement(torch.zeros(1, 2), [up, down, faster])
     torch.testing.assert_close(matrix, torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]]))
-    assert mean_agreement(matrix) == pytest.approx(-1 / 3)
 
 
 def test_a_member_without_gradient_agrees_with_nobody() -> None:
@@ -72,3 +76,75 @@ def test_members_of_a_vote_agree_as_their_networks_say() -> None:
     assert float(matrix[0, 1]) == pytest.approx(sum(cosines) / 2, abs=1e-5)
     assert float(matrix[0, 2]) == pytest.approx(1, abs=1e-5)
     assert -0.999 < float(matrix[0, 1]) < 0.999
+
+
+def test_the_mean_is_over_the_rows_and_units_in_which_both_voted() -> None:
+    history = {
+        "slot0": {"rows": [{"agreement": {"a-b": 0.25}}, {"agreement": {"a-b": 0.75}}]},
+        "slot1": {"rows": [{"agreement": {"a-b": -0.25, "b-c": 1.0}}]},
+        "older": {"rows": [{"loss": 1.0}]},
+    }
+    assert mean_agreement(history) == {"a-b": 0.25, "b-c": 1.0}
+    assert mean_agreement({}) == {}
+
+
+def distil(names: list[str], log_agreement: bool, momentum: float | None = None) -> tuple[Tensor, list[LogRow]]:
+    """Optimise two units for five iterations; a log row every two."""
+    method = method_config(
+        iterations=5,
+        log_every=2,
+        checkpoint_every=6,
+        grid_every=6,
+        log_agreement=log_agreement,
+        statistics={"momentum": momentum},
+    )
+    units, stage = [Unit(slot, 0, 0, 4) for slot in range(2)], Stage(0, 0, 5, 8)
+    networks = {name: small_network(seed=index) for index, name in enumerate(names)}
+    voters = [
+        Voter(name, network, 1.0, None if momentum is None else Matcher(network, method.statistics, 2, 10.0, None, 0))
+        for name, network in networks.items()
+    ]
+    module = DistillModule(
+        torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.stack([unit.targets for unit in units]),
+        [unit_views(unit, method, stage, 0) for unit in units],
+        voters,
+        torch.full((len(voters), 2), 1 / len(voters)),
+        method,
+        (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)),
+        lambda row, images: None,
+        stage,
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module.images.detach(), module.rows
+
+
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_agreement_is_logged_and_changes_no_bit_of_the_images(momentum: float | None) -> None:
+    images, rows = distil(["a", "b", "c"], True, momentum)
+    plain, silent = distil(["a", "b", "c"], False, momentum)
+    assert torch.equal(images, plain)
+    assert [row.iteration for row in rows] == [2, 4, 5]
+    for row, other in zip(rows, silent, strict=True):
+        assert list(row.agreement) == ["a-b", "a-c", "b-c"]
+        assert all(-1 < cosine < 1 for cosine in row.agreement.values())
+        assert (row.loss, row.ce, row.bn) == (other.loss, other.ce, other.bn)
+        assert other.agreement == {}
+
+
+def test_one_member_agrees_with_nobody() -> None:
+    assert [row.agreement for row in distil(["a"], True)[1]] == [{}, {}, {}]
+
+
+def test_a_matcher_without_momentum_is_asked_as_in_the_vote() -> None:
+    assert StatisticsConfig(momentum=None) == StatisticsConfig()
+    with_matchers = distil(["a", "b"], True, 0.0)[1][0].agreement["a-b"]
+    assert with_matchers == pytest.approx(distil(["a", "b"], True)[1][0].agreement["a-b"], abs=1e-4)

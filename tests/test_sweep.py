@@ -226,6 +226,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_in_its_table(tmp_path: Path, caps
         one, other = result["top1_by_seed"]
         assert float(row["top1"]) == pytest.approx((one + other) / 2)
         assert float(row["standard_error"]) == pytest.approx(abs(one - other) / 2)
+        assert bool(row["agreement"]) == (name == "N2_eta1")
         assert row["eta"] == name[-1]
         assert row["N"] == name[1]
         assert f"{statistics.fmean((one, other)):.1f} \u00b1" in (sweep / "report.html").read_text()

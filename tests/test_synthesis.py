@@ -170,7 +170,7 @@ class Broken(nn.Module):
 def test_a_loss_that_is_not_finite_names_its_member() -> None:
     members = voters(fine=small_network(), broken=Broken())
     with pytest.raises(NonFiniteLoss, match=r"loss of member broken is not finite in iteration 3 .*method\.lr"):
-        fit(module_of(start(1), SLOTS[:1], members))
+        fit(module_of(start(1), SLOTS[:1], members, log_agreement=False))
 
 
 class InfiniteGradient(nn.Module):

@@ -107,7 +107,7 @@ def _all_images(context: Context) -> Artifact:
 
 
 def _ignored(method: MethodConfig) -> set[str]:
-    ignored = {"name", "seed", "log_every", "grid_every", "checkpoint_every"}
+    ignored = {"name", "seed", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves.
         return ignored | {"voters"}

@@ -175,7 +175,7 @@ def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
 
 
 def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, float], images: Tensor) -> None:
-    """Log a stack: loss, learning rate, and by member its two terms and its weight.
+    """Log a stack: loss, learning rate, by member its two terms and its weight, and by pair their agreement.
 
     The terms are those of the page's plot: cross-entropy times ``method.ce``, and the BatchNorm distance times
     ``method.r_bn`` and the member's ``bn_scale``. The sum over members of weight times both terms is the loss where
@@ -188,6 +188,7 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
     values |= {f"distill/ce/{name}": ce for name, (ce, _) in terms.items()}
     values |= {f"distill/bn/{name}": bn for name, (_, bn) in terms.items()}
     values |= {f"distill/weight/{name}": value for name, value in shares.items()}
+    values |= {f"distill/agreement/{pair}": cosine for pair, cosine in row.agreement.items()}
     step = stack.index * method.iterations + row.iteration
     context.log(values, step)
     if row.iteration % method.grid_every == 0 or row.iteration == method.iterations:

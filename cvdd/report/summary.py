@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cvdd.agreement import mean_agreement
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.members import make_member
@@ -65,6 +66,7 @@ def summarise(
             for name, member in members.items()
         },
         "votes": _votes(main.images),
+        "agreement": _agreement(main.images),
         "config": config.model_dump(mode="json"),
     }
 
@@ -73,6 +75,12 @@ def _votes(images: Artifact) -> list[dict[str, Any]]:
     from cvdd.chain.images import load_history
 
     return [{"unit": unit, **history["weights"]} for unit, history in load_history(images).items()]
+
+
+def _agreement(images: Artifact) -> dict[str, float]:
+    from cvdd.chain.images import load_history
+
+    return mean_agreement(load_history(images))
 
 
 def write_results(

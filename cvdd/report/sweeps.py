@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class Point:
         status: not finished means running or interrupted, which a directory cannot tell apart.
         error: why it failed; empty otherwise.
         results: of the row that the point is about, one for each student; empty unless it is done.
+        agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
+            configuration itself, and where there is no pair.
         commit: of the code that made them.
     """
 
@@ -44,6 +47,7 @@ class Point:
     status: Status
     error: str = ""
     results: tuple[Mapping[str, Any], ...] = ()
+    agreement: float | None = None
     commit: str | None = None
 
 
@@ -112,7 +116,8 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Seque
     if metrics is None:
         return Point(name, at, "not finished")
     row = name if point.row else metrics["results"][0]["row"]
-    return Point(name, at, "done", "", _of_row(metrics, row), metrics["code"].get("commit"))
+    agreement = None if point.row else _agreement(metrics)
+    return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
 
 
 def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point, ...]]:
@@ -136,13 +141,19 @@ def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point
             points.append(Point(folder.name, at, "not finished"))
         else:
             results = _of_row(metrics, metrics["results"][0]["row"])
-            points.append(Point(folder.name, at, "done", "", results, metrics["code"].get("commit")))
+            commit = metrics["code"].get("commit")
+            points.append(Point(folder.name, at, "done", "", results, _agreement(metrics), commit))
     return axes, tuple(points)
 
 
 def _key_and_value(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key, value.strip("'\"")
+
+
+def _agreement(metrics: Mapping[str, Any]) -> float | None:
+    pairs = metrics.get("agreement", {})
+    return statistics.fmean(pairs.values()) if pairs else None
 
 
 def _of_row(metrics: Mapping[str, Any], row: str) -> tuple[Mapping[str, Any], ...]:
@@ -165,20 +176,15 @@ def _written(place: str | float) -> str:
 def csv_table(sweep: Sweep) -> str:
     """Write a row for each point and student, points without a result included."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, ("point", *sweep.axes, "status", *COLUMNS, "error"), extrasaction="ignore")
+    writer = csv.DictWriter(
+        table, ("point", *sweep.axes, "status", *COLUMNS, "agreement", "error"), extrasaction="ignore"
+    )
     writer.writeheader()
     for point in sweep.points:
         place = {axis: "" if at is None else at for axis, at in zip(sweep.axes, point.at, strict=True)}
+        own = {"point": point.name, "status": point.status, "agreement": point.agreement}
         for result in point.results or ({},):
-            writer.writerow(
-                {
-                    **result,
-                    **place,
-                    "point": point.name,
-                    "status": point.status,
-                    "error": point.error.partition("\n")[0],
-                }
-            )
+            writer.writerow({**result, **place, **own, "error": point.error.partition("\n")[0]})
     return table.getvalue()
 
 

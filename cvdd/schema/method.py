@@ -125,6 +125,9 @@ class MethodConfig(StrictConfig):
     jitter_both_ways: bool = Field(False, description="-jitter..jitter pixels instead")
     checkpoint_every: Positive = Field(500, description="iterations between checkpoints inside a stack")
     log_every: Positive = Field(25, description="iterations between log rows")
+    log_agreement: bool = Field(
+        True, description="also log cosines of the members' gradients; costs one more pass of each at every log row"
+    )
     grid_every: Positive = Field(500, description="iterations between logged image grids")
     jpeg_round_trip: bool = Field(False, description="store what the release's JPEG quality 75 would have kept")
     apm: ApmConfig | None = Field(
