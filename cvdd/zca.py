@@ -65,12 +65,13 @@ class Whitening:
         return Whitening(tensors["mean"], tensors["vectors"], tensors["values"], float(tensors["eps"]))
 
 
-def fit_whitening(images: Tensor, eps: float) -> Whitening:
+def fit_whitening(images: Tensor, eps: float, section: str = "method.mtt") -> Whitening:
     """Measure the whitening of a set of images.
 
     Args:
         images: [n, channels, size, size] uint8.
         eps: added to the eigenvalues of the covariance, which is that of values in [0, 1].
+        section: of the configuration that asks for it, for messages.
 
     Raises:
         ConfigError: a channel is constant, or the images are not more than their dimensions, so that their covariance
@@ -79,16 +80,16 @@ def fit_whitening(images: Tensor, eps: float) -> Whitening:
     count, dimensions = len(images), images[0].numel()
     if count <= dimensions:
         raise ConfigError(
-            f"method.mtt.whitening=true: {count} training images do not determine the covariance of {dimensions} "
+            f"{section}.whitening=true: {count} training images do not determine the covariance of {dimensions} "
             f"values; at least {dimensions + 1} images are needed. Use more (dataset.train_per_class), smaller ones "
-            "(dataset.image_size), or method.mtt.whitening=false"
+            f"(dataset.image_size), or {section}.whitening=false"
         )
     for channel, name in enumerate(("red", "green", "blue")):
         if int(images[:, channel].min()) == int(images[:, channel].max()):
             raise ConfigError(
-                f"method.mtt.whitening=true: the {name} channel of all {count} training images has the one value "
+                f"{section}.whitening=true: the {name} channel of all {count} training images has the one value "
                 f"{int(images[0, channel, 0, 0])}, which cannot be whitened; correct the data, or set "
-                "method.mtt.whitening=false"
+                f"{section}.whitening=false"
             )
     total = torch.zeros(dimensions, dtype=torch.float64)
     for chunk in images.split(CHUNK):

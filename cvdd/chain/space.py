@@ -39,15 +39,11 @@ def make_whitening(context: Context, eps: float, section: str) -> Artifact:
     identity = {"train": data.identity["train"], "image_size": data.image_size, "eps": eps}
 
     def build(work: Path) -> dict[str, Any]:
-        whitening = fit_whitening(training_pixels(context), eps)
+        whitening = fit_whitening(training_pixels(context), eps, section)
         whitening.save(work / WHITENING)
         return {"dimensions": len(whitening.mean), "largest": float(whitening.values.max())}
 
-    try:
-        return context.store.make("whitenings", data.name, identity, [], build)
-    except ConfigError as error:
-        # The maths is shared with trajectory matching, whose settings it names.
-        raise ConfigError(str(error).replace("method.mtt", section)) from error
+    return context.store.make("whitenings", data.name, identity, [], build)
 
 
 def input_space(context: Context, whitening: Artifact | None) -> InputSpace:
