@@ -16,6 +16,7 @@ from hydra._internal.config_repository import ConfigRepository
 
 from cvdd.cli import config_directory
 from cvdd.committee import draw_members
+from cvdd.labels import check_batches
 from cvdd.schema import ExpectedConfig, RunConfig
 from cvdd.validation import check
 
@@ -23,6 +24,7 @@ CONF = config_directory()
 FOLDER = CONF / "experiment"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if "\nexpected:" in path.read_text()}
 STUDENTS = {"r18": "resnet18", "r50": "resnet50", "r101": "resnet101"}
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenette": 10, "imagenet1k": 1000}
 SETTINGS = {"sre2l_pp": "cvdd", "fadrm_plus": "fadrm"}
 """Methods whose students are trained like those of another one."""
 
@@ -72,6 +74,14 @@ def test_recipes_and_transcribed_results_are_the_same() -> None:
     assert len(RESULTS) == len(rows("results")) > 200
 
 
+def test_every_shared_file_is_used() -> None:
+    files = [*RECIPES.values(), *(FOLDER / "base").glob("*.yaml")]
+    used = {line.strip(" -\n") for path in files for line in path.read_text().splitlines()}
+    shared = {path.stem for path in (FOLDER / "base").glob("*.yaml")}
+    assert shared
+    assert all(f"base/{name}" in used or name in used for name in shared)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_agrees_with_the_reference(name: str) -> None:
     config, result = composed(name), RESULTS[name]
@@ -107,21 +117,26 @@ def agrees_about_members(config: RunConfig) -> None:
 def agrees_about_images(config: RunConfig, reference: dict[str, str]) -> None:
     method, patches = config.method, config.patches
     assert (method.init, method.iterations) == (reference["init"], int(reference["iterations"]))
-    assert (patches.difficulty, patches.factor) == (reference["difficulty"], int(reference["factor"]))
-    assert (patches.crops, patches.candidates) == (int(reference["crops"]), int(reference["candidates"]))
-    assert (patches.observer, patches.crop_scale) == ("resnet18", (0.08, 1.0))
+    if method.init == "patches":
+        assert (patches.difficulty, patches.factor) == (reference["difficulty"], int(reference["factor"]))
+        assert (patches.crops, patches.candidates) == (int(reference["crops"]), int(reference["candidates"]))
+        assert (patches.observer, patches.crop_scale) == ("resnet18", (0.08, 1.0))
+        # One set of initial images serves all IPC of an optimised method; RDED ranks them for each.
+        assert patches.images_per_class == (50 if method.iterations else config.ipc.images_per_class)
     if not method.iterations:
         return
     assert (method.classes_per_unit, method.jitter) == (int(reference["unit"]), int(reference["jitter"]))
     assert (method.lr, method.r_bn) == (float(reference["lr"]), float(reference["r_bn"]))
     assert method.first_bn_multiplier == float(reference["first_bn"])
     assert (list(method.betas), method.eps) == (numbers(reference["betas"]), float(reference["eps"]))
-    assert method.crop_scale == (float(reference["lowest_crop"]), 1.0)
+    assert (method.crop_scale, method.crop_schedule) == (
+        (float(reference["lowest_crop"]), 1.0),
+        reference["crop_schedule"],
+    )
     assert (method.stages, method.residual) == (int(reference["stages"]), float(reference["residual"]))
     assert (method.sizes or []) == numbers(reference["sizes"])
     assert method.turns == reference["turns"]
     assert method.voters == ("drawn" if reference["voters"] == "drawn" else reference["voters"].split())
-    assert patches.images_per_class == 50
 
 
 def agrees_about_labels(config: RunConfig, reference: dict[str, str], variant: str) -> None:
@@ -133,11 +148,10 @@ def agrees_about_labels(config: RunConfig, reference: dict[str, str], variant: s
     assert label.teachers == (teachers if teachers == "committee" else teachers.split())
     assert label.weights == (reference["weights"] or label.weights)
     assert label.epochs == protocol.epochs
-    assert (protocol.accumulation, protocol.temperature) == tuple(numbers(f"{reference['accumulation']} 20"))
-    assert (protocol.temperature, protocol.weight_decay) == (
-        float(reference["temperature"]),
-        float(reference["weight_decay"]),
-    )
+    check_batches(config.ipc.images_per_class * CLASSES[config.dataset.name], label)
+    assert protocol.accumulation == int(reference["accumulation"])
+    assert protocol.temperature == float(reference["temperature"])
+    assert protocol.weight_decay == float(reference["weight_decay"])
 
 
 def agrees_about_students(config: RunConfig, result: dict[str, str]) -> None:
@@ -151,9 +165,8 @@ def agrees_about_students(config: RunConfig, result: dict[str, str]) -> None:
     )
     assert config.protocol.epochs == int(result["epochs"])
     assert (config.protocol.lr, config.protocol.eta) == (float(reference["lr"]), float(reference["eta"]))
-    count = 11 if result["table"] == "CV-DD table 4" else 1
-    assert len({student.target for student in config.students.values()}) >= (9 if count == 11 else 1)
-    assert len(config.students) == count
+    networks = {student.target for student in config.students.values()}
+    assert len(networks) == len(config.students) == (11 if result["table"] == "CV-DD table 4" else 1)
 
 
 def agrees_about_the_result(config: RunConfig, result: dict[str, str]) -> None:
