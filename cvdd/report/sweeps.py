@@ -36,7 +36,8 @@ class Point:
         at: its place on each axis; None: all of that axis.
         status: not finished means running or interrupted, which a directory cannot tell apart.
         error: why it failed; empty otherwise.
-        results: of the row that the point is about, one for each student; empty unless it is done.
+        results: of the row that the point is about, one for each student; empty unless it is done, and where its verb
+            measures none.
         agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
             configuration itself, and where there is no pair.
         commit: of the code that made them.
@@ -112,9 +113,12 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Seque
         return Point(name, at, "missing")
     if state["status"] == "failed":
         return Point(name, at, "failed", str(state["error"]))
-    metrics = _load(folder / METRICS) if state["status"] == "done" else None
-    if metrics is None:
+    if state["status"] == "running":
         return Point(name, at, "not finished")
+    metrics = _load(folder / METRICS)
+    if metrics is None:
+        # Of a verb that measures no students.
+        return Point(name, at, "done")
     row = name if point.row else metrics["results"][0]["row"]
     agreement = None if point.row else _agreement(metrics)
     return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
@@ -251,7 +255,7 @@ def _cells(sweep: Sweep, student: str) -> list[Cell]:
     for point in sweep.points:
         result = next((one for one in point.results if one["student"] == student), None)
         if result is None:
-            cells.append(Cell(point.at, None, None, (), "missing" if point.status == "done" else point.status))
+            cells.append(Cell(point.at, None, None, (), point.status))
         else:
             values = tuple(result["top1_by_seed"])
             cells.append(Cell(point.at, result["top1"], result["standard_error"], values, ""))
