@@ -18,17 +18,15 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
+from cvdd.chain.space import WHITENING, input_space, measured_in
 from cvdd.chain.trajectories import (
-    WHITENING,
     Positions,
     families_of,
     flat_network,
-    input_space,
     make_trajectories,
-    make_whitening,
-    measured_in,
     mtt_of,
     open_trajectories,
+    whitening_of,
 )
 from cvdd.classifier import NonFiniteTraining, ShuffledBatches
 from cvdd.context import Context
@@ -94,7 +92,7 @@ def make_mtt_images(context: Context) -> Artifact:
     """
     config, data, settings = context.config, context.data(), mtt_of(context)
     method, ipc = config.method, config.ipc.images_per_class
-    whitening = make_whitening(context)
+    whitening = whitening_of(context)
     experts = method.iterations > 0 or settings.labels_start == "expert"
     trajectories = make_trajectories(context) if experts else None
     identity: dict[str, Any] = {
@@ -113,7 +111,7 @@ def make_mtt_images(context: Context) -> Artifact:
     parents = [artifact for artifact in (whitening, trajectories) if artifact is not None]
 
     def build(work: Path) -> dict[str, Any]:
-        space = input_space(context, whitening)
+        space = input_space(context, whitening).cpu()
         images, targets = _start(context, space, trajectories)
         made, rows = MatchedSet(images, targets, settings.step_size), list[MatchRow]()
         checkpoint = work / "matching.ckpt.tmp"
@@ -268,7 +266,7 @@ def make_mtt_student(
     def build(work: Path) -> dict[str, Any]:
         made = load_matched(images)
         whitening = images if (images.path / WHITENING).exists() else None
-        space = input_space(context, whitening).to(context.device)
+        space = input_space(context, whitening)
         own_seed = derive_seed(seed, "student")
         title = f"student {name} seed {seed}"
         with context.progress(title, student.epochs) as advance:

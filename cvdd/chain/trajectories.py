@@ -1,4 +1,4 @@
-"""Stages before trajectory matching: the whitening of the data set, and its experts."""
+"""Stage before trajectory matching: its experts."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
+from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
 from cvdd.classifier import Measure, NonFiniteTraining, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.data import to_eval_tensor
 from cvdd.hard_training import HardTrainingModule, SgdRecipe
-from cvdd.measure import Accuracy, Evaluator
 from cvdd.methods.mtt import FlatNetwork
 from cvdd.progress import Advance
 from cvdd.report.curves import curve_json
 from cvdd.schema.mtt import MttConfig
 from cvdd.seeds import derive_seed
 from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
-from cvdd.zca import InputSpace, Whitening, fit_whitening
+from cvdd.zca import InputSpace
 
 log = logging.getLogger(__name__)
 
-WHITENING = "whitening.safetensors"
 CURVES = "curves"
 
 
@@ -55,39 +53,10 @@ def families_of(context: Context) -> tuple[str, ...]:
     return (*mtt_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
 
 
-def make_whitening(context: Context) -> Artifact | None:
-    """Return the ZCA whitening of the training images, or None if they are only standardised.
-
-    Raises:
-        ConfigError: the images cannot be whitened; see :func:`cvdd.zca.fit_whitening`.
-    """
-    data, settings = context.data(), mtt_of(context)
-    if not settings.whitening:
-        return None
-    if not data.train.in_memory:
-        raise ConfigError(
-            f"method.mtt.whitening=true: the covariance of images of {data.image_size} pixels of dataset "
-            f"{data.name}, which does not fit memory, is out of reach; set method.mtt.whitening=false"
-        )
-    identity = {
-        "train": data.identity["train"],
-        "image_size": data.image_size,
-        "eps": settings.whitening_eps,
-    }
-
-    def build(work: Path) -> dict[str, Any]:
-        whitening = fit_whitening(_pixels(context), settings.whitening_eps)
-        whitening.save(work / WHITENING)
-        return {"dimensions": len(whitening.mean), "largest": float(whitening.values.max())}
-
-    return context.store.make("whitenings", data.name, identity, [], build)
-
-
-def input_space(context: Context, whitening: Artifact | None) -> InputSpace:
-    """Return the map from pixels to what experts and students see."""
-    data = context.data()
-    fitted = None if whitening is None else Whitening.load(whitening.path / WHITENING)
-    return InputSpace(data.mean, data.std, fitted)
+def whitening_of(context: Context) -> Artifact | None:
+    """Return the ZCA whitening that the settings ask for, or None if images are only standardised."""
+    settings = mtt_of(context)
+    return make_whitening(context, settings.whitening_eps, "method.mtt") if settings.whitening else None
 
 
 def flat_network(context: Context) -> FlatNetwork:
@@ -110,7 +79,7 @@ def make_trajectories(context: Context) -> Artifact:
     config, data, settings = context.config, context.data(), mtt_of(context)
     experts = settings.experts
     network = flat_network(context)
-    whitening = make_whitening(context)
+    whitening = whitening_of(context)
     seed = derive_seed(config.seed, "experts")
     identity = {
         "data": data.identity,
@@ -128,8 +97,8 @@ def make_trajectories(context: Context) -> Artifact:
         log.info("trajectories: %.1f MB", layout.bytes / 1e6)
         layout.save(work)
         (work / CURVES).mkdir(exist_ok=True)
-        space = input_space(context, whitening).to(context.device)
-        images = encoded_images(context, space) if data.train.in_memory else None
+        space = input_space(context, whitening)
+        images = _encoded(context, space) if data.train.in_memory else None
         measure = measured_in(context, space)
         with context.progress("experts", experts.count * experts.epochs) as advance:
             for expert in range(experts.count):
@@ -195,34 +164,10 @@ def _differences(asked: Any, found: Any, key: str = "") -> list[tuple[str, tuple
     return [] if asked == found else [(key, (asked, found))]
 
 
-def _pixels(context: Context) -> Tensor:
-    data = context.data()
-    pixels: Tensor = to_eval_tensor(data.train, data.image_size, None, torch.arange(len(data.train)))
-    return pixels
-
-
-def encoded_images(context: Context, space: InputSpace) -> Tensor:
-    """Return all training images as networks see them: [n, 3, size, size] float32 on the device."""
-    chunks = _pixels(context).split(1024)
+def _encoded(context: Context, space: InputSpace) -> Tensor:
+    """All training images as networks see them: [n, 3, size, size] float32 on the device."""
+    chunks = training_pixels(context).split(1024)
     return torch.cat([space.encode(chunk.to(context.device)) for chunk in chunks])
-
-
-def measured_in(context: Context, space: InputSpace, part: Literal["test", "train"] = "test") -> Measure:
-    """Return a function from a network that sees images of ``space`` to its accuracy on real images."""
-    config, data = context.config, context.data()
-    evaluator = Evaluator(
-        data,
-        config.protocol.eval_batch,
-        context.device,
-        test_resize=config.dataset.test_resize if part == "test" or not data.train.in_memory else None,
-        part=part,
-        workers=config.trainer.workers,
-    )
-
-    def measure(network: nn.Module) -> Accuracy:
-        return evaluator(nn.Sequential(space, network).train(network.training))
-
-    return measure
 
 
 def _train_expert(
