@@ -98,8 +98,8 @@ def require_batchnorm(network: nn.Module, name: str) -> None:
     if not batchnorm_layers(network):
         raise ConfigError(
             f"member {name} has no BatchNorm layer, so it has no statistics to match or to replace. Choose another "
-            "backbone for it, set method.r_bn=0 (its vote is then its cross-entropy alone), or label.bn_mode=running; or "
-            f"committee.members.{name}.bn_scale=0, which says that it has none."
+            "backbone for it, set method.r_bn=0 (it votes by its cross-entropy alone), or label.bn_mode=running, or "
+            f"committee.members.{name}.bn_scale=0 for both."
         )
 
 
