@@ -16,6 +16,7 @@ from cvdd.bn import (
     BatchStatisticsNetwork,
     GroupBatchNorm,
     require_batchnorm,
+    running_moments,
     statistics_distance,
 )
 from cvdd.config_base import ConfigError
@@ -95,6 +96,11 @@ def test_watching_leaves_no_trace() -> None:
     distance(network, noise(6))
     assert all(not module._forward_pre_hooks for module in network.modules())
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_layers_without_running_statistics_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"keeps no running statistics .*method\.r_bn=0"):
+        running_moments(nn.BatchNorm2d(3, track_running_stats=False))
 
 
 # --- labelling --------------------------------------------------------------------------------------------------------
