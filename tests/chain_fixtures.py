@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import tiny_context
 
-import cvdd.artifact
+import cvdd.artifact.store
 from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.context import Context
 
@@ -45,11 +45,11 @@ def again(made: tuple[Distilled, Result], chain_home: Path, tmp_path: Path) -> C
 def sealed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kinds of the artefacts that are made from here on."""
     kinds: list[str] = []
-    seal = cvdd.artifact._seal
+    seal = cvdd.artifact.store.seal
 
     def noting(work: Path, path: Path, manifest: dict[str, Any]) -> None:
         kinds.append(manifest["kind"])
         seal(work, path, manifest)
 
-    monkeypatch.setattr(cvdd.artifact, "_seal", noting)
+    monkeypatch.setattr(cvdd.artifact.store, "seal", noting)
     return kinds

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cvdd.artifact
+import cvdd.artifact.sealing
 from cvdd.artifact import (
     MANIFEST,
     Artifact,
@@ -255,7 +255,7 @@ def test_a_full_disk_while_sealing(store: Store, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.artifact, "write_atomically", full)
+        patched.setattr(cvdd.artifact.sealing, "write_atomically", full)
         with pytest.raises(StoreError, match=FULL):
             make(store)
     assert make(store).metrics["answer"] == 42

@@ -1,0 +1,70 @@
+"""Writing so that an interruption leaves nothing half, and the operating system's refusals in words for users."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cvdd.config_base import ConfigError
+
+
+class StoreError(ConfigError):
+    """The store cannot be written: no space, no permission, read-only."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after any interruption it is either absent (or the old one) or complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or a directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """Turn a refusal that safetensors reports in its own words into the operating system's error."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextlib.contextmanager
+def store_errors(root: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to type; nothing sealed is touched by them."""
+    try:
+        with _safetensors_errors():
+            yield
+    except OSError as error:
+        if isinstance(error.filename, str | os.PathLike) and not Path(error.filename).is_relative_to(root):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"no space left for {root}. Free some or choose another place with paths.store=DIR; "
+                "finished units are kept and the same command goes on."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise StoreError(
+                f"{root} cannot be written ({error.strerror}). Choose another place: paths.store=DIR."
+            ) from error
+        raise

@@ -1,0 +1,106 @@
+"""What is known of an artefact: its manifest, and whether its files are what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cvdd.config_base import ConfigError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedArtifact(ConfigError):
+    """An artefact on disk does not match its manifest."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed result.
+
+    Attributes:
+        path: its directory.
+        manifest: kind, name, digest, identity, parents, files with checksums, metrics, code version and cost.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """What it is, e.g. ``members`` or ``images``."""
+        return str(self.manifest["kind"])
+
+    @property
+    def name(self) -> str:
+        """Its readable name, without the digest."""
+        return str(self.manifest["name"])
+
+    @property
+    def digest(self) -> str:
+        """The hash of what determines it."""
+        return str(self.manifest["digest"])
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What its build returned."""
+        metrics: Mapping[str, Any] = self.manifest["metrics"]
+        return metrics
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+
+def digest_of(kind: str, identity: Mapping[str, Any], parents: Sequence[Artifact]) -> str:
+    """Hash what determines an artefact: its kind, its part of the configuration and its parents."""
+    content = {
+        "format": FORMAT,
+        "kind": kind,
+        "identity": identity,
+        "parents": [f"{parent.kind}:{parent.digest}" for parent in parents],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(path: Path) -> Artifact:
+    """Read an artefact's manifest without looking at its files."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        artifact = Artifact(path, manifest)
+        if path.name != f"{artifact.name}-{artifact.digest}":
+            raise ValueError("it does not belong to this directory")
+        for entry in manifest["files"].values():
+            entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifact(
+            f"{path}: {MANIFEST} cannot be read ({error}). Delete this directory and repeat the command."
+        ) from error
+    return artifact
+
+
+def verify(artifact: Artifact) -> Iterator[str]:
+    """Yield one sentence for every file of an artefact that is not what its manifest says."""
+    root = artifact.path.resolve()
+    for name, entry in artifact.manifest["files"].items():
+        file = (artifact.path / name).resolve()
+        if not file.is_relative_to(root):
+            yield f"its manifest names a file outside the directory ({name})"
+        elif not file.is_file():
+            yield f"{name} is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            yield f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        elif file_checksum(file) != entry["sha256"]:
+            yield f"{name} does not match its checksum"
