@@ -78,7 +78,8 @@ def test_page_and_terminal_show_the_verdict(maker: Maker, capsys: pytest.Capture
     verdict = hold_against(expected(cell="<b>[red]"), results)
     maker.summary = lambda *_: {**summary, "verdict": verdict}  # type: ignore[method-assign]
     text = maker.page([made], results).text
-    assert "Published: expected 44.0 +- 2.0 (a paper, table 1: <b>[red]), measured 44.0 +- 0.0 (best epoch)" in text
+    said = "Published: expected 44.0 \u00b1 2.0 (a paper, table 1: <b>[red]), measured 44.0 \u00b1 0.0 (best epoch)"
+    assert said in text
     print_verdict(verdict)
     assert "table 1: <b>[red])" in " ".join(capsys.readouterr().out.split())
     print_verdict(None)

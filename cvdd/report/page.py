@@ -108,7 +108,7 @@ def _verdict(results: Sequence[Result]) -> str:
 
 def _published(summary: Mapping[str, Any]) -> str | None:
     verdict = summary.get("verdict")
-    return None if verdict is None else f"Published: {verdict_sentence(verdict)}."
+    return None if verdict is None else f"Published: {verdict_sentence(verdict)}.".replace("+-", "\u00b1")
 
 
 def _code(code: dict[str, Any]) -> str:
