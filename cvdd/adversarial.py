@@ -91,7 +91,7 @@ class ImageSgd(torch.optim.Optimizer):
         buffer = state["momentum_buffer"]
         if self.drift:
             buffer.mul_(group["momentum"]).index_add_(0, indices, gradient)
-            images.sub_(group["lr"] * buffer)
+            images.add_(buffer, alpha=-group["lr"])
         else:
             buffer[indices] = group["momentum"] * buffer[indices] + gradient
             images[indices] -= group["lr"] * buffer[indices]
