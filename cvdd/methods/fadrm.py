@@ -24,5 +24,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     units = len(images)
-    resized = nn.functional.interpolate(images.flatten(0, 1), (size, size), mode="bilinear", align_corners=False)
-    return resized.unflatten(0, (units, -1))
+    resized: Tensor = nn.functional.interpolate(
+        images.flatten(0, 1), (size, size), mode="bilinear", align_corners=False
+    )
+    return resized.view(units, -1, *resized.shape[1:])

@@ -54,8 +54,8 @@ class RunConfig(StrictConfig):
             for name in self.method.voters:
                 if name not in names:
                     raise ValueError(
-                        f"method.voters names {name}; the members are {', '.join(names)}. Choose among them, or drawn or "
-                        "all, or a committee that has it"
+                        f"method.voters names {name}; the members are {', '.join(names)}. Choose among them, or drawn "
+                        "or all, or a committee that has it"
                     )
         sizes, side = self.method.sizes, self.dataset.image_size
         if sizes is not None and sizes[-1] != side:
