@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 from torchvision.io import write_png
 
 from cvdd.artifact import Store
 from cvdd.data import Data, load_data
+from cvdd.interruption import StopRequest
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
 
@@ -90,7 +93,7 @@ class Context:
         """Run Lightning for so many epochs; go on from the checkpoint that an interrupted call left.
 
         Checkpoints are taken at the ends of epochs, where Lightning resumes exactly; the caller removes the last one
-        once the result is saved.
+        once the result is saved. A signal to stop is obeyed after the next of them.
 
         Args:
             module: what is trained.
@@ -101,6 +104,8 @@ class Context:
         trainer = pl.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,
+            # Lightning would take the tasks of a SLURM job for ranks of this training, and requeue the job itself.
+            plugins=[LightningEnvironment()],
             max_epochs=epochs,
             logger=False,
             enable_progress_bar=False,
@@ -147,7 +152,7 @@ def _usable(checkpoint: Path) -> bool:
 
 
 class EpochCheckpoint(Checkpoint):
-    """Saves the state of training at the end of an epoch, if the last save is some time ago.
+    """Saves the state of training at the end of an epoch: if the last save is some time ago, or on a signal to stop.
 
     Args:
         path: of the file; the previous one is replaced atomically.
@@ -157,14 +162,45 @@ class EpochCheckpoint(Checkpoint):
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__()
         self.path, self.seconds = path, seconds
+        self.stop = StopRequest()
         self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over, after Lightning, which would stop at the next batch and save nothing."""
+        self.stop.hold()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Obey a signal that cannot wait for the end of the epoch."""
+        if self.stop.overdue:
+            log.warning("stopping in the middle of an epoch; it starts again from the last checkpoint")
+            self.stop.obey(self.stop.number)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; this hook of checkpoints runs after the module's own."""
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        if last or time.monotonic() - self._saved < self.seconds:
+        due = not last and time.monotonic() - self._saved >= self.seconds
+        # Saving is a matter of all ranks, whose clocks and signals differ; no signal that is waited for has number 1.
+        own = torch.tensor(self.stop.number or int(due), device=trainer.strategy.root_device)
+        wanted = int(trainer.strategy.reduce(own, reduce_op="max"))
+        if not wanted:
             return
         temporary = self.path.with_name(self.path.name + ".part.tmp")
         trainer.save_checkpoint(temporary, weights_only=False)
-        temporary.replace(self.path)
+        if trainer.is_global_zero:
+            temporary.replace(self.path)
         self._saved = time.monotonic()
+        if wanted > 1:
+            log.warning("%s: saved after epoch %d", signal.Signals(wanted).name, trainer.current_epoch + 1)
+            self.stop.obey(wanted)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back, and obey one that came after the last epoch."""
+        self.stop.release()
+        if self.stop.number:
+            self.stop.obey(self.stop.number)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self.stop.release()
