@@ -83,10 +83,9 @@ def assist(config: RunConfig, index: int, total: int) -> None:
         total: assistants and the main process.
     """
     from cvdd.artifact import Store
-    from cvdd.chain.compare import make_sets, rows_of
+    from cvdd.chain.compare import make_sets, rows_of, student_of
     from cvdd.chain.members import make_member
     from cvdd.chain.priors import find_priors, measure_prior, priors_needed
-    from cvdd.chain.students import make_student
     from cvdd.context import Context
     from cvdd.runtime import prepare_process
 
@@ -105,7 +104,7 @@ def assist(config: RunConfig, index: int, total: int) -> None:
             continue
         made = make_sets(row_context, row, priors, [seed])[seed]
         for name, backbone in config.students.items():
-            make_student(made.context, made.labels, name, backbone, seed)
+            student_of(made, name, backbone, seed)
 
 
 def _end_with(parent: int) -> None:

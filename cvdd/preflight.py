@@ -7,6 +7,7 @@ from torch import nn
 
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
+from cvdd.chain.apm import check_apm
 from cvdd.chain.compare import rows_of
 from cvdd.chain.initial import require_real_images
 from cvdd.chain.priors import priors_needed
@@ -52,6 +53,8 @@ def check_before_work(context: Context) -> None:
         require_batchnorm(members[name], name)
     for row in rows:
         _check_real_images(row, measured and row is context)
+        if row.config.method.apm is not None:
+            check_apm(row)
 
 
 def _rows(context: Context) -> list[Context]:
@@ -89,7 +92,7 @@ def _matched(config: RunConfig, classes: int) -> list[str]:
     """Names of the members whose statistics the images are matched to, as far as they are known."""
     method, members = config.method, config.committee.members
     unknown = method.voters == "drawn" and config.committee.draw == "best" and not config.prior.values
-    if not (method.iterations and method.r_bn) or method.statistics.layers != "bn" or unknown:
+    if not (method.recovers and method.r_bn) or method.statistics.layers != "bn" or unknown:
         return []
     units = plan_units(config.ipc.images_per_class, classes, method)
     voting = {index for draw in plan_draws(config, units, config.prior.values) for index in draw}

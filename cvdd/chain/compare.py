@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cvdd.artifact import Artifact
+from cvdd.backbones import BackboneConfig
+from cvdd.chain.apm_student import make_apm_student
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
+from cvdd.chain.mtt import make_mtt_student
 from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.students import make_student
 from cvdd.context import Context
@@ -124,9 +127,19 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
         distilled.append(first)
         protocol = row_context.config.protocol
         for name, backbone in context.config.students.items():
-            students = [make_student(made.context, made.labels, name, backbone, seed) for seed, made in sets.items()]
+            students = [student_of(made, name, backbone, seed) for seed, made in sets.items()]
             results.append(Result(row, name, protocol.name, tuple(sets), tuple(students), first.images, first.labels))
     return distilled, [*results, *_full_data(context)]
+
+
+def student_of(made: Distilled, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
+    """Train one student on a distilled set, as the protocol or the method says."""
+    context = made.context
+    if context.config.protocol.student == "protocol":
+        return make_student(context, made.labels, name, backbone, seed)
+    if context.config.method.apm is not None:
+        return make_apm_student(context, made.images, name, backbone, seed)
+    return make_mtt_student(context, made.images, name, backbone, seed)
 
 
 def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) -> dict[int, Distilled]:

@@ -74,6 +74,10 @@ def measure_prior(context: Context, member: str) -> Priors:
         "protocol.loss": "kl" if config.label.teachers == "none" else config.protocol.loss,
         "protocol.epochs": prior.epochs,
         "protocol.eval_every": prior.epochs,
+        # A prior is measured with the recover loop, whatever else makes the images.
+        "method.apm": None,
+        "method.mtt": None,
+        "protocol.student": "protocol",
         "compare": {},
     }
     single = context.differing(overrides, f"prior of {member}")

@@ -137,6 +137,16 @@ class MethodConfig(StrictConfig):
         None, description="settings of trajectory matching instead of the recover loop; null for none"
     )
 
+    @property
+    def recovers(self) -> bool:
+        """Whether members vote on the images in the recover loop."""
+        return self.iterations > 0 and not self.brings_students
+
+    @property
+    def brings_students(self) -> bool:
+        """Whether the method makes images, labels and students in a way of its own."""
+        return self.apm is not None or self.mtt is not None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problem = next(self._problems(), None)

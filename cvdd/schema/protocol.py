@@ -15,6 +15,9 @@ class ProtocolConfig(StrictConfig):
     """How a student is trained on the distilled set and measured."""
 
     name: str = Field(description="name of the protocol, shown beside every number")
+    student: Literal["protocol", "method"] = Field(
+        "protocol", description="who says how students are trained: this protocol, or the method itself (APM, MTT)"
+    )
     epochs: Positive = Field(description="epochs over the distilled set; at most label.epochs")
     loss: Literal["kl", "mse", "cross_entropy"] = Field(
         "kl", description="kl: divergence from the teachers, mse: of the logits, cross_entropy: for label.teachers=none"

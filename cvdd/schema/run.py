@@ -80,6 +80,17 @@ class RunConfig(StrictConfig):
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
                 f"ipc.images_per_class={self.ipc.images_per_class}; set it to at least as many"
             )
+        if self.protocol.student == "method":
+            if not self.method.brings_students:
+                raise ValueError(
+                    "protocol.student=method is for methods that train students in a way of their own (method=apm, "
+                    "method=mtt); choose another protocol"
+                )
+            if self.label.teachers != "none":
+                raise ValueError(
+                    "protocol.student=method would not use the labels of label.teachers; choose label=hard, which "
+                    "makes none"
+                )
         return self
 
 
@@ -96,7 +107,7 @@ def needs_priors(config: RunConfig) -> bool:
     voters = {"drawn": committee.size, "all": len(committee.members)}
     several = (voters[method.voters] if isinstance(method.voters, str) else len(method.voters)) > 1
     weighed = several and committee.voter == "prior" and method.turns != "in_turn"
-    voting = method.iterations > 0 and ((method.voters == "drawn" and committee.draw == "best") or weighed)
+    voting = method.recovers and ((method.voters == "drawn" and committee.draw == "best") or weighed)
     return voting or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
 
 
