@@ -18,7 +18,7 @@ import cvdd.context
 from cvdd.adversarial import AdversarialModule, ImageSgd, NonFiniteImages, Pace, teacher_logits
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
-from cvdd.chain.apm_student import make_apm_student
+from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.apm_teachers import load_teachers, make_apm_teachers
 from cvdd.chain.images import load_history, load_images
 from cvdd.config_base import ConfigError
@@ -257,9 +257,25 @@ def test_batches_are_drawn_anew_in_every_iteration() -> None:
     assert module.batch(4).tolist() == drawn[4]
 
 
-def test_images_that_leave_all_bounds_stop_the_run(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteImages, match=r"iteration \d.*last checkpoint are kept\. Lower method\.apm\.lr_images"):
-        fit(module_of(Pace(6, 1, 6), lr_images=1e42), tmp_path)
+class Steep(nn.Module):
+    """Finite logits whose gradient is not: the square root at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_network(seed=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) + (images.flatten(1)[:, :4] * 0).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    module = module_of(Pace(2, 1, 2))
+    module._teachers = (Steep(),)
+    message = (
+        r"images are not finite after iteration 1, though .*last checkpoint are kept\. Lower method\.apm\.lr_images"
+    )
+    with pytest.raises(NonFiniteImages, match=message):
+        fit(module, tmp_path)
 
 
 def test_students_that_diverge_stop_the_run(tmp_path: Path) -> None:
@@ -356,10 +372,14 @@ def test_the_artefact_holds_pixels_for_people_and_floats_for_students(home: Path
 def test_labels_are_the_logits_of_one_teacher_on_clean_images(home: Path, images: Artifact) -> None:
     context = small_context(home)
     known = load_labelled(images)
-    answers = [teacher(known.images) for teacher in load_teachers(context, make_apm_teachers(context))]
+    teachers = make_apm_teachers(context)
+    answers = [teacher(known.images) for teacher in load_teachers(context, teachers)]
     distances = [float((answer - known.logits).abs().max()) for answer in answers]
     assert min(distances) < 1e-5
     assert max(distances) > 1e-2
+    labels = apm_labels(context, images)
+    assert list(labels.teachers.values()) == [teachers[distances.index(min(distances))]]
+    assert apm_labels(small_context(home, "method.iterations=0"), images).identity == labels.identity
 
 
 def test_without_iterations_the_images_are_the_fair_baseline(home: Path, images: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""Students of prediction matching: trained by L1 on the logits that belong to the images."""
+"""Labels and students of prediction matching: L1 on the logits that belong to the images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.apm import load_labelled
-from cvdd.chain.apm_teachers import Positions, apm_of, families_of, whitening_of
+from cvdd.chain.apm_teachers import Positions, apm_of, families_of, make_apm_teachers, whitening_of
+from cvdd.chain.labels import Labels
 from cvdd.chain.members import CURVE
 from cvdd.chain.space import input_space, measured_in
 from cvdd.classifier import ShuffledBatches
@@ -20,6 +21,20 @@ from cvdd.methods.apm import logit_distance
 from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, dsa
+
+
+def apm_labels(context: Context, images: Artifact) -> Labels:
+    """Say whose logits a set carries; they lie with its images, so there is no store of their own.
+
+    Args:
+        context: the configuration and its surroundings.
+        images: made by :func:`cvdd.chain.apm.make_apm_images`.
+    """
+    known = {parent["digest"] for parent in images.manifest["parents"]}
+    ((index, teacher),) = [pair for pair in enumerate(make_apm_teachers(context)) if pair[1].digest in known]
+    # Two sets with logits of one teacher have the same labels, as far as a comparison goes.
+    identity = {"logits_of": teacher.digest}
+    return Labels(identity, [images], None, context, images, [1.0], {f"teacher{index}": teacher})
 
 
 def make_apm_student(
