@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,10 @@ from cvdd.schema import LabelConfig
 
 LOGITS = "logits.bin"
 PARAMETERS = "parameters.bin"
-PROGRESS = "progress.tmp"
+PROGRESS = "epochs{:05d}.tmp"
 SECONDS_BETWEEN_SAVES = 2.0
+SAMPLES_OF_A_BLOCK = 4096
+"""Samples that are labelled under one claim, at least: seconds of work, so that claiming it costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class LabelLayout:
         """Return the layout of a recipe for so many images and classes."""
         record = record_type(label) if label.parameters == "stored" else None
         return LabelLayout(LabelPool.of(label, count), classes, label.dtype, record)
+
+    @property
+    def blocks(self) -> list[range]:
+        """The epochs of which something is stored, in the blocks that processes share."""
+        length, stop = -(-SAMPLES_OF_A_BLOCK // self.pool.count), self.pool.labelled_epochs
+        return [range(first, min(first + length, stop)) for first in range(0, stop, length)]
 
     @property
     def logits_row(self) -> int:
@@ -80,31 +87,58 @@ def write_labels(folder: Path, computed: ComputedLabels, layout: LabelLayout, ad
         layout: their sizes; space for all is reserved before the first is computed.
         advance: called with the number of epochs done since the last call.
     """
+    reserve_labels(folder, layout)
+    for block in layout.blocks:
+        write_epochs(folder, computed, layout, block, advance)
+
+
+def reserve_labels(folder: Path, layout: LabelLayout) -> None:
+    """Reserve the space for all labels, so that a full disk is known before the first is computed."""
     _reserve(folder / LOGITS, layout.logits_bytes)
     if layout.record is not None:
         _reserve(folder / PARAMETERS, layout.parameters_bytes)
-    progress = folder / PROGRESS
-    done = int(progress.read_text()) if progress.exists() else 0
+
+
+def epochs_written(folder: Path, block: range) -> int:
+    """Count the epochs of a block that are on disk, from its first."""
+    progress = folder / PROGRESS.format(block.start)
+    return int(progress.read_text()) if progress.exists() else 0
+
+
+def write_epochs(
+    folder: Path, computed: ComputedLabels, layout: LabelLayout, block: range, advance: Callable[[int], None]
+) -> None:
+    """Compute a block of epochs and write it at its place; an interrupted call goes on after what is on disk.
+
+    Several processes may write different blocks of the same files at once.
+
+    Args:
+        folder: where the files are; their space is reserved.
+        computed: the labels.
+        layout: their sizes.
+        block: the epochs.
+        advance: called with the number of epochs done since the last call.
+    """
+    progress = folder / PROGRESS.format(block.start)
+    done = epochs_written(folder, block)
     advance(done)
-    with contextlib.ExitStack() as files:
-        logits_file = files.enter_context((folder / LOGITS).open("r+b"))
-        stored = layout.record is not None
-        parameters_file = files.enter_context((folder / PARAMETERS).open("r+b")) if stored else None
-        saved = time.monotonic()
-        for epoch in range(done, layout.pool.labelled_epochs):
-            plan, logits = computed.epoch(epoch)
-            first = epoch * layout.pool.count
-            _write(logits_file, first * layout.logits_row, logits.numpy().tobytes())
-            if parameters_file is not None:
-                _write(parameters_file, first * layout.parameters_row, plan.record().tobytes())
-            advance(1)
-            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                for file in (logits_file, parameters_file):
-                    if file is not None:
-                        file.flush()
-                        os.fsync(file.fileno())
-                write_atomically(progress, str(epoch + 1).encode())
-                saved = time.monotonic()
+    first = block.start + done
+    logits_pending, parameters_pending = [], []
+    saved = time.monotonic()
+    for epoch in range(first, block.stop):
+        plan, logits = computed.epoch(epoch)
+        logits_pending.append(logits.numpy().tobytes())
+        if layout.record is not None:
+            parameters_pending.append(plan.record().tobytes())
+        advance(1)
+        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or epoch + 1 == block.stop:
+            offset = first * layout.pool.count
+            _write(folder / LOGITS, offset * layout.logits_row, b"".join(logits_pending))
+            if parameters_pending:
+                _write(folder / PARAMETERS, offset * layout.parameters_row, b"".join(parameters_pending))
+            write_atomically(progress, str(epoch + 1 - block.start).encode())
+            logits_pending, parameters_pending = [], []
+            first, saved = epoch + 1, time.monotonic()
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -119,9 +153,17 @@ def _reserve(path: Path, size: int) -> None:
             os.truncate(stream.fileno(), size)
 
 
-def _write(stream: BinaryIO, offset: int, content: bytes) -> None:
-    stream.seek(offset)
-    stream.write(content)
+def _write(path: Path, offset: int, content: bytes) -> None:
+    # O_DSYNC: it is on disk before it is noted as done. And a client of NFS sends exactly these bytes, where it would
+    # otherwise send whole pages, with what another machine's neighbouring epoch had in them before.
+    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC)
+    try:
+        rest = memoryview(content)
+        while rest:
+            written = os.pwrite(descriptor, rest, offset)
+            rest, offset = rest[written:], offset + written
+    finally:
+        os.close(descriptor)
 
 
 class StoredLabels:

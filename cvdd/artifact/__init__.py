@@ -16,6 +16,7 @@ from cvdd.artifact.manifest import (
     read_manifest,
     verify,
 )
+from cvdd.artifact.parts import Maker, Parts
 from cvdd.artifact.store import Store
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "MANIFEST",
     "Artifact",
     "DamagedArtifact",
+    "Maker",
+    "Parts",
     "Store",
     "StoreError",
     "digest_of",

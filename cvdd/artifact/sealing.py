@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cvdd.artifact.files import fsync, write_atomically
 from cvdd.artifact.manifest import MANIFEST, file_checksum
+from cvdd.artifact.parts import TABLE
+from cvdd.artifact.sessions import FOLDER
 
-SESSIONS = ".sessions.json"
+THREADS = 32
+"""Of the last step, which mostly wait for the disk."""
 
 
 def seal(work: Path, path: Path, manifest: dict[str, Any]) -> None:
@@ -23,14 +27,17 @@ def seal(work: Path, path: Path, manifest: dict[str, Any]) -> None:
         path: its final place.
         manifest: everything but the files.
     """
-    (work / SESSIONS).unlink(missing_ok=True)
-    for leftover in work.rglob("*.tmp"):
-        leftover.unlink()
-    files = {}
-    for file in sorted(file for file in work.rglob("*") if file.is_file() and file.name != MANIFEST):
-        fsync(file)
-        files[file.relative_to(work).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
-    manifest["files"] = files
+    for leftover in (*work.glob(f"{FOLDER}*"), work / TABLE, *work.rglob("*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+    files = sorted(file for file in work.rglob("*") if file.is_file() and file.name != MANIFEST)
+    # Waiting for the disk one by one would take minutes where an artefact has thousands of files.
+    with ThreadPoolExecutor(THREADS) as threads:
+        entries = list(threads.map(_entry, files))
+    names = [file.relative_to(work).as_posix() for file in files]
+    manifest["files"] = dict(zip(names, entries, strict=True))
     write_atomically(work / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     fsync(work)
     if path.exists():
@@ -40,21 +47,15 @@ def seal(work: Path, path: Path, manifest: dict[str, Any]) -> None:
     fsync(path.parent)
 
 
-def add_session(work: Path, seconds: float) -> list[float]:
-    """Note how long a build ran until it ended or failed; return the seconds of all builds so far."""
-    file = work / SESSIONS
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(file.read_text()) if file.exists() else []
-        sessions = [*earlier, round(seconds, 3)]
-        write_atomically(file, json.dumps(sessions).encode())
-        return sessions
-    return [seconds]
+def _entry(file: Path) -> dict[str, Any]:
+    fsync(file)
+    return {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
 
 
 def peak_memory() -> int:
     """Return the most bytes that this process held so far, on the GPU if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
+    # A process that has not loaded it has used no GPU, and would wait seconds for nothing.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
+from cvdd.artifact.claims import claims_for, held
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import FORMAT, MANIFEST, Artifact, DamagedArtifact, digest_of, read_manifest, verify
-from cvdd.artifact.sealing import add_session, peak_memory, seal
+from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
+from cvdd.artifact.sealing import peak_memory, seal
+from cvdd.artifact.sessions import Session, seconds_of_sessions
+from cvdd.artifact.uses import Uses
 from cvdd.provenance import code_version
 
 log = logging.getLogger(__name__)
+
+Finish = Callable[[Path], Mapping[str, Any]]
 
 
 class Store:
@@ -28,6 +33,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self.claims = claims_for(self.root)
+        self._uses = Uses(self.root, self.claims)
         self._verified: dict[Path, Artifact] = {}
 
     def make(
@@ -36,7 +43,7 @@ class Store:
         name: str,
         identity: Mapping[str, Any],
         parents: Sequence[Artifact],
-        build: Callable[[Path], Mapping[str, Any]],
+        build: Finish,
     ) -> Artifact:
         """Return the artefact with this identity; build it first if it is missing.
 
@@ -52,37 +59,81 @@ class Store:
             DamagedArtifact: the artefact exists and does not match its checksums.
             StoreError: the store cannot be written.
         """
-        digest = digest_of(kind, identity, parents)
-        path = self.root / kind / f"{name}-{digest}"
+        making = _Making(kind, name, digest_of(kind, identity, parents), identity, parents)
+        path = making.path(self.root)
         if (path / MANIFEST).exists():
             return self.open(path)
-        with store_errors(self.root), self._lock(kind, path.name):
+        with store_errors(self.root), self._lock(path):
             if (path / MANIFEST).exists():
                 return self.open(path)
-            work = self.root / kind / ".partial" / path.name
-            work.mkdir(parents=True, exist_ok=True)
-            log.info("making %s/%s", kind, path.name)
-            started = time.monotonic()
+            work = self._begin(path)
+            session = Session(work)
             try:
                 metrics = build(work)
             finally:
-                sessions = add_session(work, time.monotonic() - started)
-            manifest = {
-                "format": FORMAT,
-                "kind": kind,
-                "name": name,
-                "digest": digest,
-                "identity": identity,
-                "parents": [{"kind": p.kind, "name": p.name, "digest": p.digest} for p in parents],
-                "metrics": dict(metrics),
-                "code": code_version(),
-                "cost": {
-                    "wall_seconds": round(sum(sessions), 3),
-                    "sessions": len(sessions),
-                    "peak_memory_bytes": peak_memory(),
-                },
-            }
-            seal(work, path, manifest)
+                session.note(last=True)
+            seal(work, path, making.manifest(work, metrics))
+        return self.open(path)
+
+    def make_parts(
+        self,
+        kind: str,
+        name: str,
+        identity: Mapping[str, Any],
+        parents: Sequence[Artifact],
+        parts: Parts,
+        finish: Finish,
+    ) -> Artifact:
+        """Return the artefact with this identity; if it is missing, make it together with whoever else wants it.
+
+        Every process makes parts that nobody else holds, waits for those of others, and takes over what a dead one
+        dropped. One of them seals the artefact. A slow or lost process delays nothing but its own part.
+
+        Args:
+            kind: sub-directory of the store.
+            name: readable part of the directory's name.
+            identity: JSON-able part of the configuration that changes the result.
+            parents: artefacts that it is made from.
+            parts: how its parts are made; they follow from the identity.
+            finish: called by one process when all parts are there; returns JSON-able metrics.
+
+        Raises:
+            DamagedArtifact: the artefact exists and does not match its checksums.
+            StoreError: the store cannot be written.
+        """
+        making = _Making(kind, name, digest_of(kind, identity, parents), identity, parents)
+        path = making.path(self.root)
+        folder = self.root / kind / ".locks" / f"{path.name}.parts"
+        with store_errors(self.root):
+            watched = False
+            while not (path / MANIFEST).exists():
+                with self._lock(path):
+                    if (path / MANIFEST).exists():
+                        break
+                    work = self._begin(path)
+                    if not Table(work).fits(len(parts.names)):
+                        parts.prepare(work)
+                        Table(work).create(len(parts.names))
+                session, watched = Session(work), True
+                try:
+                    make_open_parts(parts, work, self.claims, folder, session)
+                except FileNotFoundError:
+                    # Others finished and sealed it between two looks of this process.
+                    if not (path / MANIFEST).exists():
+                        raise
+                    break
+                finally:
+                    if work.exists():
+                        session.note(last=True)
+                with self._lock(path):
+                    if (path / MANIFEST).exists() or reopen_missing(parts, work):
+                        continue
+                    seal(work, path, making.manifest(work, finish(work)))
+                    shutil.rmtree(folder, ignore_errors=True)
+            if watched:
+                # It was sealed just now: reading all of it again in every process would find nothing new.
+                self._uses.note(path)
+                self._verified[path] = read_manifest(path)
         return self.open(path)
 
     def open(self, path: Path) -> Artifact:
@@ -93,6 +144,7 @@ class Store:
         """
         if path in self._verified:
             return self._verified[path]
+        self._uses.note(path)
         artifact = read_manifest(path)
         for problem in verify(artifact):
             raise DamagedArtifact(
@@ -105,18 +157,47 @@ class Store:
         """List all sealed artefacts without verifying their files."""
         return [read_manifest(manifest.parent) for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}"))]
 
-    @contextlib.contextmanager
-    def _lock(self, kind: str, name: str) -> Iterator[None]:
-        folder = self.root / kind / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        # The operating system releases this lock when its owner dies, so a lock can never be stale.
-        lock = filelock.FileLock(folder / f"{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log.info("waiting: another process makes %s/%s", kind, name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+    def _begin(self, path: Path) -> Path:
+        """Return the directory in which an artefact is built; its lock is held."""
+        work = path.parent / ".partial" / path.name
+        self._uses.note(work)
+        work.mkdir(parents=True, exist_ok=True)
+        log.info("making %s/%s", path.parent.name, path.name)
+        return work
+
+    def _lock(self, path: Path) -> AbstractContextManager[None]:
+        """Hold an artefact, so that only one process makes or seals it."""
+        file = path.parent / ".locks" / f"{path.name}.lock"
+        return held(self.claims, file, f"{path.parent.name}/{path.name}")
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What is known of an artefact before it is made."""
+
+    kind: str
+    name: str
+    digest: str
+    identity: Mapping[str, Any]
+    parents: Sequence[Artifact]
+
+    def path(self, root: Path) -> Path:
+        return root / self.kind / f"{self.name}-{self.digest}"
+
+    def manifest(self, work: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        sessions = seconds_of_sessions(work)
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "name": self.name,
+            "digest": self.digest,
+            "identity": self.identity,
+            "parents": [{"kind": p.kind, "name": p.name, "digest": p.digest} for p in self.parents],
+            "metrics": dict(metrics),
+            "code": code_version(),
+            "cost": {
+                "wall_seconds": round(sum(sessions), 3),
+                "sessions": len(sessions),
+                "peak_memory_bytes": peak_memory(),
+            },
+        }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.chain.apm import make_apm_images
 from cvdd.chain.initial import initial_images, make_initial_patches
 from cvdd.chain.members import make_member
+from cvdd.chain.mtt import make_mtt_images
 from cvdd.chain.recover import UNITS, load_voter, recover_stack, save_unit
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.votes import plan_votes
@@ -33,6 +36,10 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     """
     config, data = context.config, context.data()
     method, ipc = config.method, config.ipc.images_per_class
+    if method.apm is not None:
+        return make_apm_images(context)
+    if method.mtt is not None:
+        return make_mtt_images(context)
     if method.init == "all":
         return _all_images(context)
     units = plan_units(ipc, len(data.classes), method)
@@ -59,25 +66,34 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     parents = [members[index] for index in voting] + [recorded[index] for index in recorded]
     parents += [patches] if patches is not None else []
 
-    def build(work: Path) -> dict[str, Any]:
-        folder = work / UNITS
-        folder.mkdir(exist_ok=True)
-        start = None if method.init == "noise" else initial_images(context, patches)
+    def prepare(work: Path) -> None:
+        (work / UNITS).mkdir(exist_ok=True)
+
+    def done(work: Path, index: int) -> bool:
+        return all((work / UNITS / f"{unit.name}.safetensors").exists() for unit in stacks[index].units)
+
+    @contextlib.contextmanager
+    def maker(work: Path) -> Iterator[Maker]:
         steps = max(method.iterations, 1)
+        start = None if method.init == "noise" else initial_images(context, patches)
         with context.progress("distill", len(stacks) * steps) as advance:
             networks = {index: load_voter(context, names[index], members[index]) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
-            for stack in stacks:
-                if all((folder / f"{unit.name}.safetensors").exists() for unit in stack.units):
-                    advance(steps)
-                    continue
+
+            def make(index: int) -> None:
+                stack = stacks[index]
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 voters = [(names[index], networks[index], targets.get(index)) for index in stack.draw]
                 recover_stack(context, stack, voters, shares, start, work, advance)
+
+            yield Maker(make, lambda indices: advance(len(indices) * steps))
+
+    def finish(work: Path) -> dict[str, Any]:
         return {"units": len(units), "stacks": len(stacks), "images": ipc * len(data.classes)}
 
+    parts = Parts([f"stack{stack.index:05d}" for stack in stacks], done, maker, prepare)
     name = f"{data.name}-{method.name}-ipc{ipc}" + (f"-N{len(votes[0].draw)}" if method.iterations else "")
-    return context.store.make("images", name, identity, parents, build)
+    return context.store.make_parts("images", name, identity, parents, parts, finish)
 
 
 def _all_images(context: Context) -> Artifact:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.bn import require_batchnorm
 from cvdd.chain.images import load_images
 from cvdd.chain.members import load_network, make_member
@@ -18,7 +19,7 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.label_store import LabelLayout, StoredLabels, write_labels
+from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
@@ -97,19 +98,36 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
     if label.store == "logits":
         layout = LabelLayout.of(label, count, len(data.classes))
 
-        def build(work: Path) -> dict[str, Any]:
+        blocks = layout.blocks
+
+        def prepare(work: Path) -> None:
             log.info(
                 "soft labels: %.1f MB of logits, %.1f MB of crops and mixes",
                 layout.logits_bytes / 1e6,
                 layout.parameters_bytes / 1e6,
             )
+            reserve_labels(work, layout)
+
+        @contextlib.contextmanager
+        def maker(work: Path) -> Iterator[Maker]:
             computed = _computed(context, teachers, weights, load_images(images)[0])
             with context.progress("relabel", layout.pool.labelled_epochs) as advance:
-                write_labels(work, computed, layout, advance)
+                yield Maker(
+                    lambda index: write_epochs(work, computed, layout, blocks[index], advance),
+                    lambda indices: advance(sum(len(blocks[index]) for index in indices)),
+                )
+
+        def finish(work: Path) -> dict[str, Any]:
             return {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
 
+        parts = Parts(
+            [f"epochs{block.start:05d}" for block in blocks],
+            lambda work, index: epochs_written(work, blocks[index]) == len(blocks[index]),
+            maker,
+            prepare,
+        )
         stored = identity | {"parameters": label.parameters, "images": images.digest, "classes": list(data.classes)}
-        artifact = context.store.make("labels", f"{images.name}-{label.name}", stored, parents, build)
+        artifact = context.store.make_parts("labels", f"{images.name}-{label.name}", stored, parents, parts, finish)
     return Labels(identity, parents, artifact, context, images, weights, teachers)
 
 
