@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/installed
-EXTRAS := dev,wandb,tensorboard
+EXTRAS := dev,wandb,tensorboard,slurm
 COVERAGE := --cov=cvdd --cov-report=term --cov-fail-under=85
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow lint clean
+.PHONY: help demo install test test-slow test-slurm lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ test: $(STAMP) ## run the tests with coverage
 	$(BIN)/python -m pytest $(COVERAGE)
 
 test-slow: $(STAMP) ## run the long tests too
-	$(BIN)/python -m pytest -m "slow or not slow" $(COVERAGE)
+	$(BIN)/python -m pytest -m "not slurm" $(COVERAGE)
+
+test-slurm: $(STAMP) ## run sweeps on a SLURM cluster that is started for them on this machine
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -12,8 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, prepare
+from cvdd.launching import check_launcher, launcher_field, register_resolver, require_launcher
 from cvdd.outcome import USER_ERROR, told
 from cvdd.sweep import with_points
+
+# A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
+register_resolver()
 
 
 def config_directory() -> Path:
@@ -31,6 +35,7 @@ def _help(part: str, verb: str) -> str:
 
 def _command(verb: str) -> None:
     try:
+        require_launcher(sys.argv[1:])
         sys.argv[1:] = with_points(prepare(sys.argv[1:], config_directory()), config_directory())
     except ArgumentError as error:
         print(error, file=sys.stderr)
@@ -57,6 +62,8 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.validation import check
 
         config = check(expand_rows(composed, lambda row: _again(composed.verb, [*settings.overrides.task, *row])))
+        launcher = settings.runtime.choices["hydra/launcher"]
+        check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         # PyTorch and Lightning are imported only once it is known that there is something to do.
         from cvdd.runtime import Invocation, run
 

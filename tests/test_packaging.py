@@ -121,12 +121,12 @@ def test_python_files_are_ascii() -> None:
 def test_ci_calls_only_what_users_have() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make lint", "make test"]
+    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make lint", "make test", "make test-slurm"]
 
 
 def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "test-slow", "lint", "clean"):
+    for target in ("demo", "test", "test-slow", "test-slurm", "lint", "clean"):
         assert re.search(rf"^make {target} +\w", done.stdout, re.MULTILINE)
 
 
@@ -169,7 +169,7 @@ def test_wheel_holds_package_configuration_and_templates(wheel: Path) -> None:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
     tracked = {path.relative_to(ROOT).as_posix() for path in project_files()}
-    expected = {name for name in tracked if name.startswith("cvdd/")}
+    expected = {name for name in tracked if name.startswith(("cvdd/", "hydra_plugins/"))}
     expected |= {f"cvdd/{name}" for name in tracked if name.startswith("conf/")}
     assert held == expected
     assert licences

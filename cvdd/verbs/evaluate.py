@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from cvdd.assistants import assisted
+from cvdd.assistants import assist, assisted
 from cvdd.chain.compare import compare
 from cvdd.context import Context
+from cvdd.launching import share_of_work
 from cvdd.report.summary import summarise, write_results
 from cvdd.report.tables import print_results, print_verdict
 
@@ -15,6 +16,10 @@ log = logging.getLogger(__name__)
 
 def evaluate(context: Context, commands: list[str]) -> float | None:
     """Measure all rows; return the mean top-1 accuracy of the configuration's own first row."""
+    index, total = share_of_work()
+    if index:
+        # Of several jobs each begins elsewhere; students, which cannot be divided, are then not waited for one by one.
+        assist(context.config, index, total)
     with assisted(context.config):
         distilled, results = compare(context)
     summary = summarise(context, distilled, results, commands)

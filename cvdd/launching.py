@@ -1,0 +1,89 @@
+"""What a job knows of the launcher that started it: its share of the work, and fields that follow from the launcher.
+
+The launchers themselves are in ``hydra_plugins``, where Hydra looks for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from cvdd.arguments import ArgumentError
+from cvdd.config_base import ConfigError
+
+if TYPE_CHECKING:
+    from cvdd.schema.surroundings import TrainerConfig
+
+RESOLVER = "cvdd_launcher"
+SHARE = "CVDD_SHARE"
+"""Environment variable of a job that shares a point with others, INDEX/TOTAL."""
+
+BASIC = "basic"
+_GROUP = "hydra/launcher="
+_SUBMITIT = ("slurm", "slurm_units", "slurm_ddp")
+
+
+def register_resolver() -> None:
+    """Make ``${cvdd_launcher:FIELD,OTHERWISE}`` known to OmegaConf."""
+    OmegaConf.register_new_resolver(RESOLVER, _of_launcher, replace=True)
+
+
+def _of_launcher(field: str, otherwise: Any = None) -> Any:
+    """Read a field of the launcher; what is given ``otherwise`` if it has none, or outside of Hydra's commands."""
+    value = launcher_field(field) if HydraConfig.initialized() else None
+    return otherwise if value is None else value
+
+
+def launcher_field(name: str) -> Any:
+    """Return a field of this command's launcher, None if it has no such field.
+
+    ``tasks_per_node`` is that of one training: the tasks of a launcher that shares units train each for itself.
+    """
+    launcher = HydraConfig.get().launcher
+    if name == "tasks_per_node" and launcher["_target_"].endswith(".UnitsLauncher"):
+        return 1
+    return launcher.get(name)
+
+
+def require_launcher(arguments: Sequence[str]) -> None:
+    """Refuse a launcher whose package is not installed.
+
+    Raises:
+        ArgumentError: says what to install.
+    """
+    chosen = [argument.removeprefix(_GROUP) for argument in arguments if argument.startswith(_GROUP)]
+    if any(name in _SUBMITIT for name in chosen) and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        raise ArgumentError(f"{_GROUP}{chosen[-1]} needs: pip install 'cvdd[slurm]'")
+
+
+def check_launcher(trainer: TrainerConfig, launcher: str, tasks: int | None, sweeping: bool) -> None:
+    """Refuse a launcher that Hydra would ignore, or that starts other processes than the trainer expects.
+
+    Args:
+        trainer: what is expected.
+        launcher: the name of its file.
+        tasks: processes that it starts on each node for one training; None if it leaves that to the trainer.
+        sweeping: whether the command is a multirun.
+
+    Raises:
+        ConfigError: says what to type.
+    """
+    if launcher != BASIC and not sweeping:
+        raise ConfigError(f"{_GROUP}{launcher} starts the jobs of a multirun only; add --multirun (-m)")
+    # One task may start the processes of the trainer itself; of several, each is one of them.
+    if tasks is not None and tasks != trainer.devices and (tasks > 1 or launcher == "slurm_ddp"):
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} and hydra.launcher.tasks_per_node={tasks}: leave out trainer.devices, "
+            "which follows from the launcher, or use hydra/launcher=slurm_units for tasks that share units"
+        )
+
+
+def share_of_work() -> tuple[int, int]:
+    """Return which of how many jobs this one is that share a point: (0, 1) if nobody shares it."""
+    index, _, total = os.environ.get(SHARE, "0/1").partition("/")
+    return int(index), int(total)
