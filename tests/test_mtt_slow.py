@@ -107,8 +107,9 @@ def test_matched_images_beat_the_real_ones(base: Context, gradient: str) -> None
     """The specification measured 72.1 (71.1 to 73.9) before and 91.6 (91.2 to 91.9) after 100 iterations.
 
     Measured here: 69.9 and 87.3, step size 0.0360 (there 0.037), loss 0.388 (there 0.37), the same with both gradients.
-    The gain of 17 to 20 points comes back, the level is lower: its images have one channel, and these three, which learn
-    colours that no real digit has. With values in [0, 1] it is 72.7 and 87.9.
+    The gain comes back, the level is lower, outside the spread. Its images have one channel, and these three, which
+    learn colours that no real digit has; that this is the reason was not shown. With values in [0, 1] it is 72.7 and
+    87.9, with three times the rate (which three channels share) 87.7 and, with another seed, 67.9 and 89.4.
     """
     real = make_mtt_images(with_settings(base, iterations=0))
     images = make_mtt_images(with_settings(base, gradient=gradient))
@@ -135,4 +136,4 @@ def test_noise_becomes_images(base: Context) -> None:
     images = make_mtt_images(with_settings(base, init="noise"))
     reached = accuracy(base, images)
     print(f"noise {reached:.1f}")
-    assert reached >= 77
+    assert reached >= 80
