@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact, Store, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
@@ -135,7 +135,8 @@ def open_trajectories(context: Context, artifact: Artifact) -> Trajectories:
 
 
 def _made_elsewhere(context: Context, path: Path, identity: Mapping[str, Any], parents: list[Artifact]) -> Artifact:
-    artifact = context.store.open(path)
+    # In a store of its own: this run's store keeps account of its own artefacts only.
+    artifact = Store(path.absolute().parent.parent).open(path.absolute())
     if artifact.kind != "trajectories":
         raise ConfigError(f"method.mtt.experts.path={path} is an artefact of kind {artifact.kind}, not trajectories")
     asked = json.loads(json.dumps(dict(identity)))
