@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from cvdd.distributed import gather_parts
 from cvdd.measure import Accuracy
 from cvdd.seeds import derive_seed, generator
 
@@ -48,6 +50,11 @@ class ShuffledBatches(Sampler[Tensor]):
 class Classifier(pl.LightningModule):
     """What members and students share: a network, its curve, and a stop at the first loss that is not finite.
 
+    A batch may come in parts (:meth:`loss_in_parts`), which ranks share. A part is what a rank would see under DDP:
+    it is forwarded by itself, and BatchNorm normalises it with its own statistics. The gradients of all parts are
+    added up in their order, and their statistics enter the running ones in that order, on every rank alike; so the
+    bits of the result depend on the number of parts, and not on that of ranks.
+
     Args:
         network: to train.
         name: for messages.
@@ -73,6 +80,67 @@ class Classifier(pl.LightningModule):
         self._measure, self._measured_at, self._on_epoch = measure, measured_at, on_epoch
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
+        self._gradient: Tensor | None = None
+
+    def own_parts(self, count: int) -> list[int]:
+        """Indices of the parts of a batch that this rank forwards, of ``count``."""
+        return list(range(self._ranks[0], count, self._ranks[1]))
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """This rank, and how many train together."""
+        return (0, 1) if self._trainer is None else (self._trainer.global_rank, self._trainer.world_size)
+
+    def loss_in_parts(self, losses: Sequence[Callable[[], Tensor]], batch_index: int) -> Tensor:
+        """Loss of a batch that is forwarded in parts; its gradient is known then, and :meth:`backward` hands it out.
+
+        Args:
+            losses: the share of each part in the loss; those of :meth:`own_parts` are called.
+            batch_index: of the batch in its epoch.
+        """
+        statistics = RunningStatistics(self.network)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        rows = self._rows(losses, batch_index, parameters, statistics)
+        if self._ranks[1] > 1:
+            own = list(rows)
+            empty = torch.zeros(_length(parameters, statistics), device=self.device)
+            rows = iter(gather_parts(own or [empty], len(losses)))
+        total: Tensor | None = None
+        ends = 1 + sum(parameter.numel() for parameter in parameters)
+        for row in rows:
+            total = row[:ends].clone() if total is None else total.add_(row[:ends])
+            statistics.update(row[ends:])
+        statistics.count(len(losses))
+        assert total is not None
+        self._gradient = total[1:]
+        return total[0].detach().requires_grad_()
+
+    def _rows(
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        batch_index: int,
+        parameters: list[nn.Parameter],
+        statistics: RunningStatistics,
+    ) -> Iterator[Tensor]:
+        """Loss, gradient and statistics of each of this rank's parts, one after the other in one tensor."""
+        for part in self.own_parts(len(losses)):
+            torch.manual_seed(derive_seed(self.seed, "network", self.current_epoch, batch_index, part))
+            with statistics.of_one_part():
+                loss = losses[part]()
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            flat = [gradient.flatten() for gradient in gradients]
+            yield torch.cat([loss.detach().view(1), *flat, statistics.measured()])
+
+    def backward(self, loss: Tensor, *arguments: object, **options: object) -> None:
+        """Hand out the gradient of a batch in parts; that of any other is computed as usual."""
+        if self._gradient is None:
+            loss.backward()
+            return
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        pieces = self._gradient.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        self._gradient = None
 
     def _note(self, loss: Tensor) -> Tensor:
         self._losses.append(loss.detach())
@@ -108,3 +176,81 @@ class Classifier(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, list[dict[str, float]]]) -> None:
         """Restore the curve."""
         self.curve = list(checkpoint["curve"])
+
+
+class RunningStatistics:
+    """The running statistics of a network's BatchNorm layers, moved on by the parts of a batch in their order.
+
+    Args:
+        network: in training mode; layers without running statistics, or with a cumulative average, are left alone.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = [
+            layer
+            for layer in network.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            and layer.running_mean is not None
+            and layer.momentum is not None
+            and layer.training
+        ]
+        self._counts = [layer.num_batches_tracked.clone() for layer in self._layers]  # type: ignore[union-attr]
+        self._part = torch.empty(0)
+
+    @property
+    def length(self) -> int:
+        """Number of statistics."""
+        return sum(buffer.numel() for buffer, _ in self._buffers())
+
+    def _buffers(self) -> Iterator[tuple[Tensor, float]]:
+        for layer in self._layers:
+            for buffer in (layer.running_mean, layer.running_var):
+                assert buffer is not None
+                assert layer.momentum is not None
+                yield buffer, layer.momentum
+
+    @contextlib.contextmanager
+    def of_one_part(self) -> Iterator[None]:
+        """Measure the statistics of what is forwarded and differentiated inside; the running ones stay as they are."""
+        before = [buffer.clone() for buffer, _ in self._buffers()]
+        momenta = [layer.momentum for layer in self._layers]
+        for layer in self._layers:
+            layer.momentum = 1.0
+        try:
+            yield
+        finally:
+            for layer, momentum in zip(self._layers, momenta, strict=True):
+                layer.momentum = momentum
+            empty = next((buffer.new_empty(0) for buffer in before), torch.empty(0))
+            self._part = torch.cat([empty, *(buffer.flatten() for buffer, _ in self._buffers())])
+            for (buffer, _), value in zip(self._buffers(), before, strict=True):
+                buffer.copy_(value)
+
+    def measured(self) -> Tensor:
+        """Statistics of the last part, [length]."""
+        return self._part
+
+    def update(self, part: Tensor) -> None:
+        """Move the running statistics by those of a part, [length]."""
+        pieces = part.split([buffer.numel() for buffer, _ in self._buffers()])
+        for (buffer, momentum), piece in zip(self._buffers(), pieces, strict=True):
+            buffer.lerp_(piece, momentum)
+
+    def count(self, parts: int) -> None:
+        """Let every layer have seen so many batches more than when this was made."""
+        for layer, before in zip(self._layers, self._counts, strict=True):
+            assert layer.num_batches_tracked is not None
+            layer.num_batches_tracked.copy_(before + parts)
+
+
+def _length(parameters: Sequence[Tensor], statistics: RunningStatistics) -> int:
+    return 1 + sum(parameter.numel() for parameter in parameters) + statistics.length
+
+
+def parts_of(count: int, part: int) -> list[slice]:
+    """Cut a batch of ``count`` samples into parts; a single sample at the end joins the part before it."""
+    starts = list(range(0, count, part))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        # BatchNorm cannot normalise a single sample.
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]

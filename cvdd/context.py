@@ -7,21 +7,22 @@ import logging
 import signal
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 from torchvision.io import write_png
 
-from cvdd.artifact import Store
+from cvdd.artifact import Artifact, Store
 from cvdd.data import Data, load_data
+from cvdd.distributed import World, ranks_of_trainer
 from cvdd.interruption import StopRequest
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
@@ -41,6 +42,7 @@ class Context:
         device: where tensors live.
         loggers: Lightning loggers; a row goes to all of them.
         label: which row of the comparison this is; empty for the main one.
+        world: the ranks of this command.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class Context:
     device: torch.device
     loggers: Sequence[Logger] = ()
     label: str = ""
+    world: World = field(default_factory=World)
     _loaded: dict[str, Data] = field(default_factory=dict, repr=False)
 
     def data(self) -> Data:
@@ -89,7 +92,54 @@ class Context:
         with progress(self.config.trainer.progress, shown, total) as advance:
             yield advance
 
-    def fit(self, module: pl.LightningModule, loader: DataLoader[Any] | None, epochs: int, checkpoint: Path) -> None:
+    def make_network(
+        self,
+        kind: str,
+        name: str,
+        identity: Mapping[str, Any],
+        parents: Sequence[Artifact],
+        build: Callable[[Path], Mapping[str, Any]],
+        train: Callable[[Path], object],
+        parts: int,
+    ) -> Artifact:
+        """Return an artefact that needs a network trained, by one rank or, where its batches can be shared, by all.
+
+        Rank 0 holds the artefact and builds it; the others join its training and write nothing.
+
+        Args:
+            kind: see :meth:`cvdd.artifact.Store.make`, like all up to ``build``.
+            name: likewise.
+            identity: likewise.
+            parents: likewise.
+            build: likewise; it calls ``train``.
+            train: the part of it that ranks share, up to and including :meth:`fit`.
+            parts: of a batch.
+        """
+        world, store = self.world, self.store
+        if not world.shares(parts):
+            return store.make(kind, name, identity, parents, build)
+        if world.main:
+
+            def leading(work: Path) -> Mapping[str, Any]:
+                world.say(str(work.relative_to(store.root)))
+                return build(work)
+
+            artifact = store.make(kind, name, identity, parents, leading)
+            world.say(None)
+        else:
+            while (work := world.say("")) is not None:
+                train(store.root / work)
+            artifact = store.make(kind, name, identity, parents, build)
+        return artifact
+
+    def fit(
+        self,
+        module: pl.LightningModule,
+        loader: DataLoader[Any] | None,
+        epochs: int,
+        checkpoint: Path,
+        parts: int = 1,
+    ) -> None:
         """Run Lightning for so many epochs; go on from the checkpoint that an interrupted call left.
 
         Checkpoints are taken at the ends of epochs, where Lightning resumes exactly; the caller removes the last one
@@ -100,12 +150,17 @@ class Context:
             loader: its batches; None if the module brings them anew in every epoch.
             epochs: how many.
             checkpoint: the file; its name ends in ``.tmp``, so that no artefact is sealed with it.
+            parts: of a batch; all ranks train together if they can share them, and then all of them must call this.
+
+        Raises:
+            LostRank: one of them ended.
         """
+        shared = self.world.shares(parts)
+        # Lightning would take the tasks of a SLURM job for ranks of this training, and requeue the job itself.
+        alone: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
         trainer = pl.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
-            devices=1,
-            # Lightning would take the tasks of a SLURM job for ranks of this training, and requeue the job itself.
-            plugins=[LightningEnvironment()],
+            **(ranks_of_trainer(self.world) if shared else alone),
             max_epochs=epochs,
             logger=False,
             enable_progress_bar=False,
@@ -115,11 +170,15 @@ class Context:
             reload_dataloaders_every_n_epochs=1 if loader is None else 0,
             callbacks=[EpochCheckpoint(checkpoint, SECONDS_BETWEEN_CHECKPOINTS)],
         )
-        resume = _usable(checkpoint)
+        resume = _usable(checkpoint) if self.world.main or not shared else False
+        if shared:
+            resume = self.world.say("resume" if resume else None) is not None
+            self.world.meet()
         if resume and isinstance(loader, DataLoader) and isinstance(loader.sampler, EpochAware):
             # Lightning makes the first iterator before it tells the sampler the epoch.
             loader.sampler.set_epoch(_finished_epochs(checkpoint))
-        trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+        with self.world.together() if shared else contextlib.nullcontext():
+            trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
 
 
 @runtime_checkable

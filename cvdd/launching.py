@@ -75,6 +75,12 @@ def check_launcher(trainer: TrainerConfig, launcher: str, tasks: int | None, swe
     """
     if launcher != BASIC and not sweeping:
         raise ConfigError(f"{_GROUP}{launcher} starts the jobs of a multirun only; add --multirun (-m)")
+    if sweeping and launcher == BASIC and trainer.devices > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} in a multirun: one point would leave its processes to the next. Choose "
+            f"{_GROUP}slurm_ddp (one task for each device), or {_GROUP}local (a fresh process for each point), or "
+            "trainer.devices=1"
+        )
     # One task may start the processes of the trainer itself; of several, each is one of them.
     if tasks is not None and tasks != trainer.devices and (tasks > 1 or launcher == "slurm_ddp"):
         raise ConfigError(

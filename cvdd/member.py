@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cvdd.augment import Views, apply_views, draw_views, normalise
-from cvdd.classifier import Classifier
+from cvdd.classifier import Classifier, parts_of
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
 
@@ -48,16 +49,43 @@ class MemberModule(Classifier):
             self._pixels = self._pixels.to(self.device)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels)."""
+        """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels).
+
+        Of a batch in parts, pixels are those of this rank's parts alone.
+        """
         if self._pixels is not None:
             assert isinstance(batch, Tensor)
-            pixels, labels = self._pixels[batch], self._labels[batch]
+            indices, labels = batch, self._labels[batch]
         else:
-            pixels, labels = batch
+            labels = batch[1]
+        count = len(labels)
+        if self.recipe.accumulation == 1:
+            pixels = batch[0] if self._pixels is None else self._pixels[indices]
+            return self._note(self._part_loss(pixels, labels, batch_index, slice(0, count)))
+        parts = parts_of(count, part_size(self.recipe))
+        pixels_of: dict[int, Tensor] = {}
+        first = 0
+        for index in self.own_parts(len(parts)):
+            part = parts[index]
+            length = part.stop - part.start
+            if self._pixels is None:
+                pixels_of[index] = batch[0][first : first + length]
+            else:
+                pixels_of[index] = self._pixels[indices[part]]
+            first += length
+
+        def loss(index: int) -> Tensor:
+            part = parts[index]
+            share = (part.stop - part.start) / count
+            return self._part_loss(pixels_of[index], labels, batch_index, part).mul(share)
+
+        return self._note(self.loss_in_parts([partial(loss, index) for index in range(len(parts))], batch_index))
+
+    def _part_loss(self, pixels: Tensor, labels: Tensor, batch_index: int, part: slice) -> Tensor:
         source = generator(self.seed, "augment", self.current_epoch, batch_index)
-        images = normalise(augment(pixels, self.recipe, self.size, source), self.mean, self.std)
-        loss = nn.functional.cross_entropy(self.network(images), labels, label_smoothing=self.recipe.label_smoothing)
-        return self._note(loss)
+        shown = augment(pixels, self.recipe, self.size, source, len(labels), part)
+        logits: Tensor = self.network(normalise(shown, self.mean, self.std))
+        return nn.functional.cross_entropy(logits, labels[part], label_smoothing=self.recipe.label_smoothing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule of the recipe."""
@@ -82,7 +110,31 @@ class MemberModule(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
 
-def augment(pixels: Tensor, recipe: RecipeConfig, size: int, source: torch.Generator) -> Tensor:
+def part_size(recipe: RecipeConfig) -> int:
+    """Images in each part of a full batch."""
+    return max(recipe.batch_size // recipe.accumulation, 1)
+
+
+def own_images(index: Tensor, part: int, rank: int, ranks: int) -> Tensor:
+    """Pick the images of a rank's parts from the indices of a batch.
+
+    Args:
+        index: [n] of the batch.
+        part: images in a part.
+        rank: whose parts.
+        ranks: that share the batch.
+    """
+    return torch.cat([index[:0], *(index[rows] for rows in parts_of(len(index), part)[rank::ranks])])
+
+
+def augment(
+    pixels: Tensor,
+    recipe: RecipeConfig,
+    size: int,
+    source: torch.Generator,
+    count: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
     """Crop and flip each image by itself, as members are trained.
 
     Args:
@@ -90,18 +142,21 @@ def augment(pixels: Tensor, recipe: RecipeConfig, size: int, source: torch.Gener
         recipe: kind and range of the crops, and whether to flip.
         size: side of a resized crop.
         source: of the draws.
+        count: images for which draws are made; None is n.
+        part: of these the n that are shown here.
 
     Returns:
         [n, 3, size, size] float 0..255.
     """
     n, _, height, width = pixels.shape
+    drawn = n if count is None else count
     if recipe.crop == "resized":
-        views = draw_views(n, height, width, recipe.crop_scale, recipe.flip, 0, source)
-        return apply_views(pixels.float(), views, size)
-    views = draw_views(n, height, width, None, recipe.flip, 0, source)
+        views = draw_views(drawn, height, width, recipe.crop_scale, recipe.flip, 0, source)
+        return apply_views(pixels.float(), views[part], size)
+    views = draw_views(drawn, height, width, None, recipe.flip, 0, source)
     pad = recipe.pad if recipe.crop == "pad" else 0
-    offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=source).to(pixels.device)
-    return _shifted(pixels, views, offsets, pad)
+    offsets = torch.randint(0, 2 * pad + 1, (drawn, 2), generator=source)[part].to(pixels.device)
+    return _shifted(pixels, views[part], offsets, pad)
 
 
 def _one(epoch: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.distributed import World, all_ranks, in_silence
 from cvdd.loggers import finish, make_loggers
 from cvdd.portable import portable_config
 from cvdd.preflight import check_before_work
@@ -40,11 +41,31 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
     Returns:
         the verb's main metric, or None if it has none.
     """
-    device = prepare_process(config)
+    with all_ranks(config) as world:
+        return work_as(world, config, invocation)
+
+
+def work_as(world: World, config: RunConfig, invocation: Invocation) -> float | None:
+    """Do what a checked configuration says as one of the ranks of a command.
+
+    Returns:
+        the verb's main metric, or None if it has none.
+    """
+    if world.main:
+        return _work(world, config, invocation)
+    with in_silence(config) as quiet:
+        return _work(world, quiet, invocation)
+
+
+def _work(world: World, config: RunConfig, invocation: Invocation) -> float | None:
+    device = prepare_process(config, world.local_rank)
     output = config.paths.output
     output.mkdir(parents=True, exist_ok=True)
-    context = Context(config, Store(config.paths.store), device)
+    context = Context(config, Store(config.paths.store), device, world=world)
     check_before_work(context)
+    if not world.main:
+        # Rank 0 reports for all.
+        return VERBS[config.verb](context, [])
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)
     failed = True
@@ -56,8 +77,12 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
         finish(loggers, failed)
 
 
-def prepare_process(config: RunConfig) -> torch.device:
+def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
     """Set what is global to a process, and return the device.
+
+    Args:
+        config: the checked configuration.
+        local_rank: which of the processes on this machine this one is.
 
     Raises:
         ConfigError: the device that is asked for is not there.
@@ -65,7 +90,7 @@ def prepare_process(config: RunConfig) -> torch.device:
     _quiet_libraries()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    return find_device(config)
+    return find_device(config, local_rank)
 
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:
@@ -89,20 +114,27 @@ def _quoted(override: str) -> str:
     return f"'{override}'" if any(character in override for character in ' {}[]()$*?<>|&;"') else override
 
 
-def find_device(config: RunConfig) -> torch.device:
-    """Return the device that the configuration asks for.
+def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
+    """Return the device that the configuration asks for: of several GPUs, one for each process on the machine.
 
     Raises:
-        ConfigError: it asks for a GPU and there is none, or for more devices than are supported.
+        ConfigError: it asks for a GPU and there is none, or for more than there are.
     """
-    accelerator = config.trainer.accelerator
-    if config.trainer.devices != 1:
-        raise ConfigError(f"trainer.devices={config.trainer.devices}: one process is supported; use trainer.devices=1")
+    accelerator, devices = config.trainer.accelerator, config.trainer.devices
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: no GPU was found; choose trainer=cpu or trainer=auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    if devices == 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    found = torch.cuda.device_count()
+    if devices > found:
+        raise ConfigError(
+            f"trainer.devices={devices}, and this process sees {found} GPUs; set trainer.devices={found}, or "
+            "trainer.accelerator=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _quiet_libraries() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from cvdd.classifier import Classifier
+from cvdd.classifier import Classifier, parts_of
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
 from cvdd.replay import replay
@@ -51,10 +52,13 @@ class StudentModule(Classifier):
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""
         assert isinstance(self.images, Tensor)
         samples = replay(self.images, batch.replay, self.mean, self.std)
-        loss = samples.new_zeros(())
-        for part in parts_of(len(samples), self.part):
-            loss = loss + self._loss(self.network(samples[part]), batch, part) / self.protocol.accumulation
-        return self._note(loss)
+        parts = parts_of(len(samples), self.part)
+        losses = [partial(self._part_loss, samples, batch, part) for part in parts]
+        whole = self.protocol.accumulation == 1 and len(parts) == 1
+        return self._note(losses[0]() if whole else self.loss_in_parts(losses, batch_index))
+
+    def _part_loss(self, samples: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
+        return self._loss(self.network(samples[part]), batch, part) / self.protocol.accumulation
 
     def _loss(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         assert isinstance(self.images, Tensor)
@@ -105,12 +109,3 @@ class StudentModule(Classifier):
             optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: student_rate(protocol, epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
-
-
-def parts_of(count: int, part: int) -> list[slice]:
-    """Cut a batch of ``count`` samples into parts; a single sample at the end joins the part before it."""
-    starts = list(range(0, count, part))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        # BatchNorm cannot normalise a single sample.
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.measure import Evaluator
-from cvdd.member import MemberModule
+from cvdd.member import MemberModule, own_images, part_size
 from cvdd.report.curves import curve_json
+from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -50,19 +53,29 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
         "data": data.identity,
         "classes": list(data.classes),
         "backbone": backbone.model_dump(mode="json"),
-        "recipe": None if ready else recipe.model_dump(mode="json"),
+        # An undivided batch is what every recipe had before batches could be divided.
+        "recipe": None if ready else recipe.model_dump(mode="json", exclude=_undivided(recipe)),
         "seed": seed,
     }
 
+    def train(work: Path) -> MemberModule:
+        return _train(context, name, build_network(backbone, len(data.classes), seed), seed, work)
+
     def build(work: Path) -> dict[str, Any]:
-        network = build_network(backbone, len(data.classes), seed)
-        if not ready:
-            _train(context, name, network, seed, work)
+        if ready:
+            network, curve = build_network(backbone, len(data.classes), seed), b"[]\n"
         else:
-            write_atomically(work / CURVE, b"[]\n")
+            module = train(work)
+            network, curve = module.network, curve_json(module.curve)
+        write_atomically(work / CURVE, curve)
         return _finish(context, network, work)
 
-    return context.store.make("members", f"{data.name}-{name}", identity, [], build)
+    parts = 1 if ready else recipe.accumulation
+    return context.make_network("members", f"{data.name}-{name}", identity, [], build, train, parts)
+
+
+def _undivided(recipe: RecipeConfig) -> set[str]:
+    return {"accumulation"} if recipe.accumulation == 1 else set()
 
 
 def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint: Path) -> Artifact:
@@ -100,14 +113,24 @@ def load_network(context: Context, artifact: Artifact, backbone: BackboneConfig)
 
 
 class RealImages(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of real images that do not fit memory, resized and cropped to one size for batched augmentation."""
+    """Batches of real images that do not fit memory, resized and cropped to one size for batched augmentation.
 
-    def __init__(self, data: Data, side: int) -> None:
-        self.data, self.side = data, side
+    Args:
+        data: the data set.
+        side: of the images.
+        own: picks from [n] indices those of the images that this rank forwards; of the others only labels are given.
+            None picks all.
+    """
+
+    def __init__(self, data: Data, side: int, own: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.data, self.side, self.own = data, side, own
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        images = [resize_and_crop(self.data.train.image(int(i)), self.side, self.side) for i in index]
-        return torch.stack(images), self.data.train.labels[index]
+        wanted = index if self.own is None else self.own(index)
+        pixels = torch.empty(len(wanted), 3, self.side, self.side, dtype=torch.uint8)
+        for row, i in zip(pixels, wanted.tolist(), strict=True):
+            row.copy_(resize_and_crop(self.data.train.image(i), self.side, self.side))
+        return pixels, self.data.train.labels[index]
 
 
 class _Indices(Dataset[Tensor]):
@@ -115,7 +138,7 @@ class _Indices(Dataset[Tensor]):
         return index
 
 
-def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> None:
+def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
     # A network belongs to no row of a comparison, whichever asked for it first.
     context = replace(context, label="")
     config, data = context.config, context.data()
@@ -127,8 +150,10 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
         raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
     # Stored a little larger than the network's input, so that a resized crop keeps the detail of large images.
     side = data.image_size if in_memory else data.image_size * 8 // 7
+    rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
+    own = partial(own_images, part=part_size(recipe), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
-        _Indices() if in_memory else RealImages(data, side),
+        _Indices() if in_memory else RealImages(data, side, own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
@@ -153,8 +178,8 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
             on_epoch=on_epoch,
         )
-        context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp")
-    write_atomically(work / CURVE, curve_json(module.curve))
+        context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp", recipe.accumulation)
+    return module
 
 
 def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:

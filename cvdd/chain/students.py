@@ -51,7 +51,7 @@ def make_student(
         "measured_on": part,
     }
 
-    def build(work: Path) -> dict[str, Any]:
+    def train(work: Path) -> StudentModule:
         evaluator = Evaluator(
             data,
             protocol.eval_batch,
@@ -85,7 +85,11 @@ def make_student(
                 on_epoch=on_epoch,
             )
             loader: DataLoader[Any] = DataLoader(dataset, sampler=sampler, batch_size=None)
-            context.fit(module, loader, protocol.epochs, work / "training.ckpt.tmp")
+            context.fit(module, loader, protocol.epochs, work / "training.ckpt.tmp", protocol.accumulation)
+        return module
+
+    def build(work: Path) -> dict[str, Any]:
+        module = train(work)
         write_atomically(work / CURVE, curve_json(module.curve))
         measured = [row for row in module.curve if "top1" in row]
         last, best = measured[-1], max(measured, key=lambda row: row["top1"])
@@ -97,7 +101,8 @@ def make_student(
             "best_epoch": best["epoch"],
         }
 
-    return context.store.make("students", f"{labels.images.name}-{name}-seed{seed}", identity, labels.parents, build)
+    title = f"{labels.images.name}-{name}-seed{seed}"
+    return context.make_network("students", title, identity, labels.parents, build, train, protocol.accumulation)
 
 
 def load_curve(artifact: Artifact) -> list[dict[str, float]]:

@@ -16,6 +16,9 @@ class RecipeConfig(StrictConfig):
     name: str = Field(description="name of the recipe, shown in manifests")
     epochs: Positive = Field(description="passes over the training data")
     batch_size: Positive = Field(description="images per step")
+    accumulation: Positive = Field(
+        1, description="parts of a batch, each with BatchNorm statistics of its own; ranks can share them"
+    )
     optimizer: Literal["adam", "adamw", "sgd"] = Field(description="adam couples weight decay, adamw does not")
     lr: float = Field(gt=0, description="highest learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")

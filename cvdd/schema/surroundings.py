@@ -15,7 +15,7 @@ class TrainerConfig(StrictConfig):
     """Where and in what precision things run; never part of an artefact's identity on the CPU in fp32."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field(description="where to run")
-    devices: Positive = Field(1, description="processes")
+    devices: Positive = Field(1, description="processes that share the work, one on each GPU")
     threads: Positive | None = Field(None, description="CPU threads; null leaves PyTorch's choice")
     assistants: int = Field(
         0, ge=0, description="further processes on this machine that make parts of an evaluation meanwhile"

@@ -1,0 +1,252 @@
+"""Ranks of one command: the same bits as one process, one effective batch, and an end when one of them is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, configure, fit, random_pixels, training_arguments
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import cvdd.distributed
+from cvdd.artifact import Store
+from cvdd.classifier import Classifier, RunningStatistics, ShuffledBatches
+from cvdd.config_base import ConfigError
+from cvdd.distributed import World, given_world
+from cvdd.launching import check_launcher
+from cvdd.member import own_images
+
+ROOT = Path(__file__).parent.parent
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SMALL = (
+    *TINY,
+    "~committee.members.shufflenetv2",
+    "prior.values={resnet18: 40, resnet50: 30}",
+    "recipe.epochs=1",
+    "recipe.accumulation=2",
+    "trainer.threads=1",
+)
+"""The tiny chain; members with batches in two parts, so that two ranks train them together."""
+
+Command = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Start relabel.py with a store of the given name."""
+
+    def start(store: str, *overrides: str) -> subprocess.Popen[str]:
+        places = [f"paths.store={tmp_path / store}", f"paths.output={tmp_path / store}-output"]
+        arguments = [*SMALL, *places, f"paths.data={tmp_path / 'data'}", f"hydra.run.dir={tmp_path / store}-hydra"]
+        return subprocess.Popen(
+            [sys.executable, "relabel.py", *arguments, *overrides],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def files(store: Path) -> dict[str, str]:
+    """Checksums of all files of the members, images and labels of a store."""
+    kinds = ("members", "images", "labels")
+    made = [artifact for artifact in Store(store).artifacts() if artifact.kind in kinds]
+    return {f"{a.path.name}/{name}": entry["sha256"] for a in made for name, entry in a.manifest["files"].items()}
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """Wait for the rank that a command starts; its process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(600):
+        for number in children.read_text().split():
+            if "cvdd.distributed" in Path(f"/proc/{number}/cmdline").read_text():
+                return int(number)
+        time.sleep(0.1)
+    raise AssertionError("it started no rank")
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_interrupted_runs_make_the_bits_of_one_process(command: Command, tmp_path: Path) -> None:
+    alone, together = command("alone"), command("together", "trainer=ddp", "trainer.accelerator=cpu")
+    interrupted = command("interrupted", "trainer=ddp", "trainer.accelerator=cpu")
+    # Killed without a warning once there is something of a member, and once more in the images.
+    for kind in ("members", "images"):
+        while interrupted.poll() is None and not list((tmp_path / "interrupted" / kind).glob("*/manifest.json")):
+            time.sleep(0.05)
+        os.kill(interrupted.pid, signal.SIGKILL)
+        interrupted.communicate()
+        interrupted = command("interrupted", "trainer=ddp", "trainer.accelerator=cpu")
+    for process in (alone, together, interrupted):
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    expected = files(tmp_path / "alone")
+    assert len(expected) > 6
+    assert files(tmp_path / "together") == expected
+    assert files(tmp_path / "interrupted") == expected
+    assert "loss" in (tmp_path / "together-output" / "rank1.log").read_text()
+    # Only rank 0 logs: each stack and iteration once at most.
+    rows = (tmp_path / "together-output" / "csv" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == len(set(rows))
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_a_training_with_its_name(command: Command, tmp_path: Path) -> None:
+    process = command("lost", "trainer=ddp", "trainer.accelerator=cpu", "recipe.epochs=10000")
+    rank = child_of(process)
+    while not list((tmp_path / "lost" / "members" / ".partial").glob("*/*.ckpt.tmp")) and process.poll() is None:
+        time.sleep(0.1)
+    os.kill(rank, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "rank 1 ended with exit code -9" in said
+    assert "the same command goes on" in said
+
+
+# --- which ranks there are --------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_torchrun_are_taken_as_they_are() -> None:
+    environment = dict(zip(VARIABLES, ("3", "4", "1", "head", "29500"), strict=True)) | {"LOCAL_WORLD_SIZE": "2"}
+    world = given_world(2, environment)
+    assert world == World(3, 4, 1, 2, "head", 29500)
+    with pytest.raises(ConfigError, match="set trainer.devices=2"):
+        given_world(4, environment)
+
+
+def test_tasks_of_srun_are_ranks_if_there_is_one_for_each_device() -> None:
+    environment = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "100",
+        "SLURM_STEP_ID": "3",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+    }
+    assert given_world(2, environment) == World(2, 4, 0, 2, "node7", 15703)
+    with pytest.raises(ConfigError, match="--ntasks-per-node"):
+        given_world(3, environment)
+    assert given_world(1, environment) is None
+    # A batch script has the job's variables, and is alone.
+    assert given_world(2, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "100"}) is None
+
+
+def test_a_process_that_is_a_rank_already_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cvdd.distributed.dist, "is_initialized", lambda: True)
+    config = configure(tmp_path, *TINY)
+    with pytest.raises(ConfigError, match="process of its own"), cvdd.distributed.all_ranks(config):
+        pass
+
+
+def test_a_multirun_in_one_process_is_refused(tmp_path: Path) -> None:
+    trainer = configure(tmp_path, *TINY, "trainer=ddp").trainer
+    assert trainer.devices == 2
+    with pytest.raises(ConfigError, match="hydra/launcher=slurm_ddp .* hydra/launcher=local"):
+        check_launcher(trainer, "basic", None, sweeping=True)
+    check_launcher(trainer, "basic", None, sweeping=False)
+    check_launcher(trainer, "local", None, sweeping=True)
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure(tmp_path, *TINY, "trainer.assistants=2", "trainer.progress=lines")
+    with cvdd.distributed.in_silence(config) as quiet:
+        print("nobody reads this")
+        assert quiet.paths.output != config.paths.output
+        assert (quiet.trainer.assistants, quiet.trainer.progress, quiet.seed) == (0, "none", config.seed)
+    assert not capsys.readouterr().out
+
+
+# --- batches in parts -------------------------------------------------------------------------------------------------
+
+
+class InParts(Classifier):
+    """The mean of the network's outputs over a batch, forwarded in parts of two images."""
+
+    def __init__(self, images: Tensor, network: nn.Module) -> None:
+        super().__init__(**training_arguments(network))
+        self.images = images
+
+    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
+        parts = [batch[first : first + 2] for first in range(0, len(batch), 2)]
+        return self._note(self.loss_in_parts([partial(self.loss, part, len(parts)) for part in parts], batch_index))
+
+    def loss(self, part: Tensor, parts: int) -> Tensor:
+        output: Tensor = self.network(self.images[part]).square().mean()
+        return output / parts
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.network.parameters(), 0.1)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+
+def test_a_step_adds_up_the_gradients_and_statistics_of_its_parts() -> None:
+    images = random_pixels(6, 8).float() / 255
+    made, reference = network(), network()
+    made(images), reference(images)
+    reference.load_state_dict(made.state_dict())
+    loader = DataLoader(torch.arange(6), sampler=ShuffledBatches(6, 6, 0), batch_size=None)
+    module = InParts(images, made)
+    fit(module, loader, 1)
+    (order,) = list(ShuffledBatches(6, 6, 0))
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1)
+    for part in order.split(2):
+        (reference(images[part]).square().mean() / 3).backward()
+    optimizer.step()
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert int(made[1].num_batches_tracked) == 4
+
+
+def test_running_statistics_follow_the_parts_in_their_order() -> None:
+    """With momentum 1/2 and batch means 2 and 6 the running mean goes 0, 1, 3.5."""
+    layer = nn.BatchNorm1d(1, momentum=0.5)
+    statistics = RunningStatistics(layer)
+    measured = []
+    for mean in (2.0, 6.0):
+        with statistics.of_one_part():
+            layer(torch.tensor([[mean - 1], [mean + 1]]))
+        measured.append(statistics.measured().clone())
+    assert float(layer.running_mean) == 0
+    # The unbiased variance of a pair that lies 2 apart is 2.
+    assert [part.tolist() for part in measured] == [[2.0, 2.0], [6.0, 2.0]]
+    for part in measured:
+        statistics.update(part)
+    statistics.count(2)
+    assert float(layer.running_mean) == 3.5
+    assert float(layer.running_var) == 1.75
+    assert int(layer.num_batches_tracked) == 2
+    assert layer.momentum == 0.5
+
+
+def test_ranks_divide_a_batch_among_them() -> None:
+    """Parts of 2 of 7 images, the last single one with those before it: 0-1, 2-3, 4-6."""
+    index = torch.arange(10, 17)
+    assert own_images(index, 2, 0, 2).tolist() == [10, 11, 14, 15, 16]
+    assert own_images(index, 2, 1, 2).tolist() == [12, 13]
+    assert own_images(index[:2], 2, 1, 2).tolist() == []
+
+
+def test_an_undivided_recipe_keeps_its_hash(tmp_path: Path) -> None:
+    """Members that were trained before batches could be divided are found again."""
+    from cvdd.chain.members import _undivided
+
+    recipe = configure(tmp_path, *TINY).recipe
+    assert "accumulation" not in recipe.model_dump(exclude=_undivided(recipe))
+    divided = recipe.model_copy(update={"accumulation": 2})
+    assert divided.model_dump(exclude=_undivided(divided))["accumulation"] == 2
