@@ -122,5 +122,7 @@ def _check_real_images(context: Context, measured: bool) -> None:
     for name, count in zip(data.classes, counts, strict=True):
         if config.method.init == "real":
             require_real_images(name, count, max(config.ipc.images_per_class, least))
+        elif config.method.init == "herding":
+            require_real_images(name, min(count, patches.candidates), max(config.ipc.images_per_class, least))
         elif config.method.init == "patches":
             require_candidates(name, count, patches)

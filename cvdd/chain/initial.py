@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
+from cvdd.augment import normalise
 from cvdd.chain.members import load_network, make_member
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.patches import make_patches
 from cvdd.seeds import derive_seed, generator
+from cvdd.selection import herd, member_features
 
 PATCHES = "patches.safetensors"
 
@@ -50,11 +52,59 @@ def make_initial_patches(context: Context) -> Artifact:
     return context.store.make("patches", name, identity, [observer], build)
 
 
+def make_herd(context: Context) -> Artifact:
+    """Return the real images of each class whose mean, in the features of all members, is that of the class."""
+    config, data = context.config, context.data()
+    names = list(config.committee.members)
+    members = [make_member(context, name) for name in names]
+    ipc, candidates = config.ipc.images_per_class, config.patches.candidates
+    seed = derive_seed(config.method.seed, "herd")
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "images_per_class": ipc,
+        "candidates": candidates,
+        "seed": seed,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        networks = [
+            load_network(context, member, config.committee.members[name].backbone).to(context.device)
+            for name, member in zip(names, members, strict=True)
+        ]
+        chosen = []
+        with context.progress("herding", len(data.classes)) as advance:
+            for label, name in enumerate(data.classes):
+                images = (data.train.labels == label).nonzero()[:, 0]
+                source = generator(seed, "candidates", label)
+                looked_at = images[torch.randperm(len(images), generator=source)[:candidates]]
+                require_real_images(name, len(looked_at), ipc)
+                pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, looked_at)
+                features = member_features(networks, normalise(pixels, data.mean, data.std))
+                chosen.append(pixels[herd(features, ipc)])
+                advance(1)
+        save_file({"images": torch.stack(chosen)}, work / PATCHES)
+        return {"images": ipc * len(data.classes)}
+
+    return context.store.make("herds", f"{data.name}-{ipc}", identity, members, build)
+
+
+def make_start(context: Context) -> Artifact | None:
+    """Return the artefact that holds the initial images, if the method's ``init`` needs one."""
+    if context.config.method.init == "patches":
+        return make_initial_patches(context)
+    return make_herd(context) if context.config.method.init == "herding" else None
+
+
 def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     """Initial images of all slots: [classes, ipc, 3, size, size] uint8.
 
-    With ``method.init=patches`` slot k starts from patch k; with ``real`` from a random training image, so that the
-    images of a smaller IPC are the first ones of a larger.
+    With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th; with
+    ``real`` from a random training image, so that the images of a smaller IPC are the first ones of a larger.
+
+    Args:
+        context: the configuration and its surroundings.
+        patches: of :func:`make_start`.
 
     Raises:
         ConfigError: a class has fewer images than IPC.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -23,6 +24,9 @@ CLASSES, SLOTS = 20, 10
 """Most rows and columns that are shown."""
 LOSSLESS_SIDE, SIDE = 48, 96
 """Images up to the first side are kept pixel by pixel; larger ones are shown as JPEG, reduced to the second."""
+STARTS: Mapping[str, str] = MappingProxyType({"patches": "patches", "herds": "herded real images"})
+"""Artefacts that hold initial images, and what these are called."""
+
 REAL_IMAGES = 5000
 """Real images are read once more to be shown; a set with more of them is not."""
 
@@ -119,16 +123,16 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int) -> tuple[Tensor | None, str | None]:
     method = images.manifest["identity"]["method"]
-    if method["iterations"] == 0 or method["init"] == "noise":
+    if method.get("iterations", 0) == 0 or method["init"] == "noise":
         return None, None
     for parent in images.manifest["parents"]:
-        if parent["kind"] == "patches":
-            patches = context.store.open(context.store.root / "patches" / f"{parent['name']}-{parent['digest']}")
+        if parent["kind"] in STARTS:
+            patches = context.store.open(context.store.root / parent["kind"] / f"{parent['name']}-{parent['digest']}")
             # Sliced, because all patches of a large data set do not fit memory.
             with safe_open(patches.path / PATCHES, "pt") as file:
                 stored = file.get_slice("images")
                 chosen = [stored[label : label + 1, :slots][0] for label in labels]
-            return torch.stack(chosen), "patches they started from"
+            return torch.stack(chosen), f"{STARTS[parent['kind']]} they started from"
     if images.metrics["images"] > REAL_IMAGES:
         return None, None
     return initial_images(context, None)[list(labels), :slots], "real images they started from"

@@ -73,8 +73,9 @@ class MethodConfig(StrictConfig):
 
     name: str = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "noise", "all"] = Field(
-        description="initial images; all takes every real image, whatever ipc says, and optimises nothing"
+    init: Literal["patches", "real", "herding", "noise", "all"] = Field(
+        description="initial images: herding chooses real ones whose mean is that of the class, in the members' "
+        "features; all takes every real image, whatever ipc says, and optimises nothing"
     )
     composer: Literal["slots", "classes"] = Field(
         "slots",

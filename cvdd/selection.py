@@ -1,0 +1,74 @@
+"""Choosing real images instead of making them: herding in the features of several networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cvdd.config_base import ConfigError
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """Choose samples whose mean is that of all, one after the other (Welling, 2009).
+
+    Sample k is the one that brings the mean of the first k closest to the mean of all, so that a shorter choice is the
+    beginning of a longer one.
+
+    Args:
+        features: [n, dimensions].
+        count: how many, at most n.
+
+    Returns:
+        [count] different positions, in the order in which they were chosen.
+    """
+    assert count <= len(features)
+    mean = features.mean(dim=0)
+    total = torch.zeros_like(mean)
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    chosen = []
+    for number in range(1, count + 1):
+        distance = ((total + features) / number - mean).norm(dim=1).masked_fill(~free, torch.inf)
+        best = int(distance.argmin())
+        chosen.append(best)
+        free[best] = False
+        total = total + features[best]
+    return torch.tensor(chosen)
+
+
+@torch.no_grad()
+def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = 500) -> Tensor:
+    """What each network's classifier sees of some images, on a common scale.
+
+    Every feature is divided by its standard deviation over the images, and every network by the root of its number of
+    features, so that all networks count the same.
+
+    Args:
+        networks: in evaluation mode, on one device.
+        images: [n, 3, size, size], normalised.
+        batch: images per forward pass.
+
+    Returns:
+        [n, features of all networks], on the CPU.
+
+    Raises:
+        ConfigError: a network has no linear classifier.
+    """
+    parts = []
+    for network in networks:
+        heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not heads:
+            raise ConfigError("method.init=herding needs members that end in a linear classifier; choose another init")
+        seen: list[Tensor] = []
+        handle = heads[-1].register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].cpu()))
+        device = next(network.parameters()).device
+        try:
+            for some in images.split(batch):
+                network(some.to(device))
+        finally:
+            handle.remove()
+        features = torch.cat([part.flatten(1) for part in seen]).float()
+        scale = features.std(dim=0, correction=0).clamp(min=1e-6) * features.shape[1] ** 0.5
+        parts.append((features - features.mean(dim=0)) / scale)
+    return torch.cat(parts, dim=1)
