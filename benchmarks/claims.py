@@ -195,7 +195,6 @@ FULL = (
     Simulation(units=500, processes=8, seconds=0.05, deaths=4),
     Simulation(units=5_000, processes=8, seconds=0.05, deaths=8),
     Simulation(units=5_000, processes=64, seconds=0.5, deaths=32),
-    Simulation(units=50_000, processes=8, seconds=0.01, deaths=8),
     Simulation(units=50_000, processes=64, seconds=0.2, deaths=64),
 )
 
@@ -213,6 +212,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             outcome = simulate(simulation, Path(folder))
+        print(simulation, outcome, sep="\n", flush=True)
         table.add_row(
             f"{simulation.units:,}",
             str(simulation.processes),

@@ -29,6 +29,7 @@ from cvdd.artifact import (
     file_checksum,
     write_atomically,
 )
+from cvdd.artifact.manifest import manifest_checksum
 
 IDENTITY = {"size": 3, "seed": 0}
 
@@ -195,10 +196,32 @@ def test_a_garbled_manifest(content: bytes, artifact: Artifact) -> None:
         reopened(artifact)
 
 
+def change(artifact: Artifact, **changes: Any) -> None:
+    manifest = json.loads((artifact.path / MANIFEST).read_text())
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+def test_a_manifest_that_was_changed_by_hand(artifact: Artifact) -> None:
+    change(artifact, metrics={"answer": 43})
+    with pytest.raises(DamagedArtifact, match="was changed after it was sealed.*Delete this directory"):
+        reopened(artifact)
+
+
+def test_the_layout_of_a_manifest_is_not_part_of_its_checksum(artifact: Artifact) -> None:
+    change(artifact)
+    assert reopened(artifact).metrics["answer"] == 42
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(artifact: Artifact) -> None:
+    change(artifact, checksum=None)
+    assert reopened(artifact).metrics["answer"] == 42
+
+
 @pytest.mark.parametrize("name", ["../../outside.txt", "/etc/hostname", "inner/../../x"])
 def test_a_manifest_cannot_point_outside(name: str, artifact: Artifact) -> None:
     manifest = json.loads((artifact.path / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["words.txt"]
+    manifest["checksum"] = manifest_checksum(manifest)
     (artifact.path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DamagedArtifact, match="names a file outside the directory"):
         reopened(artifact)

@@ -13,6 +13,7 @@ from cvdd.config_base import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
 
 
 class DamagedArtifact(ConfigError):
@@ -69,6 +70,12 @@ def digest_of(kind: str, identity: Mapping[str, Any], parents: Sequence[Artifact
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest, without the checksum that it may carry."""
+    content = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def file_checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
@@ -76,7 +83,11 @@ def file_checksum(path: Path) -> str:
 
 
 def read_manifest(path: Path) -> Artifact:
-    """Read an artefact's manifest without looking at its files."""
+    """Read an artefact's manifest without looking at its files.
+
+    Raises:
+        DamagedArtifact: it cannot be read, is that of another directory, or was changed after it was sealed.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         artifact = Artifact(path, manifest)
@@ -84,11 +95,23 @@ def read_manifest(path: Path) -> Artifact:
             raise ValueError("it does not belong to this directory")
         for entry in manifest["files"].values():
             entry["bytes"], entry["sha256"]
+        # Manifests of earlier versions carry none.
+        if manifest.get(CHECKSUM) not in (None, manifest_checksum(manifest)):
+            raise ValueError("it was changed after it was sealed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedArtifact(
             f"{path}: {MANIFEST} cannot be read ({error}). Delete this directory and repeat the command."
         ) from error
     return artifact
+
+
+def read_manifests(root: Path) -> Iterator[Artifact | DamagedArtifact]:
+    """Yield every sealed artefact of a store, or why its manifest cannot be used."""
+    for manifest in sorted(root.glob(f"*/*/{MANIFEST}")):
+        try:
+            yield read_manifest(manifest.parent)
+        except DamagedArtifact as error:
+            yield error
 
 
 def verify(artifact: Artifact) -> Iterator[str]:

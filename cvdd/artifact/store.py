@@ -118,10 +118,10 @@ class Store:
                 try:
                     make_open_parts(parts, work, self.claims, folder, session)
                 except FileNotFoundError:
-                    # Others finished and sealed it between two looks of this process.
-                    if not (path / MANIFEST).exists():
+                    if Table(work).fits(len(parts.names)):
                         raise
-                    break
+                    # Others finished it between two looks of this process, and seal it.
+                    continue
                 finally:
                     if work.exists():
                         session.note(last=True)

@@ -1,0 +1,175 @@
+"""``python -m cvdd.artifact``: what is in the store, whether it is whole, and what of it can go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cvdd.artifact.claims import claims_for
+from cvdd.artifact.cleaning import children, in_use, removable, remove, size_of, unfinished
+from cvdd.artifact.files import store_errors
+from cvdd.artifact.manifest import Artifact, DamagedArtifact, read_manifests, verify
+from cvdd.config_base import ConfigError
+from cvdd.outcome import INTERRUPTED, USER_ERROR
+from cvdd.report.tables import readable_bytes
+
+VARIABLE = "CVDD_STORE"
+DAMAGED = 1
+
+
+def list_artifacts(root: Path) -> int:
+    """Print what is in a store: size, parents and by how many others each is used; return the exit code."""
+    artifacts, damaged = _read(root)
+    names = {artifact.digest: f"{artifact.kind}/{artifact.path.name}" for artifact in artifacts}
+    made_from = children(artifacts)
+    table = _table(f"{root}: {len(artifacts)} artefacts", "artefact", "size", "made from", "used by")
+    for artifact in artifacts:
+        parents = [names.get(p["digest"], f"{p['kind']}/{p['name']} (gone)") for p in artifact.manifest["parents"]]
+        users = [names[child.digest] for child in made_from[artifact.digest]]
+        table.add_row(
+            escape(names[artifact.digest]),
+            readable_bytes(artifact.bytes),
+            escape("\n".join(dict.fromkeys(parents))) or "-",
+            escape("\n".join(users)) or "-",
+        )
+    console = Console()
+    console.print(table)
+    paths = unfinished(root)
+    used = in_use(root, claims_for(root), paths)
+    for path in paths:
+        state = "being made" if path in used else "interrupted; the same command goes on"
+        _say(console, f"half made: {path.relative_to(root)}, {readable_bytes(size_of(path))} ({state})")
+    _say_damaged(console, damaged)
+    total = sum(artifact.bytes for artifact in artifacts)
+    _say(console, f"{readable_bytes(total)} in {len(artifacts)} artefacts, {len(paths)} half made")
+    return DAMAGED if damaged else 0
+
+
+def verify_artifacts(root: Path) -> int:
+    """Check the checksums of all files of a store; return the exit code, which is 1 if anything is damaged."""
+    artifacts, damaged = _read(root)
+    console = Console()
+    problems = len(damaged)
+    _say_damaged(console, damaged)
+    for artifact in artifacts:
+        for problem in verify(artifact):
+            problems += 1
+            _say(
+                console, f"{artifact.path}: {problem}. Delete this directory; the command that needs it makes it again."
+            )
+    count = len(artifacts) + len(damaged)
+    _say(console, f"{count} artefacts: " + (f"{problems} problems" if problems else "all files match their checksums"))
+    return DAMAGED if problems else 0
+
+
+def clean(root: Path, kinds: Sequence[str], delete: bool) -> int:
+    """Print what could go and, with ``delete``, remove it; return the exit code.
+
+    Raises:
+        ConfigError: a kind is not in the store, or a damaged manifest hides what it is made from.
+    """
+    known = sorted({path.parent.name for path in root.glob("*/*") if path.is_dir() and path.parent.name[0] != "."})
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError(f"--unused {kind}: {root} has no such kind; choose from {', '.join(known) or 'none'}")
+    found = removable(root, kinds)
+    claims = claims_for(root)
+    console = Console()
+    if not found:
+        _say(console, f"{root}: nothing to remove")
+        return 0
+    table = _table(str(root), "directory", "size", "what", "removed" if delete else "would be removed")
+    freed = 0
+    if delete:
+        outcomes = list(remove(root, claims, found))
+    else:
+        used = in_use(root, claims, [item.path for item in found])
+        outcomes = [(item, item.path not in used) for item in found]
+    for item, goes in outcomes:
+        freed += item.bytes if goes else 0
+        place = escape(str(item.path.relative_to(root)))
+        table.add_row(place, readable_bytes(item.bytes), item.why, "yes" if goes else "no: a running process uses it")
+    console.print(table)
+    if delete:
+        _say(console, f"{readable_bytes(freed)} freed")
+    else:
+        _say(console, f"{readable_bytes(freed)} would be freed; nothing was removed. Add --delete to do it.")
+    return 0
+
+
+def _read(root: Path) -> tuple[list[Artifact], list[DamagedArtifact]]:
+    found = list(read_manifests(root))
+    artifacts = [artifact for artifact in found if isinstance(artifact, Artifact)]
+    return artifacts, [error for error in found if isinstance(error, DamagedArtifact)]
+
+
+def _table(title: str, first: str, size: str, *others: str) -> Table:
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column(first, overflow="fold")
+    table.add_column(size, justify="right", no_wrap=True)
+    for column in others:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_damaged(console: Console, damaged: Sequence[DamagedArtifact]) -> None:
+    for error in damaged:
+        _say(console, str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cvdd.artifact", description="The store of artefacts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument(
+        "--store", type=Path, help=f"its directory; otherwise that of the commands: {VARIABLE}, or store/ right here"
+    )
+    commands.add_parser("list", parents=[place], help="what is there, its size, what it is made from and used by")
+    commands.add_parser("verify", parents=[place], help="read all files and compare their checksums")
+    gc = commands.add_parser("gc", parents=[place], help="remove what is half made; without --delete only show it")
+    gc.add_argument(
+        "--unused",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KIND",
+        help="also artefacts of these kinds, e.g. labels, that no other artefact is made from",
+    )
+    gc.add_argument("--delete", action="store_true", help="remove them; what a running process uses stays")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; return the exit code."""
+    options = _parser().parse_args(arguments)
+    root = (options.store or Path(os.environ.get(VARIABLE) or "store")).absolute()
+    try:
+        if not root.is_dir():
+            raise ConfigError(f"there is no store at {root}; say where it is with --store DIR or {VARIABLE}=DIR")
+        with store_errors(root):
+            if options.command == "list":
+                return list_artifacts(root)
+            if options.command == "verify":
+                return verify_artifacts(root)
+            return clean(root, options.unused, options.delete)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What can be removed from a store, and removing it without touching what a running process uses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvdd.artifact.claims import Claim, Claims
+from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, read_manifests
+from cvdd.artifact.uses import used_by_others
+
+PARTIAL = ".partial"
+LOCKS = ".locks"
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A directory that could go.
+
+    Attributes:
+        path: the directory.
+        why: what it is, for people.
+        bytes: size of its files.
+    """
+
+    path: Path
+    why: str
+    bytes: int
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of all files of a directory; files that vanish meanwhile count nothing."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def children(artifacts: Sequence[Artifact]) -> dict[str, list[Artifact]]:
+    """Return, by the digest of each artefact, the artefacts that are made from it."""
+    by_parent: dict[str, list[Artifact]] = {artifact.digest: [] for artifact in artifacts}
+    for artifact in artifacts:
+        for parent in artifact.manifest["parents"]:
+            by_parent.setdefault(parent["digest"], []).append(artifact)
+    return by_parent
+
+
+def unused(artifacts: Sequence[Artifact], kinds: Collection[str]) -> list[Artifact]:
+    """List the artefacts of some kinds that no artefact is made from, but for such as are listed themselves."""
+    left, found = list(artifacts), list[Artifact]()
+    while True:
+        made_from = children(left)
+        more = [artifact for artifact in left if artifact.kind in kinds and not made_from[artifact.digest]]
+        if not more:
+            return found
+        found += more
+        left = [artifact for artifact in left if artifact not in more]
+
+
+def unfinished(root: Path) -> list[Path]:
+    """List the directories in which artefacts are being made, or were until they were interrupted."""
+    return sorted(path for path in root.glob(f"*/{PARTIAL}/*") if path.is_dir())
+
+
+def removable(root: Path, kinds: Collection[str]) -> list[Removable]:
+    """List what could go: half-made and half-deleted directories, and unused artefacts of some kinds.
+
+    Args:
+        root: of the store.
+        kinds: of artefacts that may go if nothing is made from them; none by default, because whether a result is still
+            wanted is not written anywhere.
+
+    Raises:
+        DamagedArtifact: what a damaged manifest names as its parents cannot be known.
+    """
+    found = [Removable(path, "half made", size_of(path)) for path in unfinished(root)]
+    places = sorted(path for path in root.glob("*/*") if path.is_dir() and not path.name.startswith("."))
+    halves = [path for path in places if path.parent.name[0] != "." and not (path / MANIFEST).exists()]
+    found += [Removable(path, "half deleted", size_of(path)) for path in halves]
+    if kinds:
+        found += [
+            Removable(artifact.path, "unused", size_of(artifact.path)) for artifact in unused(sealed(root), kinds)
+        ]
+    return found
+
+
+def sealed(root: Path) -> list[Artifact]:
+    """List the sealed artefacts.
+
+    Raises:
+        DamagedArtifact: the manifest of one of them cannot be used.
+    """
+    artifacts = list[Artifact]()
+    for found in read_manifests(root):
+        if isinstance(found, DamagedArtifact):
+            raise found
+        artifacts.append(found)
+    return artifacts
+
+
+def in_use(root: Path, claims: Claims, paths: Sequence[Path]) -> set[Path]:
+    """Return those directories that a running process reads or makes."""
+    used = used_by_others(root, claims)
+    for path in paths:
+        claim = _claim(claims, path)
+        if claim is None:
+            used.add(path)
+        else:
+            claim.release()
+    return used & set(paths)
+
+
+def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[tuple[Removable, bool]]:
+    """Remove directories, and yield for each whether it went; what a running process uses stays.
+
+    An artefact stops being one before its first file goes, so an interruption leaves what the next call removes.
+    """
+    for item in found:
+        claim = _claim(claims, item.path)
+        if claim is None:
+            yield item, False
+            continue
+        try:
+            # Asked again for each, under its lock: a process says what it uses before it looks for it.
+            if item.path in used_by_others(root, claims):
+                yield item, False
+                continue
+            (item.path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(item.path)
+        finally:
+            claim.release()
+        shutil.rmtree(_locks(item.path) / f"{item.path.name}.parts", ignore_errors=True)
+        yield item, True
+
+
+def _locks(path: Path) -> Path:
+    kind = path.parent.parent if path.parent.name == PARTIAL else path.parent
+    return kind / LOCKS
+
+
+def _claim(claims: Claims, path: Path) -> Claim | None:
+    folder = _locks(path)
+    folder.mkdir(exist_ok=True)
+    return claims.take(folder / f"{path.name}.lock")

@@ -1,0 +1,206 @@
+"""``python -m cvdd.artifact``: the store is shown, checked and cleaned; nothing in use is touched."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Store
+from cvdd.artifact.__main__ import main
+
+FORK = multiprocessing.get_context("fork")
+
+
+def build(work: Path) -> Mapping[str, Any]:
+    (work / "data.bin").write_bytes(bytes(1500))
+    return {}
+
+
+def stop(work: Path) -> Mapping[str, Any]:
+    (work / "half.bin").write_bytes(bytes(700))
+    raise InterruptedError
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def chain(root: Path) -> tuple[Artifact, Artifact, Artifact]:
+    """Images, labels made from them, a student of the labels; no process uses them any more."""
+    store = Store(root)
+    images = store.make("images", "digits", {}, [], build)
+    labels = store.make("labels", "digits-soft", {}, [images], build)
+    return images, labels, store.make("students", "resnet", {}, [images, labels], build)
+
+
+@pytest.fixture
+def partial(root: Path, chain: Any) -> Path:
+    with pytest.raises(InterruptedError):
+        Store(root).make("images", "others", {}, [], stop)
+    (path,) = root.glob("images/.partial/*")
+    return path
+
+
+def row_of(output: str, what: str) -> str:
+    (line,) = (line for line in output.splitlines() if line.strip().startswith(what))
+    return line
+
+
+def test_list_shows_sizes_parents_and_users(
+    root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels, student = chain
+    assert main(["list", "--store", str(root)]) == 0
+    output = capsys.readouterr().out
+    row = row_of(output, f"labels/{labels.path.name}")
+    assert "1.5 kB" in row
+    assert row.index(f"images/{images.path.name}") < row.index(f"students/{student.path.name}")
+    assert f"half made: images/.partial/{partial.name}, 700 B (interrupted; the same command goes on)" in output
+    assert "4.5 kB in 3 artefacts, 1 half made" in output
+
+
+def test_the_store_is_that_of_the_commands(
+    root: Path, chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CVDD_STORE", str(root))
+    assert main(["verify"]) == 0
+    monkeypatch.delenv("CVDD_STORE")
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["3 artefacts: all files match their checksums"] * 2
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--store", str(tmp_path / "nowhere")]) == 2
+    assert f"there is no store at {tmp_path / 'nowhere'}; say where it is with --store DIR" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_verify_names_what_is_damaged(
+    root: Path, chain: tuple[Artifact, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels, _ = chain
+    (images.path / "data.bin").write_bytes(bytes(1499) + b"1")
+    (labels.path / MANIFEST).write_text("{")
+    assert main(["verify", "--store", str(root)]) == 1
+    output = capsys.readouterr().out
+    assert f"{images.path}: data.bin does not match its checksum. Delete this directory" in output
+    assert f"{labels.path}: manifest.json cannot be read" in output
+    assert "3 artefacts: 2 problems" in output
+    assert main(["list", "--store", str(root)]) == 1
+
+
+def test_gc_only_shows_unless_told_otherwise(root: Path, partial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", "--store", str(root)]) == 0
+    output = capsys.readouterr().out
+    assert row_of(output, f"images/.partial/{partial.name}").split()[-1] == "yes"
+    assert "700 B would be freed; nothing was removed. Add --delete to do it." in output
+    assert (partial / "half.bin").exists()
+
+
+def test_gc_removes_what_is_half(
+    root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chain[2].path / MANIFEST).unlink()
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert "2.2 kB freed" in capsys.readouterr().out
+    assert not partial.exists()
+    assert not chain[2].path.exists()
+    assert {artifact.digest for artifact in Store(root).artifacts()} == {chain[0].digest, chain[1].digest}
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kinds", "left"),
+    [
+        (["images", "labels"], {"images", "labels", "students"}),
+        (["students"], {"images", "labels"}),
+        (["students", "labels"], {"images"}),
+        (["students", "images"], {"images", "labels"}),
+    ],
+)
+def test_gc_removes_unused_artefacts_of_the_kinds_that_are_named(
+    kinds: list[str], left: set[str], root: Path, chain: Any
+) -> None:
+    """What another artefact is made from stays, unless that one goes too."""
+    assert main(["gc", "--store", str(root), "--unused", *kinds, "--delete"]) == 0
+    assert {artifact.kind for artifact in Store(root).artifacts()} == left
+
+
+def test_gc_refuses_a_kind_that_is_not_there(root: Path, chain: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", "--store", str(root), "--unused", "label"]) == 2
+    assert "--unused label:" in (error := capsys.readouterr().err)
+    assert "choose from images, labels, students" in error
+
+
+def test_gc_refuses_to_guess_what_a_damaged_manifest_was_made_from(
+    root: Path, chain: tuple[Artifact, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chain[2].path / MANIFEST).write_text("{")
+    assert main(["gc", "--store", str(root), "--unused", "labels", "--delete"]) == 2
+    assert "manifest.json cannot be read" in capsys.readouterr().err
+    assert chain[1].path.exists()
+
+
+def use(root: Path, ready: Path) -> None:
+    """A process that reads the labels and makes a student of them, and takes its time."""
+
+    def slow(work: Path) -> Mapping[str, Any]:
+        (work / "half.bin").touch()
+        ready.touch()
+        time.sleep(60)
+        return {}
+
+    store = Store(root)
+    images = store.make("images", "digits", {}, [], build)
+    labels = store.make("labels", "digits-soft", {}, [images], build)
+    store.make("students", "another", {}, [images, labels], slow)
+
+
+def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = FORK.Process(target=use, args=(root, tmp_path / "ready"))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    command = ["gc", "--store", str(root), "--unused", "images", "labels"]
+    for arguments in (command, [*command, "--delete"]):
+        assert main(arguments) == 0
+        output = capsys.readouterr().out
+        assert output.count("no: a running process uses it") == 3
+        assert "0 B" in output
+    main(["list", "--store", str(root)])
+    assert "(being made)" in capsys.readouterr().out
+    process.kill()
+    process.join()
+    assert main([*command, "--delete"]) == 0
+    assert Store(root).artifacts() == []
+    assert list(root.glob("*/.partial/*")) == []
+    assert list((root / ".users").iterdir()) == []
+
+
+def test_an_artefact_is_no_longer_one_before_its_files_go(
+    root: Path, chain: tuple[Artifact, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cvdd.artifact.cleaning.shutil.rmtree", interrupted)
+    assert main(["gc", "--store", str(root), "--unused", "students", "--delete"]) == 130
+    assert {artifact.kind for artifact in Store(root).artifacts()} == {"images", "labels"}
+    with pytest.raises(DamagedArtifact):
+        Store(root).open(chain[2].path)
