@@ -60,7 +60,7 @@ class FreshProcessLauncher(Launcher):
         process.start()
         sender.close()
         try:
-            result = receiver.recv()
+            result: JobReturn | None = receiver.recv()
         except EOFError:
             result = None
         except BaseException:

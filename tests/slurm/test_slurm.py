@@ -34,7 +34,7 @@ SITE = (
 SQUARE = ("committee.size=1,2", "temperature.vote=1,5")
 POINTS = [(1, 1), (1, 5), (2, 1), (2, 5)]
 
-LONG = ("method.iterations=1200", "method.checkpoint_every=20", "method.log_every=600", "method.grid_every=600")
+LONG = ("method.iterations=300", "method.checkpoint_every=10", "method.log_every=100", "method.grid_every=100")
 """Images that take so long that a job can be stopped while it makes them."""
 
 
@@ -114,7 +114,7 @@ def test_a_sweep_over_members_and_temperature(slurm: Cluster, local_sweep: Path,
         assert results(tmp_path, point) == results(local_sweep, point)
         assert 0 <= results(tmp_path, point)[0]["top1"] <= 100
     assert artefacts(tmp_path) == artefacts(local_sweep)
-    assert len(list((tmp_path / "sweep" / ".submitit").iterdir())) == 4
+    assert len(list((tmp_path / "sweep" / ".submitit").glob("*_?"))) == 4
 
 
 @pytest.mark.parametrize(("jobs", "tasks"), [(2, 1), (1, 2)], ids=["two jobs", "two tasks"])
@@ -145,7 +145,6 @@ def begin(slurm: Cluster, home: Path) -> subprocess.Popen[str]:
         text=True,
         cwd=ROOT,
     )
-    wait_for(lambda: list((home / "sweep" / "0").glob("**/csv/*")), launcher, "the job did not begin")
     wait_for(lambda: list((home / "store" / "images" / ".partial").glob("*")), launcher, "no images were begun")
     return launcher
 
