@@ -10,7 +10,7 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
-from cvdd.chain.apm_student import make_apm_student
+from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
@@ -105,7 +105,9 @@ def distil(context: Context, row: str, priors: Priors | None = None) -> Distille
     """
     priors = find_priors(context) if priors is None else priors
     images = make_images(context, priors.values)
-    return Distilled(context, row, priors, images, make_labels(context, images, priors.values))
+    own = context.config.protocol.student == "method" and context.config.method.apm is not None
+    labels = apm_labels(context, images) if own else make_labels(context, images, priors.values)
+    return Distilled(context, row, priors, images, labels)
 
 
 def rows_of(context: Context) -> Iterator[tuple[str, Context]]:

@@ -46,7 +46,7 @@ def summarise(
     config = context.config
     main = distilled[0]
     used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
-    names = [name for name in config.committee.members if config.method.iterations or name in used]
+    names = [name for name in config.committee.members if config.method.recovers or name in used]
     members = {name: make_member(context, name) for name in names}
     return {
         "commands": list(commands),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from cvdd.chain.apm_teachers import make_apm_teachers
 from cvdd.chain.members import make_member
+from cvdd.chain.trajectories import make_trajectories
 from cvdd.context import Context
-from cvdd.report.tables import print_members
+from cvdd.report.tables import print_artifact, print_members
 
 
 def train(context: Context, commands: list[str]) -> float | None:
-    """Make all members; return their mean test accuracy."""
+    """Make all members, or the networks that the method itself needs; return their mean test accuracy."""
+    method = context.config.method
+    if method.mtt is not None:
+        trajectories = make_trajectories(context)
+        print_artifact(trajectories, {"experts": str(method.mtt.experts.count)})
+        return None
+    if method.apm is not None:
+        teachers = make_apm_teachers(context)
+        accuracies = [float(teacher.metrics["test_top1"]) for teacher in teachers]
+        shown = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        print_artifact(teachers[0], {"teachers": str(len(teachers)), "top-1 in percent": shown})
+        return sum(accuracies) / len(accuracies)
     members = {name: make_member(context, name) for name in context.config.committee.members}
     print_members(context.config, members)
     return sum(float(member.metrics["test_top1"]) for member in members.values()) / len(members)
