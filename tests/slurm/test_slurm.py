@@ -135,6 +135,20 @@ def test_a_point_is_shared(jobs: int, tasks: int, slurm: Cluster, local_sweep: P
     assert max(sessions) <= jobs * tasks
 
 
+def test_two_tasks_are_ranks_of_one_command(slurm: Cluster, local_sweep: Path, tmp_path: Path) -> None:
+    ranks = ("hydra/launcher=slurm_ddp", *SITE, "hydra.launcher.tasks_per_node=2")
+    point = ("committee.size=2", "temperature.vote=5")
+    finished(run(command("evaluate", tmp_path, *ranks, *point), slurm.environment), tmp_path)
+    assert "devices: ${cvdd_launcher:tasks_per_node" in (tmp_path / "sweep/0/.hydra/config.yaml").read_text()
+    assert results(tmp_path, 0) == results(local_sweep, 3)
+    reference = artefacts(local_sweep)
+    for name, files in artefacts(tmp_path).items():
+        assert files == reference[name], name
+    assert not (tmp_path / "sweep" / "0" / "workers").exists()
+    # Both tasks ran, each with a log of its own.
+    assert len(list((tmp_path / "sweep" / ".submitit").glob("*/*_[01]_log.out"))) == 2
+
+
 def begin(slurm: Cluster, home: Path) -> subprocess.Popen[str]:
     """Start a long point through the launcher and wait until its images are being made."""
     launcher = subprocess.Popen(
