@@ -31,7 +31,7 @@ VARIABLE = "CVDD_CLAIMS"
 MOUNTS = Path("/proc/self/mounts")
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_OF_SILENCE = 120.0
-LONGEST_PAUSE = 1.0
+LONGEST_PAUSE = 2.0
 
 LOCAL_LOCKS = frozenset({"beegfs", "fuse.sshfs", "9p"})
 """File systems whose locks, unless the site says otherwise, are only seen on the machine that took them."""

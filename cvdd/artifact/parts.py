@@ -23,7 +23,7 @@ from cvdd.artifact.sessions import Session
 TABLE = ".parts"
 OPEN, FINISHED, TAKEN = 0, 1, 2
 
-LOOKS = 4
+LOOKS = 2
 """Parts of others that a process without work of its own looks at before it pauses: one of them may be dropped."""
 
 
