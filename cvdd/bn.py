@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
 from cvdd.config_base import ConfigError
-from cvdd.layer_statistics import InputWatch, Moments, channel_moments
+from cvdd.layer_statistics import InputWatch, Moments, Reduce, channel_moments
 
 FIRST_LAYER_MULTIPLIER = 10.0
 """Weight of the first BatchNorm layer in the matching term; the others have 1 (specification, section 2.2)."""
@@ -25,11 +25,12 @@ class BatchStatistics(InputWatch[Moments]):
     Args:
         network: the network to watch.
         groups: number of equal groups of consecutive samples in the batch.
+        across: adds up over the ranks that have the other samples of each group; None if there are none.
     """
 
-    def __init__(self, network: nn.Module, groups: int) -> None:
+    def __init__(self, network: nn.Module, groups: int, across: Reduce | None = None) -> None:
         self._batchnorm = dict(batchnorm_layers(network))
-        super().__init__(self._batchnorm, lambda name, inputs: channel_moments(inputs, groups))
+        super().__init__(self._batchnorm, lambda name, inputs: channel_moments(inputs, groups, across))
 
     @property
     def layers(self) -> list[nn.BatchNorm2d]:

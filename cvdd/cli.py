@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, prepare
-from cvdd.launching import check_launcher, launcher_field, register_resolver, require_launcher
+from cvdd.launching import check_launcher, check_multirun, launcher_field, register_resolver, require_launcher
 from cvdd.outcome import USER_ERROR, told
 from cvdd.sweep import with_points
 
@@ -64,6 +64,7 @@ def _run(composed: DictConfig) -> float | None:
         config = check(expand_rows(composed, lambda row: _again(composed.verb, [*settings.overrides.task, *row])))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
+        check_multirun(config.trainer, launcher, sweeping)
         # PyTorch and Lightning are imported only once it is known that there is something to do.
         from cvdd.runtime import Invocation, run
 

@@ -1,7 +1,6 @@
 """Several processes as the ranks of one command.
 
-Rank 0 is the command itself. It starts the others on its machine with the configuration that it has checked, so nothing
-is composed twice; under ``torchrun`` or ``srun`` they are there already. All ranks walk through the same work: what has
+All ranks walk through the same work: what has
 parts is shared through the store's claims without any traffic between them, a network whose batches come in parts is
 trained by all of them together, and everything else is made by one while the others wait for it.
 
@@ -13,17 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,21 +23,14 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cvdd.config_base import ConfigError
-from cvdd.schema import RunConfig, with_overrides
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_NOTICE = 60.0
-"""How long a rank that waits for a dead one has to say so by itself."""
-SECONDS_TO_FINISH = 60.0
-SECONDS_TO_STOP = 10.0
-TIME_TO_COME = timedelta(minutes=15)
-_FAILED = "failed"
+FAILED = "failed"
 _FIRST_PORT, _PORTS = 15000, 15000
 
 
@@ -65,6 +49,7 @@ class World:
         per_node: ranks on each machine.
         address: where rank 0 listens.
         port: likewise.
+        state: of the conversation.
     """
 
     rank: int = 0
@@ -73,7 +58,7 @@ class World:
     per_node: int = 1
     address: str = LOOPBACK
     port: int = 0
-    _state: _State = field(default_factory=lambda: _State(), repr=False, compare=False)
+    state: State = field(default_factory=lambda: State(), repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -92,7 +77,7 @@ class World:
         """
         if self.size == 1:
             return message
-        state = self._state
+        state = self.state
         state.said += 1
         key = f"said/{state.said}"
         with self.together():
@@ -111,7 +96,7 @@ class World:
         """
         if self.size == 1:
             return
-        state = self._state
+        state = self.state
         state.met += 1
         key = f"met/{state.met}"
         with self.together():
@@ -119,10 +104,10 @@ class World:
             self._wait(lambda: state.store.add(key, 0) >= self.size)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        state, pause = self._state, 0.01
+        state, pause = self.state, 0.01
         while not ready():
-            if state.store.check([_FAILED]):
-                state.lost = state.lost or _lost(state.store.get(_FAILED).decode())
+            if state.store.check([FAILED]):
+                state.lost = state.lost or lost(state.store.get(FAILED).decode())
             if state.lost:
                 raise LostRank(state.lost)
             time.sleep(pause)
@@ -135,7 +120,7 @@ class World:
         Raises:
             LostRank: one of them has ended.
         """
-        state = self._state
+        state = self.state
         if state.lost:
             raise LostRank(state.lost)
         state.meeting += 1
@@ -148,13 +133,23 @@ class World:
             deadline = time.monotonic() + 4 * SECONDS_BETWEEN_LOOKS
             while not state.lost and time.monotonic() < deadline:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 4)
-            raise LostRank(state.lost or _lost("another rank has ended; its log says why")) from error
+            raise LostRank(state.lost or lost("another rank has ended; its log says why")) from error
         finally:
             state.meeting -= 1
 
 
 @dataclass
-class _State:
+class State:
+    """What a rank knows of the others, and what it has said.
+
+    Attributes:
+        store: through which ranks speak.
+        said: number of messages so far.
+        met: number of meetings so far.
+        lost: what is known of a rank that has ended; empty while all are alive.
+        meeting: whether this rank needs the others just now.
+    """
+
     store: Any = None
     said: int = 0
     met: int = 0
@@ -167,7 +162,8 @@ def _of_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "connection" in text or "gloo" in text or "nccl" in text
 
 
-def _lost(what: str) -> str:
+def lost(what: str) -> str:
+    """Say what to do after the loss of a rank."""
     return f"{what}. What is finished and the last checkpoints are kept; the same command goes on from them"
 
 
@@ -208,137 +204,6 @@ def given_world(devices: int, environment: Mapping[str, str]) -> World | None:
     port = int(environment.get("MASTER_PORT", _FIRST_PORT + chosen % _PORTS))
     rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
     return World(rank, size, local_rank, devices, environment.get("MASTER_ADDR", address), port)
-
-
-@contextlib.contextmanager
-def all_ranks(config: RunConfig) -> Iterator[World]:
-    """Join the ranks of this command, and start those that are missing; they end with the body.
-
-    Args:
-        config: the checked configuration.
-
-    Raises:
-        ConfigError: other processes were started than the configuration asks for.
-        LostRank: a rank ended while others needed it.
-    """
-    if dist.is_initialized():
-        raise ConfigError(
-            "this process is a rank of something else already; start each command in a process of its own"
-        )
-    devices = config.trainer.devices
-    given = given_world(devices, os.environ)
-    if given is not None:
-        with _joined(given, None, config):
-            yield given
-    elif devices == 1:
-        yield World()
-    else:
-        store = TCPStore(LOOPBACK, 0, devices, True, TIME_TO_COME, wait_for_workers=False)
-        world = World(0, devices, 0, devices, LOOPBACK, store.port)
-        with _others(config, world), _joined(world, store, config):
-            yield world
-
-
-@contextlib.contextmanager
-def _joined(world: World, store: TCPStore | None, config: RunConfig) -> Iterator[None]:
-    if world.address == LOOPBACK and ("lo" in [name for _, name in socket.if_nameindex()]):
-        # The name of a machine need not lead anywhere.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if store is None:
-        store = TCPStore(world.address, world.port, world.size, world.main, TIME_TO_COME, wait_for_workers=False)
-    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    world._state.store = store
-    world.meet()
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
-    try:
-        yield
-    except BaseException as error:
-        # Those who wait for this rank are told why they wait in vain.
-        with contextlib.suppress(RuntimeError):
-            store.set(_FAILED, f"rank {world.rank} ended: {type(error).__name__}: {error}")
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _others(config: RunConfig, world: World) -> Iterator[None]:
-    """Run the other ranks while the body runs."""
-    output = config.paths.output
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        written = Path(folder) / "config.json"
-        written.write_text(config.model_dump_json())
-        processes = []
-        for rank in range(1, world.size):
-            journal = running.enter_context((output / f"rank{rank}.log").open("w"))
-            command = [
-                sys.executable,
-                "-m",
-                "cvdd.distributed",
-                str(written),
-                *map(str, (rank, world.size, world.port)),
-            ]
-            # A session of their own: Ctrl-C is for rank 0, which ends them.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=journal, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            running.callback(_stop, process)
-            processes.append(process)
-        done = threading.Event()
-        running.callback(done.set)
-        watch = threading.Thread(target=_watch, args=(processes, world, output, done), daemon=True, name="ranks")
-        watch.start()
-        yield
-        done.set()
-        deadline = time.monotonic() + SECONDS_TO_FINISH
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.1))
-
-
-def _watch(processes: Sequence[subprocess.Popen[bytes]], world: World, output: Path, done: threading.Event) -> None:
-    state = world._state
-    while not done.wait(SECONDS_BETWEEN_LOOKS):
-        for rank, process in enumerate(processes, 1):
-            if not state.lost and process.poll():
-                state.lost = _lost(
-                    f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log"
-                )
-                log.warning("%s. What the others do alone goes on", state.lost)
-        # Most connections break at once, and the meeting with them; not those of NCCL.
-        if state.lost and state.meeting and not done.wait(SECONDS_TO_NOTICE) and state.meeting:
-            log.error("%s", state.lost)
-            for process in processes:
-                process.kill()
-            os._exit(1)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def in_silence(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield the configuration of a rank other than 0: nothing that it prints or draws is kept."""
-    quiet: dict[str, Any] = {
-        "trainer.assistants": 0,
-        "trainer.progress": "none",
-        "logger.wandb": False,
-        "logger.tensorboard": False,
-    }
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        yield with_overrides(config, {**quiet, "paths.output": Path(folder)})
 
 
 class RanksStrategy(DDPStrategy):
@@ -408,27 +273,24 @@ def gather_parts(own: Sequence[Tensor], count: int) -> list[Tensor]:
     return [everyone[part % size][part // size] for part in range(count)]
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
+class _SumOverRanks(torch.autograd.Function):
+    """A sum whose gradient stays on its rank: what follows it is computed on every rank alike, but counts once."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
-def _main(arguments: Sequence[str]) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    from cvdd.outcome import told
-    from cvdd.runtime import Invocation, work_as
+def sum_over_ranks(own: Tensor) -> Tensor:
+    """Add up a tensor over all ranks; the gradient of each rank's term is the gradient of the sum.
 
-    written, rank, size, port = Path(arguments[0]), *(int(argument) for argument in arguments[1:])
-    config = RunConfig.model_validate_json(written.read_text())
-    world = World(rank, size, rank, size, LOOPBACK, port)
-    with told(sweeping=False), _joined(world, None, config):
-        work_as(world, config, Invocation(()))
-
-
-if __name__ == "__main__":
-    # Under its own name, so that its classes are those that others import.
-    from cvdd.distributed import _main as main
-
-    main(sys.argv[1:])
+    A loss made of such sums is the same on all ranks, and its gradient is right for what a rank alone has.
+    """
+    total: Tensor = _SumOverRanks.apply(own)
+    return total

@@ -75,17 +75,25 @@ def check_launcher(trainer: TrainerConfig, launcher: str, tasks: int | None, swe
     """
     if launcher != BASIC and not sweeping:
         raise ConfigError(f"{_GROUP}{launcher} starts the jobs of a multirun only; add --multirun (-m)")
-    if sweeping and launcher == BASIC and trainer.devices > 1:
-        raise ConfigError(
-            f"trainer.devices={trainer.devices} in a multirun: one point would leave its processes to the next. Choose "
-            f"{_GROUP}slurm_ddp (one task for each device), or {_GROUP}local (a fresh process for each point), or "
-            "trainer.devices=1"
-        )
     # One task may start the processes of the trainer itself; of several, each is one of them.
     if tasks is not None and tasks != trainer.devices and (tasks > 1 or launcher == "slurm_ddp"):
         raise ConfigError(
             f"trainer.devices={trainer.devices} and hydra.launcher.tasks_per_node={tasks}: leave out trainer.devices, "
             "which follows from the launcher, or use hydra/launcher=slurm_units for tasks that share units"
+        )
+
+
+def check_multirun(trainer: TrainerConfig, launcher: str, sweeping: bool) -> None:
+    """Refuse several processes for each point of a multirun that runs in one process.
+
+    Raises:
+        ConfigError: names the launchers that work.
+    """
+    if sweeping and launcher == BASIC and trainer.devices > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} in a multirun: one point would leave its processes to the next. Choose "
+            f"{_GROUP}slurm_ddp (one task for each device), or {_GROUP}local (a fresh process for each point), or "
+            "trainer.devices=1"
         )
 
 

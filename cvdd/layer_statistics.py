@@ -22,17 +22,29 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-def channel_moments(inputs: Tensor, groups: int) -> Moments:
+Reduce = Callable[[Tensor], Tensor]
+"""Adds up a tensor over ranks; each rank's gradient is that of its own term."""
+
+
+def channel_moments(inputs: Tensor, groups: int, across: Reduce | None = None) -> Moments:
     """Moments of each channel over the images and pixels of each group.
 
     Args:
         inputs: [n, c, h, w].
         groups: number of equal groups of consecutive images.
+        across: adds up over the ranks that have the other images of each group; None if there are none.
 
     Returns:
         [groups, c].
     """
     grouped = inputs.unflatten(0, (groups, -1))
+    if across is not None:
+        count = across(inputs.new_tensor([grouped[:, :, 0].numel() / groups]))
+        mean = across(grouped.sum(dim=(1, 3, 4))) / count
+        # The deviations from the mean of all ranks add up to 0, so the variance does not change with it; those of one
+        # rank do not, and would say that it does.
+        deviation = grouped - mean.detach()[:, None, :, None, None]
+        return Moments(mean, across(deviation.square().sum(dim=(1, 3, 4))) / count)
     # Two passes by hand: on a CPU torch.var_mean over these axes takes three times as long, gradient included.
     centre = grouped.mean(dim=(1, 3, 4), keepdim=True)
     variance = (grouped - centre).square().mean(dim=(1, 3, 4))

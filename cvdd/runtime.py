@@ -12,10 +12,11 @@ import torch
 from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.distributed import World, all_ranks, in_silence
+from cvdd.distributed import World
 from cvdd.loggers import finish, make_loggers
 from cvdd.portable import portable_config
 from cvdd.preflight import check_before_work
+from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
 from cvdd.verbs import VERBS
 

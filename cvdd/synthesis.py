@@ -10,12 +10,14 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.agreement import gradient_agreement, pairs_of
 from cvdd.augment import Views, apply_matrices
 from cvdd.committee import turn_weights
+from cvdd.distributed import sum_over_ranks
 from cvdd.methods.gvbsm import densification
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
@@ -80,6 +82,8 @@ class DistillModule(pl.LightningModule):
         bounds: lowest and highest value, each [3, 1, 1], to which images are clamped after every step.
         on_row: called with each log row and the images.
         stage: which iterations; None is all of them.
+        split: whether ranks share the images of each unit. Every rank has all of them and their optimiser, which are
+            small; it shows only its own to the voters, and gets the gradients of the others' from them.
     """
 
     targets: Tensor
@@ -98,8 +102,10 @@ class DistillModule(pl.LightningModule):
         bounds: tuple[Tensor, Tensor],
         on_row: Callable[[LogRow, Tensor], None],
         stage: Stage | None = None,
+        split: bool = False,
     ) -> None:
         super().__init__()
+        self.split = split
         self.automatic_optimization = False
         self.images = nn.Parameter(images.clone())
         self.register_buffer("targets", targets, persistent=False)
@@ -153,6 +159,10 @@ class DistillModule(pl.LightningModule):
             loss, judgement = self._judge(iteration, view)
             optimizer.zero_grad()
             loss.backward()
+            if self.split:
+                assert self.images.grad is not None
+                # Of each image one rank has the gradient, and the others 0.
+                dist.all_reduce(self.images.grad)
             optimizer.step()
             history.append(judgement)
             with torch.no_grad():
@@ -164,7 +174,16 @@ class DistillModule(pl.LightningModule):
         return self._vote(self._seen(view), self._voters, self.weights)
 
     def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
-        return self.images if view is None else apply_matrices(self.images, *view)
+        images = self.images[:, self._own]
+        return images if view is None else apply_matrices(images, *view)
+
+    @property
+    def _own(self) -> slice:
+        """Images of each unit that this rank shows to the voters."""
+        if not self.split:
+            return slice(None)
+        count, size = self.images.shape[1], self.trainer.world_size
+        return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
     def _judge(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> tuple[Tensor, _Judgement]:
         seen, method = self._seen(view), self.method
@@ -201,13 +220,14 @@ class DistillModule(pl.LightningModule):
         method = self.method
         return voting_loss(
             seen,
-            self.targets,
+            self.targets[:, self._own],
             voters,
             weights,
             ce=method.ce,
             r_bn=method.r_bn,
             first_bn_multiplier=method.first_bn_multiplier,
             statistics_of=method.statistics_of,
+            across=sum_over_ranks if self.split else None,
         )
 
     def _matrices(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor] | None]:

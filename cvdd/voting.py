@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.bn import FIRST_LAYER_MULTIPLIER, BatchStatistics, statistics_distance
+from cvdd.layer_statistics import Reduce
 from cvdd.matching import Matcher
 
 
@@ -56,6 +57,7 @@ def voting_loss(
     r_bn: float,
     first_bn_multiplier: float = FIRST_LAYER_MULTIPLIER,
     statistics_of: Literal["unit", "stack"] = "unit",
+    across: Reduce | None = None,
 ) -> VoteTerms:
     """Compute ``sum_i w_i (ce * CE_i + r_bn * BN_i)`` for a stack of units in one forward pass per voter.
 
@@ -69,15 +71,19 @@ def voting_loss(
         first_bn_multiplier: extra weight of the first BatchNorm layer; a voter's matcher has its own.
         statistics_of: match the statistics of each unit, as published, or those of all images of the stack together;
             every unit then counts the stack's distance as its own. A voter's matcher has its own number of groups.
+        across: adds up over the ranks that have the other images of each unit; None if there are none. The loss is
+            then that of all images, on each rank, and its gradient that of the rank's own.
     """
     units, count = targets.shape
+    whole = count if across is None else int(across(images.new_tensor([float(count)])))
     groups = units if statistics_of == "unit" else 1
     flat = images.flatten(0, 1)
     total = images.new_zeros(())
     all_ce, all_bn = [], []
     for voter, weight in zip(voters, weights, strict=True):
-        logits, distance = _judge(voter, flat, targets, groups, first_bn_multiplier, matched=r_bn > 0)
-        each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count).mean(dim=1)
+        logits, distance = _judge(voter, flat, targets, groups, first_bn_multiplier, across, matched=r_bn > 0)
+        each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count)
+        each = each.mean(dim=1) if across is None else across(each.sum(dim=1)) / whole
         distance = torch.zeros_like(each) if distance is None else distance.expand(units)
         total = total + (weight * (ce * each + r_bn * voter.bn_scale * distance)).sum()
         all_ce.append(each.detach())
@@ -86,7 +92,14 @@ def voting_loss(
 
 
 def _judge(
-    voter: Voter, images: Tensor, targets: Tensor, groups: int, first_multiplier: float, *, matched: bool
+    voter: Voter,
+    images: Tensor,
+    targets: Tensor,
+    groups: int,
+    first_multiplier: float,
+    across: Reduce | None,
+    *,
+    matched: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return a voter's logits and, if its statistics are matched, their distance [groups]."""
     if not matched:
@@ -95,7 +108,7 @@ def _judge(
         with voter.matcher:
             logits = voter.network(images)
         return logits, voter.matcher.distance(targets)
-    with BatchStatistics(voter.network, groups) as statistics:
+    with BatchStatistics(voter.network, groups, across) as statistics:
         logits = voter.network(images)
     if not statistics.layers:
         return logits, None

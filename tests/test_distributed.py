@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Literal
 
 import pytest
 import torch
-from helpers import TINY, configure, fit, random_pixels, training_arguments
+from helpers import TINY, configure, fit, method_config, random_pixels, small_network, tiny_context, training_arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import cvdd.distributed
+import cvdd.ranks
 from cvdd.artifact import Store
+from cvdd.chain.recover import require_splittable, splits_units
 from cvdd.classifier import Classifier, RunningStatistics, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.distributed import World, given_world
-from cvdd.launching import check_launcher
+from cvdd.launching import check_multirun
 from cvdd.member import own_images
+from cvdd.units import Unit
+from cvdd.voting import Voter, voting_loss
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -71,7 +79,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     for _ in range(600):
         for number in children.read_text().split():
-            if "cvdd.distributed" in Path(f"/proc/{number}/cmdline").read_text():
+            if "cvdd.ranks" in Path(f"/proc/{number}/cmdline").read_text():
                 return int(number)
         time.sleep(0.1)
     raise AssertionError("it started no rank")
@@ -144,9 +152,9 @@ def test_tasks_of_srun_are_ranks_if_there_is_one_for_each_device() -> None:
 
 
 def test_a_process_that_is_a_rank_already_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(cvdd.ranks.dist, "is_initialized", lambda: True)
     config = configure(tmp_path, *TINY)
-    with pytest.raises(ConfigError, match="process of its own"), cvdd.distributed.all_ranks(config):
+    with pytest.raises(ConfigError, match="process of its own"), cvdd.ranks.all_ranks(config):
         pass
 
 
@@ -154,14 +162,14 @@ def test_a_multirun_in_one_process_is_refused(tmp_path: Path) -> None:
     trainer = configure(tmp_path, *TINY, "trainer=ddp").trainer
     assert trainer.devices == 2
     with pytest.raises(ConfigError, match="hydra/launcher=slurm_ddp .* hydra/launcher=local"):
-        check_launcher(trainer, "basic", None, sweeping=True)
-    check_launcher(trainer, "basic", None, sweeping=False)
-    check_launcher(trainer, "local", None, sweeping=True)
+        check_multirun(trainer, "basic", sweeping=True)
+    check_multirun(trainer, "basic", sweeping=False)
+    check_multirun(trainer, "local", sweeping=True)
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure(tmp_path, *TINY, "trainer.assistants=2", "trainer.progress=lines")
-    with cvdd.distributed.in_silence(config) as quiet:
+    with cvdd.ranks.in_silence(config) as quiet:
         print("nobody reads this")
         assert quiet.paths.output != config.paths.output
         assert (quiet.trainer.assistants, quiet.trainer.progress, quiet.seed) == (0, "none", config.seed)
@@ -250,3 +258,73 @@ def test_an_undivided_recipe_keeps_its_hash(tmp_path: Path) -> None:
     assert "accumulation" not in recipe.model_dump(exclude=_undivided(recipe))
     divided = recipe.model_copy(update={"accumulation": 2})
     assert divided.model_dump(exclude=_undivided(divided))["accumulation"] == 2
+
+
+# --- units that are split over ranks ----------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Two threads that add up what they bring, as ranks do."""
+
+    def __init__(self) -> None:
+        self.barrier, self.brought = threading.Barrier(2, timeout=20), dict[int, Tensor]()
+
+    def sum(self, rank: int, own: Tensor) -> Tensor:
+        self.brought[rank] = own.detach().clone()
+        self.barrier.wait()
+        # As much as the other brought counts as a constant here.
+        total = own + self.brought[1 - rank]
+        self.barrier.wait()
+        return total
+
+
+@pytest.mark.parametrize("statistics_of", ["unit", "stack"])
+def test_a_split_unit_has_the_loss_and_the_gradient_of_the_whole(statistics_of: Literal["unit", "stack"]) -> None:
+    """Two units of five images, three of which are with one rank and two with the other."""
+    images = torch.randn(2, 5, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    targets = torch.tensor([[0, 1, 2, 3, 0], [1, 1, 2, 0, 3]])
+    voters = [Voter(f"member{seed}", small_network(seed=seed).double()) for seed in (0, 1)]
+    weights = torch.tensor([[0.3, 0.6], [0.7, 0.4]], dtype=torch.float64)
+    whole = images.clone().requires_grad_()
+    expected = voting_loss(whole, targets, voters, weights, r_bn=0.1, statistics_of=statistics_of)
+    expected.loss.backward()
+    meeting, found = Meeting(), dict[int, tuple[Tensor, Tensor]]()
+
+    def take_part(rank: int, own: slice) -> None:
+        mine = images[:, own].clone().requires_grad_()
+        # Hooks on layers of a network are seen by all threads, so each has networks of its own.
+        others = [Voter(voter.name, copy.deepcopy(voter.network)) for voter in voters]
+        across = partial(meeting.sum, rank)
+        terms = voting_loss(
+            mine, targets[:, own], others, weights, r_bn=0.1, statistics_of=statistics_of, across=across
+        )
+        terms.loss.backward()
+        assert mine.grad is not None
+        found[rank] = (terms.loss.detach(), mine.grad)
+
+    threads = [Thread(target=take_part, args=pair) for pair in ((0, slice(0, 3)), (1, slice(3, 5)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert whole.grad is not None
+    torch.testing.assert_close(torch.cat([found[0][1], found[1][1]], dim=1), whole.grad, rtol=1e-9, atol=1e-12)
+    for loss, _ in found.values():
+        torch.testing.assert_close(loss, expected.loss.detach(), rtol=1e-12, atol=0)
+
+
+def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trainer=ddp trainer.devices=2"):
+        configure(tmp_path, *TINY, "trainer.split_units=true")
+    with pytest.raises(ConfigError, match="trainer.assistants=0"):
+        configure(tmp_path, *TINY, "trainer=ddp", "trainer.split_units=true", "trainer.assistants=1")
+    context = tiny_context(tmp_path, "trainer=ddp", "trainer.split_units=true")
+    two = replace(context, world=World(0, 2, 0, 2))
+    assert splits_units(two)
+    assert not splits_units(context)
+    require_splittable(two, [Unit(0, 0, 0, 2)])
+    with pytest.raises(ConfigError, match="a unit has 1 images, too few for 2 processes"):
+        require_splittable(two, [Unit(0, 0, 0, 2), Unit(0, 1, 2, 3)])
+    dense = replace(two, config=two.config.model_copy(update={"method": method_config(composer="classes", density=1)}))
+    with pytest.raises(ConfigError, match="method.density"):
+        require_splittable(dense, [Unit(0, 0, 0, 2)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.chain.apm import make_apm_images
-from cvdd.chain.initial import initial_images, make_initial_patches
+from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.mtt import make_mtt_images
-from cvdd.chain.recover import UNITS, load_voter, recover_stack, save_unit
+from cvdd.chain.recover import UNITS, load_voter, recover_stack, require_splittable, save_unit, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.schema import MethodConfig
+from cvdd.tensor_files import is_whole
 from cvdd.units import Unit, plan_stacks, plan_units
 
 
@@ -50,7 +52,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     voting = sorted({index for vote in votes for index in vote.draw})
     members = {index: make_member(context, names[index]) for index in voting}
     recorded = {index: make_statistics(context, names[index]) for index in voting if method.statistics.recorded}
-    patches = make_initial_patches(context) if method.init == "patches" else None
+    patches = make_start(context)
     identity: dict[str, Any] = {
         "data": data.identity,
         "classes": list(data.classes),
@@ -63,6 +65,11 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         identity["draws"] = [[voting.index(index) for index in vote.draw] for vote in votes]
         identity["weights"] = [list(vote.weights) for vote in votes]
         identity["bn_scale"] = [config.committee.members[names[index]].bn_scale for index in voting]
+    split = splits_units(context) and method.iterations > 0
+    if split:
+        require_splittable(context, units)
+        # Sums over ranks round in another way than one rank does.
+        identity["ranks_of_a_unit"] = context.world.size
     parents = [members[index] for index in voting] + [recorded[index] for index in recorded]
     parents += [patches] if patches is not None else []
 
@@ -70,7 +77,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         (work / UNITS).mkdir(exist_ok=True)
 
     def done(work: Path, index: int) -> bool:
-        return all((work / UNITS / f"{unit.name}.safetensors").exists() for unit in stacks[index].units)
+        return all(is_whole(work / UNITS / f"{unit.name}.safetensors") for unit in stacks[index].units)
 
     @contextlib.contextmanager
     def maker(work: Path) -> Iterator[Maker]:
@@ -82,6 +89,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
 
             def make(index: int) -> None:
                 stack = stacks[index]
+                if split and context.world.main:
+                    context.world.say(f"{work.relative_to(context.store.root)} {index}")
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 voters = [(names[index], networks[index], targets.get(index)) for index in stack.draw]
                 recover_stack(context, stack, voters, shares, start, work, advance)
@@ -93,7 +102,23 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
 
     parts = Parts([f"stack{stack.index:05d}" for stack in stacks], done, maker, prepare)
     name = f"{data.name}-{method.name}-ipc{ipc}" + (f"-N{len(votes[0].draw)}" if method.iterations else "")
-    return context.store.make_parts("images", name, identity, parents, parts, finish)
+    if split and not context.world.main:
+        _join_stacks(context, maker)
+    images = context.store.make_parts("images", name, identity, parents, parts, finish)
+    if split and context.world.main:
+        context.world.say(None)
+    return images
+
+
+def _join_stacks(context: Context, maker: Callable[[Path], AbstractContextManager[Maker]]) -> None:
+    """Take part in the stacks that rank 0 makes, until all of them are there."""
+    with contextlib.ExitStack() as opened:
+        joined: Maker | None = None
+        while (said := context.world.say(None)) is not None:
+            place, index = said.rsplit(" ", 1)
+            if joined is None:
+                joined = opened.enter_context(maker(context.store.root / place))
+            joined.make(int(index))
 
 
 def _all_images(context: Context) -> Artifact:

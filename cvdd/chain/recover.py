@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
 from cvdd.augment import denormalise, normalise
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
+from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.matching import Matcher
@@ -30,6 +30,7 @@ from cvdd.report.terms import effective_terms
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
 from cvdd.synthesis import DistillModule, LogRow, pixel_bounds
+from cvdd.tensor_files import is_whole, save_tensors
 from cvdd.units import Stack, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
@@ -52,6 +53,8 @@ def recover_stack(
 ) -> None:
     """Optimise a stack and save its units; an interrupted call goes on from its last checkpoint.
 
+    With ``trainer.split_units`` all ranks call this together, and rank 0 saves.
+
     Args:
         context: the configuration and its surroundings.
         stack: what to make.
@@ -70,6 +73,8 @@ def recover_stack(
         images, rows = _optimise(context, stack, members, weights, images, work, advance)
     else:
         advance(1)
+    if splits_units(context) and not context.world.main:
+        return
     pixels = denormalise(images, data.mean, data.std, truncate=method.jpeg_round_trip)
     if method.jpeg_round_trip:
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
@@ -94,6 +99,7 @@ def _optimise(
     shares = dict(zip([name for name, _, _ in members], weights.mean(dim=1).tolist(), strict=True))
     targets = torch.stack([unit.targets for unit in stack.units])
     images, rows, done = initial, list[LogRow](), 0
+    split = splits_units(context)
 
     def on_row(row: LogRow, current: Tensor) -> None:
         nonlocal done
@@ -105,7 +111,7 @@ def _optimise(
         finished = work / f"stack{stack.index:05d}.stage{stage.index}.tmp"
         if stage.index:
             images = adjustable_residual(images, initial, method.residual, stage.size)
-        if finished.exists():
+        if is_whole(finished):
             images, rows = _load_stage(finished)
             advance(stage.last - done)
             done = stage.last
@@ -120,20 +126,44 @@ def _optimise(
             pixel_bounds(data.mean, data.std),
             on_row,
             stage,
+            split,
         )
         module.rows = list(rows)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
-        context.fit(module, None, module.epochs, checkpoint)
+        context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
         images, rows = module.images.detach().cpu(), module.rows
-        if stage.last < method.iterations:
+        if stage.last < method.iterations and (context.world.main or not split):
             _save_stage(finished, images, rows)
     return images, rows
 
 
+def splits_units(context: Context) -> bool:
+    """Whether ranks share the images of each unit, rather than the units."""
+    return context.config.trainer.split_units and context.world.size > 1
+
+
+def require_splittable(context: Context, units: Sequence[Unit]) -> None:
+    """Refuse a method whose units cannot be split.
+
+    Raises:
+        ConfigError: it looks at more of a unit than sums over its images tell, or a unit has too few of them.
+    """
+    method, ranks = context.config.method, context.world.size
+    if method.statistics != StatisticsConfig() or method.density:
+        raise ConfigError(
+            "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics and "
+            "method.density look at more. Set trainer.split_units=false"
+        )
+    fewest = min(len(unit.targets) for unit in units)
+    if fewest < ranks:
+        raise ConfigError(
+            f"trainer.split_units=true: a unit has {fewest} images, too few for {ranks} processes; set "
+            f"method.classes_per_unit to at least {ranks}, or trainer.split_units=false"
+        )
+
+
 def _save_stage(path: Path, images: Tensor, rows: Sequence[LogRow]) -> None:
-    temporary = path.with_name("part-" + path.name)
-    save_file({"images": images}, temporary, metadata={"rows": json.dumps([asdict(row) for row in rows])})
-    temporary.replace(path)
+    save_tensors(path, {"images": images}, {"rows": json.dumps([asdict(row) for row in rows])})
 
 
 def _load_stage(path: Path) -> tuple[Tensor, list[LogRow]]:
@@ -204,11 +234,9 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
 def save_unit(folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[LogRow], weights: Mapping[str, float]) -> None:
     """Write a unit's images [images, 3, size, size] uint8, its classes and its history, atomically."""
     path = folder / f"{unit.name}.safetensors"
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {"images": pixels.contiguous(), "labels": unit.targets}
     history = {"weights": dict(weights), "rows": [asdict(row) for row in rows]}
-    save_file(tensors, temporary, metadata={"history": json.dumps(history)})
-    temporary.replace(path)
+    save_tensors(path, tensors, {"history": json.dumps(history)})
 
 
 def jpeg_round_trip(image: Tensor) -> Tensor:

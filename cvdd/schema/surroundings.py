@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
 from cvdd.schema.types import Positive
@@ -16,12 +16,23 @@ class TrainerConfig(StrictConfig):
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field(description="where to run")
     devices: Positive = Field(1, description="processes that share the work, one on each GPU")
+    split_units: bool = Field(
+        False, description="processes share the images of each unit, for units too large for one device"
+    )
     threads: Positive | None = Field(None, description="CPU threads; null leaves PyTorch's choice")
     assistants: int = Field(
         0, ge=0, description="further processes on this machine that make parts of an evaluation meanwhile"
     )
     workers: int = Field(2, ge=0, description="loader processes for data that does not fit memory")
     progress: Literal["auto", "bar", "lines", "none"] = Field("auto", description="bar in a terminal, lines elsewhere")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.split_units and self.devices == 1:
+            raise ValueError("trainer.split_units=true needs processes to share units: trainer=ddp trainer.devices=2")
+        if self.split_units and self.assistants:
+            raise ValueError("trainer.split_units=true: assistants have no part in it; set trainer.assistants=0")
+        return self
 
 
 class LoggerConfig(StrictConfig):

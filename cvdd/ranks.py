@@ -1,0 +1,192 @@
+"""Starting the ranks of a command, and ending all of them together.
+
+Rank 0 is the command itself. It starts the others on its machine with the configuration that it has checked, so nothing
+is composed twice; under ``torchrun`` or ``srun`` they are there already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from cvdd.config_base import ConfigError
+from cvdd.distributed import FAILED, LOOPBACK, SECONDS_BETWEEN_LOOKS, World, given_world, lost
+from cvdd.schema import RunConfig, with_overrides
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_NOTICE = 60.0
+"""How long a rank that waits for a dead one has to say so by itself."""
+SECONDS_TO_FINISH = 60.0
+SECONDS_TO_STOP = 10.0
+TIME_TO_COME = timedelta(minutes=15)
+
+
+@contextlib.contextmanager
+def all_ranks(config: RunConfig) -> Iterator[World]:
+    """Join the ranks of this command, and start those that are missing; they end with the body.
+
+    Args:
+        config: the checked configuration.
+
+    Raises:
+        ConfigError: other processes were started than the configuration asks for.
+        LostRank: a rank ended while others needed it.
+    """
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process is a rank of something else already; start each command in a process of its own"
+        )
+    devices = config.trainer.devices
+    given = given_world(devices, os.environ)
+    if given is not None:
+        with _joined(given, None, config):
+            yield given
+    elif devices == 1:
+        yield World()
+    else:
+        store = TCPStore(LOOPBACK, 0, devices, True, TIME_TO_COME, wait_for_workers=False)
+        world = World(0, devices, 0, devices, LOOPBACK, store.port)
+        with _others(config, world), _joined(world, store, config):
+            yield world
+
+
+@contextlib.contextmanager
+def _joined(world: World, store: TCPStore | None, config: RunConfig) -> Iterator[None]:
+    if world.address == LOOPBACK and ("lo" in [name for _, name in socket.if_nameindex()]):
+        # The name of a machine need not lead anywhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if store is None:
+        store = TCPStore(world.address, world.port, world.size, world.main, TIME_TO_COME, wait_for_workers=False)
+    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    world.state.store = store
+    world.meet()
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
+    try:
+        yield
+    except BaseException as error:
+        # Those who wait for this rank are told why they wait in vain.
+        with contextlib.suppress(RuntimeError):
+            store.set(FAILED, f"rank {world.rank} ended: {type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _others(config: RunConfig, world: World) -> Iterator[None]:
+    """Run the other ranks while the body runs."""
+    output = config.paths.output
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        written = Path(folder) / "config.json"
+        written.write_text(config.model_dump_json())
+        processes = []
+        for rank in range(1, world.size):
+            journal = running.enter_context((output / f"rank{rank}.log").open("w"))
+            command = [
+                sys.executable,
+                "-m",
+                "cvdd.distributed",
+                str(written),
+                *map(str, (rank, world.size, world.port)),
+            ]
+            # A session of their own: Ctrl-C is for rank 0, which ends them.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=journal, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            running.callback(_stop, process)
+            processes.append(process)
+        done = threading.Event()
+        running.callback(done.set)
+        watch = threading.Thread(target=_watch, args=(processes, world, output, done), daemon=True, name="ranks")
+        watch.start()
+        yield
+        done.set()
+        deadline = time.monotonic() + SECONDS_TO_FINISH
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.1))
+
+
+def _watch(processes: Sequence[subprocess.Popen[bytes]], world: World, output: Path, done: threading.Event) -> None:
+    state = world.state
+    while not done.wait(SECONDS_BETWEEN_LOOKS):
+        for rank, process in enumerate(processes, 1):
+            if not state.lost and process.poll():
+                state.lost = lost(f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log")
+                log.warning("%s. What the others do alone goes on", state.lost)
+        # Most connections break at once, and the meeting with them; not those of NCCL.
+        if state.lost and state.meeting and not done.wait(SECONDS_TO_NOTICE) and state.meeting:
+            log.error("%s", state.lost)
+            for process in processes:
+                process.kill()
+            os._exit(1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def in_silence(config: RunConfig) -> Iterator[RunConfig]:
+    """Yield the configuration of a rank other than 0: nothing that it prints or draws is kept."""
+    quiet: dict[str, Any] = {
+        "trainer.assistants": 0,
+        "trainer.progress": "none",
+        "logger.wandb": False,
+        "logger.tensorboard": False,
+    }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield with_overrides(config, {**quiet, "paths.output": Path(folder)})
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    from cvdd.outcome import told
+    from cvdd.runtime import Invocation, work_as
+
+    written, rank, size, port = Path(arguments[0]), *(int(argument) for argument in arguments[1:])
+    config = RunConfig.model_validate_json(written.read_text())
+    world = World(rank, size, rank, size, LOOPBACK, port)
+    with told(sweeping=False), _joined(world, None, config):
+        work_as(world, config, Invocation(()))
+
+
+if __name__ == "__main__":
+    # Under its own name, so that its classes are those that others import.
+    from cvdd.ranks import _main as main
+
+    main(sys.argv[1:])
