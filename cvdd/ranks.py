@@ -102,7 +102,7 @@ def _others(config: RunConfig, world: World) -> Iterator[None]:
             command = [
                 sys.executable,
                 "-m",
-                "cvdd.distributed",
+                "cvdd.ranks",
                 str(written),
                 *map(str, (rank, world.size, world.port)),
             ]
@@ -128,7 +128,8 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], world: World, output: P
     state = world.state
     while not done.wait(SECONDS_BETWEEN_LOOKS):
         for rank, process in enumerate(processes, 1):
-            if not state.lost and process.poll():
+            # One that ended without an error was done; whoever still needs it waits in vain all the same.
+            if not state.lost and (process.poll() or (process.poll() == 0 and state.meeting)):
                 state.lost = lost(f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log")
                 log.warning("%s. What the others do alone goes on", state.lost)
         # Most connections break at once, and the meeting with them; not those of NCCL.
