@@ -14,13 +14,18 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow test-slurm lint clean
+.PHONY: help demo compare install test test-slow test-slurm lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## run the whole chain on the embedded data set
 	$(BIN)/python evaluate.py experiment=demo
+
+compare: $(STAMP) ## compare all methods on the embedded data set, in well under an hour
+	$(BIN)/python evaluate.py experiment=compare
+	$(BIN)/python evaluate.py experiment=compare_matching ipc=1
+	$(BIN)/python evaluate.py experiment=compare_matching ipc=10
 
 test: $(STAMP) ## run the tests with coverage
 	$(BIN)/python -m pytest $(COVERAGE)

@@ -1,0 +1,96 @@
+"""Further processes that make parts of a comparison meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import tiny_context
+
+import cvdd.assistants
+from cvdd.assistants import assist, assisted, rotated
+from cvdd.chain.compare import compare
+
+pytest_plugins = ["chain_fixtures"]
+
+ROWS = "+compare.real={method.name: real, method.init: real, method.iterations: 0}"
+
+
+def test_workers_begin_at_different_places() -> None:
+    items = list("abcdefg")
+    starts = [rotated(items, index, 3)[0] for index in range(3)]
+    assert starts == ["a", "c", "e"]
+    assert rotated(items, 1, 3) == list("cdefgab")
+
+
+@pytest.mark.parametrize("images", ["once", "per_seed"])
+def test_an_assistant_makes_what_the_comparison_needs(images: str, tmp_path: Path, sealed: list[str]) -> None:
+    context = tiny_context(tmp_path, ROWS, "protocol.seeds=[0,1]", f"protocol.images={images}")
+    assist(context.config, 1, 2)
+    made = list(sealed)
+    assert made.count("students") == 4
+    assert made.count("images") == (2 if images == "once" else 4)
+    sealed.clear()
+    _, results = compare(context)
+    assert sealed == []
+    assert [result.row for result in results] == ["cvdd", "real"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_assistants_end_with_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    original = subprocess.Popen
+
+    def noting(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+        started.append(original(*arguments, **options))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(cvdd.assistants.subprocess, "Popen", noting)
+    context = tiny_context(tmp_path, "trainer.assistants=2", "recipe.epochs=500")
+    with assisted(context.config):
+        assert len(started) == 2
+        assert all(alive(process.pid) for process in started)
+    assert not any(alive(process.pid) for process in started)
+    assert (context.config.paths.output / "assistant2.log").exists()
+
+
+def test_an_assistant_whose_parent_dies_ends_by_itself(tmp_path: Path) -> None:
+    config = tiny_context(tmp_path, "recipe.epochs=500").config
+    written = tmp_path / "config.json"
+    written.write_text(config.model_dump_json())
+    journal = tmp_path / "journal"
+    program = (
+        "import subprocess, sys, time\n"
+        f"log = open({str(journal)!r}, 'w')\n"
+        f"command = [sys.executable, '-m', 'cvdd.assistants', {str(written)!r}, '1', '2']\n"
+        "print(subprocess.Popen(command, stderr=log).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assistant = int(parent.stdout.readline())
+    try:
+        deadline = time.monotonic() + 120
+        while "making members" not in journal.read_text():
+            assert alive(assistant), journal.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        parent.kill()
+        parent.wait()
+        while alive(assistant):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        if alive(assistant):
+            os.kill(assistant, signal.SIGKILL)
