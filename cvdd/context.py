@@ -76,6 +76,13 @@ class Context:
         for logger in self.loggers:
             log_image(logger, self._key(key), images, step)
 
+    def log_artifacts(self, artifacts: Mapping[str, Artifact]) -> None:
+        """Tell the loggers that have a summary which artefacts this run's results are; names end in their hashes."""
+        from cvdd.loggers import log_summary
+
+        for logger in self.loggers:
+            log_summary(logger, {self._key(f"artifact/{key}"): value.path.name for key, value in artifacts.items()})
+
     def _key(self, key: str) -> str:
         return f"{self.label}/{key}" if self.label else key
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from cvdd.config_base import ConfigError
+from cvdd.interruption import SIGNALS
 from cvdd.portable import portable_config
 from cvdd.schema import RunConfig
+
+ERROR = "error"
+"""In a run's summary: the kind of error that ended it, empty if none did. What it said is in the job's own log."""
 
 
 def make_loggers(config: RunConfig, run_name: str, run_id: str, sweep: str | None = None) -> list[Logger]:
@@ -43,6 +52,7 @@ def _wandb(config: RunConfig, run_name: str, run_id: str, sweep: str | None) -> 
     group = config.logger.group or sweep
     options: dict[str, Any] = {"group": group, "entity": config.logger.entity, "job_type": config.verb}
     try:
+        options["settings"] = _settings_without_machine()
         logger = WandbLogger(
             name=run_name,
             id=run_id,
@@ -66,6 +76,13 @@ def _wandb(config: RunConfig, run_name: str, run_id: str, sweep: str | None) -> 
     return logger
 
 
+def _settings_without_machine() -> Any:
+    """Settings with which wandb sends neither the machine's name nor its paths, which the console's text is full of."""
+    from wandb import Settings
+
+    return Settings(host="", x_disable_meta=True, console="off")
+
+
 def log_image(logger: Logger, key: str, image: Tensor, step: int) -> None:
     """Send an image [3, h, w] uint8 to a logger that takes images; others ignore it."""
     if isinstance(logger, WandbLogger):
@@ -74,9 +91,54 @@ def log_image(logger: Logger, key: str, image: Tensor, step: int) -> None:
         logger.experiment.add_image(key, image, step)
 
 
-def finish(loggers: list[Logger], failed: bool) -> None:
-    """Close loggers; a failed run is marked as failed."""
+def log_summary(logger: Logger, values: Mapping[str, str]) -> None:
+    """Tell a logger what is true of the whole run, if it has a place for that; others ignore it."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(dict(values))
+
+
+@contextlib.contextmanager
+def reporting_to(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Close loggers when the body ends, however it ends, and tell them how.
+
+    An error marks the run as failed. A signal that announces the end of the job marks it as preempted, so that a
+    dashboard does not count it among the failures: the job goes on under the same identity. SIGTERM, SIGUSR1 and
+    SIGUSR2, which would end the process without a last word, end the body with SystemExit unless somebody else asked
+    for them.
+    """
+    with _orderly_end():
+        try:
+            yield
+        except BaseException as error:
+            _finish(loggers, error)
+            raise
+        _finish(loggers, None)
+
+
+def _finish(loggers: Sequence[Logger], error: BaseException | None) -> None:
     for logger in loggers:
-        logger.finalize("failed" if failed else "success")
+        log_summary(logger, {ERROR: type(error).__name__ if error else ""})
+        logger.finalize("failed" if error else "success")
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(failed))
+            if isinstance(error, SystemExit):
+                logger.experiment.mark_preempting()
+            logger.experiment.finish(exit_code=int(error is not None))
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -13,7 +13,7 @@ from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
-from cvdd.loggers import finish, make_loggers
+from cvdd.loggers import make_loggers, reporting_to
 from cvdd.portable import portable_config
 from cvdd.preflight import check_before_work
 from cvdd.ranks import all_ranks, in_silence
@@ -69,13 +69,8 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
         return VERBS[config.verb](context, [])
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)
-    failed = True
-    try:
-        metric = VERBS[config.verb](context, invocation_lines(config, invocation))
-        failed = False
-        return metric
-    finally:
-        finish(loggers, failed)
+    with reporting_to(loggers):
+        return VERBS[config.verb](context, invocation_lines(config, invocation))
 
 
 def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -78,9 +81,10 @@ def csv_rows(output: Path) -> list[dict[str, str]]:
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
 
 
-def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path) -> None:
+def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a store of its own, so that all stages run and are logged."""
     pytest.importorskip("wandb")
+    monkeypatch.setattr(socket, "gethostname", lambda: "name-of-this-machine")
     output = command(tmp_path / "out", tmp_path / "store", *OFFLINE, "temperature.vote=2.5", sweep="evaluate_today")
     told = offline_run(output)
     assert told.exit_code == 0
@@ -111,6 +115,18 @@ def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path) -> None:
     (image,) = (row["distill/images"] for row in told.history if "distill/images" in row)
     path = image["filenames"][0]
     assert any(found.read_bytes().startswith(b"\x89PNG") for found in output.glob(f"wandb/offline-run-*/files/{path}"))
+    made = {key.removeprefix("artifact/"): name for key, name in told.summary.items() if key.startswith("artifact/")}
+    assert set(made) == {"cvdd/images", "cvdd/labels", "cvdd/tiny_resnet18/seed0"}
+    assert {path.name for path in (tmp_path / "store").glob("*/*-*")} >= set(made.values())
+    assert made["cvdd/images"] == metrics["results"][0]["images"]
+    assert told.summary["error"] == ""
+    (own,) = (row for row in told.history if "result/top1" in row)
+    assert own["result/top1"] == final
+    seconds = metrics["results"][0]["image_seconds"]
+    assert own["result/images_per_second"] == pytest.approx(2 * 10 / seconds)
+    sent = [*output.glob("wandb/offline-run-*/run-*.wandb"), *output.glob("wandb/offline-run-*/files/**/*.*")]
+    for secret in (str(tmp_path), "name-of-this-machine", sys.executable):
+        assert not [path for path in sent if secret.encode() in path.read_bytes()], secret
 
 
 def test_wandb_knows_a_repeated_run_and_a_run_alone(tmp_path: Path, store: Path) -> None:
@@ -134,7 +150,8 @@ def test_a_run_that_fails_is_marked_as_failed(tmp_path: Path, store: Path, monke
         patched.setattr(cvdd.chain.recover, "normalise", lambda pixels, mean, std: pixels.float() * float("nan"))
         with pytest.raises(NonFiniteLoss):
             command(output, store, *OFFLINE, "method.lr=0.2", verb="distill")
-    assert offline_run(output).exit_code == 1
+    told = offline_run(output)
+    assert (told.preempted, told.exit_code, told.summary["error"]) == (False, 1, "NonFiniteLoss")
     assert (output / "csv" / "hparams.yaml").exists()
     # The next job of a sweep has a run of its own.
     following = offline_run(command(tmp_path / "next", store, *OFFLINE, "method.lr=0.3", verb="distill"))
@@ -152,6 +169,29 @@ def test_an_interrupted_run_is_marked_as_failed(tmp_path: Path, store: Path, mon
     with pytest.raises(KeyboardInterrupt):
         command(tmp_path / "out", store, *OFFLINE, "method.lr=0.15", verb="distill")
     assert offline_run(tmp_path / "out").exit_code == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_a_signal_ends_is_finished_and_marked_as_preempted(
+    number: int, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    before = signal.signal(number, signal.SIG_DFL)
+
+    def stopped(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr(cvdd.chain.images, "recover_stack", stopped)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command(tmp_path / "out", store, *OFFLINE, "method.lr=0.16", verb="distill")
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number
+    told = offline_run(tmp_path / "out")
+    assert (told.preempted, told.exit_code, told.summary["error"]) == (True, 1, "SystemExit")
 
 
 def test_wandb_that_refuses_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,15 +27,19 @@ class WandbRun:
         settings: identifier, name, group, type and project.
         config: the configuration.
         history: the logged rows in order.
+        summary: what is true of the whole run.
         files: that were attached, by their paths in the run.
         exit_code: None if the run did not end.
+        preempted: whether it was announced that another job goes on with it.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     exit_code: int | None = None
+    preempted: bool = False
 
 
 def read_run(path: Path) -> WandbRun:
@@ -52,6 +56,10 @@ def read_run(path: Path) -> WandbRun:
             row: dict[str, Any] = {}
             _collect(row, record.history.item)
             run.history.append(row)
+        elif kind == "summary":
+            _collect(run.summary, record.summary.update)
+        elif kind == "preempting":
+            run.preempted = True
         elif kind == "files":
             run.files += [file.path for file in record.files.files]
         elif kind == "exit":

@@ -149,7 +149,9 @@ def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) 
     if context.config.protocol.images == "once":
         made = distil(context, row, priors)
         return dict.fromkeys(seeds, made)
-    return {seed: distil(context.differing({"method.seed": seed}, context.label), row, priors) for seed in seeds}
+    # Labels tell the seeds apart in logs and pictures, which would otherwise overwrite each other.
+    own = {seed: context.differing({"method.seed": seed}, f"{row} seed {seed}") for seed in seeds}
+    return {seed: distil(each, row, priors) for seed, each in own.items()}
 
 
 def _full_data(context: Context) -> Sequence[Result]:

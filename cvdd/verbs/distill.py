@@ -17,5 +17,6 @@ def distill(context: Context, commands: list[str]) -> float | None:
     pixels, _ = load_images(images)
     picture = context.config.paths.output / "images.png"
     write_png(image_grid(pixels, context.config.ipc.images_per_class), str(picture))
+    context.log_artifacts({f"{context.config.method.name}/images": images})
     print_artifact(images, {"picture": str(picture)})
     return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from cvdd.artifact import Artifact
 from cvdd.assistants import assist, assisted
-from cvdd.chain.compare import compare
+from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.context import Context
 from cvdd.launching import share_of_work
 from cvdd.report.summary import summarise, write_results
@@ -27,7 +28,29 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
     for result in summary["results"]:
         prefix = f"result/{result['row']}/{result['student']}"
         context.log({f"{prefix}/top1": result["top1"], f"{prefix}/best_top1": result["best_top1"]}, step=0)
+    context.log(_of_first_row(distilled[0], results[0]), step=0)
+    for made in results:
+        context.log_artifacts(_artifacts(made))
     print_results(summary["results"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
     return float(summary["results"][0]["top1"])
+
+
+def _of_first_row(made: Distilled, result: Result) -> dict[str, float]:
+    """What a dashboard compares over runs: of the configuration's own row, under keys that do not name it."""
+    summary = result.summary()
+    values = {key: summary[key] for key in ("top1", "best_top1", "student_seconds", "image_seconds")}
+    count, seconds = made.images.metrics.get("images"), summary["image_seconds"]
+    values["images_per_second"] = count / seconds if count and seconds else None
+    return {f"result/{key}": float(value) for key, value in values.items() if value is not None}
+
+
+def _artifacts(result: Result) -> dict[str, Artifact]:
+    students = zip(result.seeds, result.students, strict=True)
+    artifacts = {f"{result.row}/{result.student}/seed{seed}": student for seed, student in students}
+    if result.images is not None:
+        artifacts[f"{result.row}/images"] = result.images
+    if result.labels is not None and result.labels.artifact is not None:
+        artifacts[f"{result.row}/labels"] = result.labels.artifact
+    return artifacts

@@ -21,5 +21,7 @@ def relabel(context: Context, commands: list[str]) -> float | None:
     teachers = ", ".join(
         f"{name} {weight:.3f}" for name, weight in zip(made.labels.teachers, made.labels.weights, strict=True)
     )
+    row = context.config.method.name
+    context.log_artifacts({f"{row}/images": made.images, f"{row}/labels": made.labels.artifact})
     print_artifact(made.labels.artifact, {"images": str(made.images.path), "teachers": teachers})
     return None

@@ -14,14 +14,17 @@ def train(context: Context, commands: list[str]) -> float | None:
     method = context.config.method
     if method.mtt is not None:
         trajectories = make_trajectories(context)
+        context.log_artifacts({"trajectories": trajectories})
         print_artifact(trajectories, {"experts": str(method.mtt.experts.count)})
         return None
     if method.apm is not None:
         teachers = make_apm_teachers(context)
         accuracies = [float(teacher.metrics["test_top1"]) for teacher in teachers]
         shown = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        context.log_artifacts({f"teachers/{index}": teacher for index, teacher in enumerate(teachers)})
         print_artifact(teachers[0], {"teachers": str(len(teachers)), "top-1 in percent": shown})
         return sum(accuracies) / len(accuracies)
     members = {name: make_member(context, name) for name in context.config.committee.members}
+    context.log_artifacts({f"members/{name}": member for name, member in members.items()})
     print_members(context.config, members)
     return sum(float(member.metrics["test_top1"]) for member in members.values()) / len(members)
