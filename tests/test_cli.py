@@ -67,7 +67,7 @@ def test_numbers_become_names_of_files(typed: str, meant: str) -> None:
         ("ipc=0", "set ipc.images_per_class to a whole number of at least 1"),
         ("temperature=3", "there is no preset 3; choose 0.5, 1, 2, 5 or 10, or set temperature.vote=3"),
         ("temperature=-1", "set temperature.vote to a number greater than 0"),
-        ("method=null", "method=null: choose cvdd, cvdd_tiny, patches or random_real; ~method leaves the group out"),
+        ("ipc=null", "ipc=null: choose 1, 10 or 50; ~ipc leaves the group out"),
     ],
 )
 def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:

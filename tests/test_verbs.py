@@ -86,7 +86,12 @@ def evaluated(store: Path) -> Outcome:
 
 def state(store: Path) -> dict[str, int]:
     return {
-        str(path): path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file() and path.suffix != ".lock"
+        str(path): path.stat().st_mtime_ns
+        for path in store.rglob("*")
+        # Locks, and what running processes use.
+        if path.is_file() and path.suffix != ".lock" and ".users" not in path.parts
+        for path in store.rglob("*")
+        if path.is_file() and path.suffix != ".lock" and ".users" not in path.parts
     }
 
 
