@@ -41,6 +41,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "label/hard": ("protocol=hard_tiny",),
     "protocol/hard": ("label=hard",),
     "protocol/hard_tiny": ("label=hard",),
+    "protocol/method": ("label=hard", "method=apm_tiny"),
 }
 """What a file is used with, where the default of the other groups would make no sense."""
 
