@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.artifact import write_atomically
+from cvdd.artifact import DamagedArtifact, write_atomically
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
 from cvdd.labels import ComputedLabels
@@ -99,6 +99,22 @@ def reserve_labels(folder: Path, layout: LabelLayout) -> None:
         _reserve(folder / PARAMETERS, layout.parameters_bytes)
 
 
+def require_reserved(folder: Path, layout: LabelLayout) -> None:
+    """Refuse labels whose files were cut while they were half made: what was written before is not known any more.
+
+    Raises:
+        DamagedArtifact: says what to delete.
+    """
+    sizes = {LOGITS: layout.logits_bytes} | ({PARAMETERS: layout.parameters_bytes} if layout.record is not None else {})
+    for name, expected in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if found != expected:
+            raise DamagedArtifact(
+                f"{folder}: {name} has {found} bytes instead of {expected}, though parts of it were written. Delete "
+                "this directory and repeat the command; it will be made again."
+            )
+
+
 def epochs_written(folder: Path, block: range) -> int:
     """Count the epochs of a block that are on disk, from its first."""
     progress = folder / PROGRESS.format(block.start)
@@ -118,7 +134,11 @@ def write_epochs(
         layout: their sizes.
         block: the epochs.
         advance: called with the number of epochs done since the last call.
+
+    Raises:
+        DamagedArtifact: the files are not those whose space was reserved.
     """
+    require_reserved(folder, layout)
     progress = folder / PROGRESS.format(block.start)
     done = epochs_written(folder, block)
     advance(done)

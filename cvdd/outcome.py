@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from hydra.errors import CompactHydraException
 
 from cvdd.config_base import ConfigError
+from cvdd.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+_KEPT = "What is finished in the store is kept, and the same command goes on from it."
 
 
 class PointFailed(CompactHydraException):
@@ -29,6 +33,20 @@ def is_for_users(error: BaseException) -> bool:
     return isinstance(error, ConfigError) or type(error).__module__.startswith("cvdd.")
 
 
+def advice_on(error: BaseException) -> str | None:
+    """Say what to do about an error that the machine reports in its own words; None if nothing is known of it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" for {error.filename}" if error.filename else ""
+        return f"no space left{place}. Free some, or choose other places: paths.output=DIR, paths.store=DIR. {_KEPT}"
+    if is_out_of_memory(error):
+        first = (str(error).splitlines() or ["no more memory"])[0]
+        return (
+            f"out of memory ({first}). Lower what is worked on at once: recipe.batch_size, method.units_per_stack, "
+            f"label.stack, label.batch_size or protocol.eval_batch. {_KEPT}"
+        )
+    return None
+
+
 @contextlib.contextmanager
 def told(sweeping: bool) -> Iterator[None]:
     """Turn the errors of a job into messages and exit codes.
@@ -41,11 +59,12 @@ def told(sweeping: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_for_users(error):
+        message = str(error) if is_for_users(error) else advice_on(error)
+        if message is not None:
             # The message says what to type; a stack trace would only hide it.
-            log.error("%s", error)
+            log.error("%s", message)
             if sweeping:
-                raise PointFailed(str(error)) from None
+                raise PointFailed(message) from None
             sys.exit(USER_ERROR)
         if sweeping:
             log.exception("this point of the sweep failed")

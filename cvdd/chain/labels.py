@@ -19,8 +19,9 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, reserve_labels, write_epochs
+from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
+from cvdd.memory import enough_memory
 from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
@@ -110,14 +111,22 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
 
         @contextlib.contextmanager
         def maker(work: Path) -> Iterator[Maker]:
-            computed = _computed(context, teachers, weights, load_images(images)[0])
-            with context.progress("relabel", layout.pool.labelled_epochs) as advance:
+            advice = (
+                f"Lower label.stack={label.stack}, the batches that share a forward pass, or "
+                f"label.batch_size={label.batch_size}, their images"
+            )
+            with (
+                enough_memory("labelling the images", advice),
+                context.progress("relabel", layout.pool.labelled_epochs) as advance,
+            ):
+                computed = _computed(context, teachers, weights, load_images(images)[0])
                 yield Maker(
                     lambda index: write_epochs(work, computed, layout, blocks[index], advance),
                     lambda indices: advance(sum(len(blocks[index]) for index in indices)),
                 )
 
         def finish(work: Path) -> dict[str, Any]:
+            require_reserved(work, layout)
             return {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
 
         parts = Parts(

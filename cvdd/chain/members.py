@@ -22,6 +22,7 @@ from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
+from cvdd.memory import enough_memory
 from cvdd.report.curves import curve_json
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
@@ -178,7 +179,13 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
             on_epoch=on_epoch,
         )
-        context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp", recipe.accumulation)
+        advice = (
+            f"Raise recipe.accumulation={recipe.accumulation}, which forwards a batch in parts, or lower "
+            f"recipe.batch_size={recipe.batch_size}; where it is measured, lower "
+            f"protocol.eval_batch={config.protocol.eval_batch}"
+        )
+        with enough_memory(f"training {name}", advice):
+            context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp", recipe.accumulation)
     return module
 
 

@@ -23,6 +23,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.matching import Matcher
+from cvdd.memory import enough_memory
 from cvdd.methods.fadrm import adjustable_residual
 from cvdd.progress import Advance
 from cvdd.recording import Recorded
@@ -130,11 +131,20 @@ def _optimise(
         )
         module.rows = list(rows)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
-        context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
+        with enough_memory(f"stack {stack.index} of the images", _less_memory(stack, len(members))):
+            context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
         images, rows = module.images.detach().cpu(), module.rows
         if stage.last < method.iterations and (context.world.main or not split):
             _save_stage(finished, images, rows)
     return images, rows
+
+
+def _less_memory(stack: Stack, members: int) -> str:
+    units, images = len(stack.units), len(stack.units[0].targets)
+    shown = f"{units} units of {images} images are shown to {members} members at once"
+    if units > 1:
+        return f"{shown}; lower method.units_per_stack to at most {units // 2}"
+    return f"{shown}; lower method.classes_per_unit or committee.size, or share each unit: trainer.split_units=true"
 
 
 def splits_units(context: Context) -> bool:

@@ -15,6 +15,7 @@ from cvdd.chain.labels import Labels
 from cvdd.context import Context
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.measure import Evaluator
+from cvdd.memory import enough_memory
 from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule
@@ -85,7 +86,13 @@ def make_student(
                 on_epoch=on_epoch,
             )
             loader: DataLoader[Any] = DataLoader(dataset, sampler=sampler, batch_size=None)
-            context.fit(module, loader, protocol.epochs, work / "training.ckpt.tmp", protocol.accumulation)
+            advice = (
+                f"Raise protocol.accumulation={protocol.accumulation}, which forwards a batch in parts, or lower "
+                f"label.batch_size={config.label.batch_size}; where it is measured, lower "
+                f"protocol.eval_batch={protocol.eval_batch}"
+            )
+            with enough_memory(title, advice):
+                context.fit(module, loader, protocol.epochs, work / "training.ckpt.tmp", protocol.accumulation)
         return module
 
     def build(work: Path) -> dict[str, Any]:
