@@ -7,6 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 EXTRAS := dev,wandb,tensorboard,slurm
 COVERAGE := --cov=cvdd --cov-report=term --cov-fail-under=85
+FAULTS ?= faults
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # The first supported Python on the path. A name alone proves nothing: a version manager's shim may refuse to run.
@@ -14,10 +15,10 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare install test test-slow test-slurm lint clean
+.PHONY: help demo compare install test test-slow test-slurm test-faults lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## run the whole chain on the embedded data set
 	$(BIN)/python evaluate.py experiment=demo
@@ -31,10 +32,13 @@ test: $(STAMP) ## run the tests with coverage
 	$(BIN)/python -m pytest $(COVERAGE)
 
 test-slow: $(STAMP) ## run the long tests too
-	$(BIN)/python -m pytest -m "not slurm" $(COVERAGE)
+	$(BIN)/python -m pytest -m "not slurm and not faults" $(COVERAGE)
 
 test-slurm: $(STAMP) ## run sweeps on a SLURM cluster that is started for them on this machine
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-faults: $(STAMP) ## kill commands, fill disks, damage files; in short with FAULTS="faults and not slow"
+	$(BIN)/python -m pytest -m "$(FAULTS)" tests/faults
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .

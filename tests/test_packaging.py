@@ -121,12 +121,17 @@ def test_python_files_are_ascii() -> None:
 def test_ci_calls_only_what_users_have() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make lint", "make test", "make test-slurm"]
+    assert re.findall(r"^make [a-z-]+", script, re.MULTILINE) == [
+        "make lint",
+        "make test",
+        "make test-slurm",
+        "make test-faults",
+    ]
 
 
 def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "test-slow", "test-slurm", "lint", "clean"):
+    for target in ("demo", "test", "test-slow", "test-slurm", "test-faults", "lint", "clean"):
         assert re.search(rf"^make {target} +\w", done.stdout, re.MULTILINE)
 
 

@@ -1,0 +1,158 @@
+"""A member whose loss is not a number, and too little memory: named with what to change, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from commands import Reference
+from helpers import PRIORS, tiny_context
+from test_interruption import stop_at
+
+import cvdd.context
+import cvdd.labels
+from cvdd.chain.compare import compare, distil
+from cvdd.chain.images import make_images
+from cvdd.chain.members import make_member
+from cvdd.classifier import Classifier, NonFiniteTraining
+from cvdd.context import Context
+from cvdd.memory import OutOfMemory, enough_memory
+from cvdd.outcome import USER_ERROR, PointFailed, told
+from cvdd.synthesis import DistillModule
+
+pytest_plugins = ["faults_fixtures"]
+pytestmark = pytest.mark.faults
+
+ON_A_GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10.00 GiB"
+ON_THE_CPU = (
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4096000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+def context_of(home: Path, *overrides: str) -> Context:
+    return tiny_context(home, *overrides, store=home / "store")
+
+
+def short_of_memory(patched: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: Exception) -> None:
+    """Raise an error at the given call of a function, as PyTorch does."""
+
+    def raising() -> NoReturn:
+        raise error
+
+    class Short(Exception):
+        def __new__(cls) -> NoReturn:
+            raising()
+
+    stop_at(patched, owner, name, call, Short)
+
+
+def test_a_member_whose_loss_is_not_a_number(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its second epoch: the first is kept, and the repeated command goes on from it."""
+    home = reference.copy(tmp_path, "members", "patches", "images", "labels", "students")
+    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    note, epochs = Classifier._note, list[int]()
+
+    def watched(self: Classifier, loss: torch.Tensor) -> torch.Tensor:
+        epochs.append(self.current_epoch)
+        return note(self, loss)
+
+    def broken(self: Classifier, loss: torch.Tensor) -> torch.Tensor:
+        return note(self, loss * (float("nan") if self.current_epoch else 1.0))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, "_note", broken)
+        with pytest.raises(NonFiniteTraining, match=r"train loss of member resnet18 is nan in epoch 2.*recipe\.lr"):
+            make_member(context_of(home), "resnet18")
+    monkeypatch.setattr(Classifier, "_note", watched)
+    member = make_member(context_of(home), "resnet18")
+    assert set(epochs) == {1}
+    files, metrics = reference.made[f"members/{member.path.name}"]
+    assert (member.manifest["files"], member.metrics) == (files, metrics)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(ON_A_GPU), RuntimeError(ON_THE_CPU)], ids=["gpu", "cpu"])
+def test_too_little_memory_for_the_images(
+    error: Exception, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = reference.copy(tmp_path, "images", "labels", "students")
+    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    # Two iterations are a step of Lightning, and three of those a stack; the second stack has made one of them.
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, DistillModule, "training_step", 5, error)
+        with pytest.raises(
+            OutOfMemory, match=r"stack 1 of the images .*lower method\.classes_per_unit or committee\.s"
+        ):
+            make_images(context_of(home), PRIORS)
+    (unit,) = (home / "store").glob("images/.partial/*/units/*.safetensors")
+    finished = unit.stat().st_mtime_ns
+    make_images(context_of(home), PRIORS)
+    (sealed,) = (home / "store").glob(f"images/*/units/{unit.name}")
+    assert sealed.stat().st_mtime_ns == finished
+    reference.require_same(home, ("images",))
+
+
+def test_units_that_share_a_forward_pass_can_be_fewer(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three members vote, so that both units are one stack."""
+    home = reference.copy(tmp_path)
+    short_of_memory(monkeypatch, DistillModule, "training_step", 1, torch.OutOfMemoryError(ON_A_GPU))
+    shown = r"2 units of 10 images are shown to 3 members at once; lower method\.units_per_stack to at most 1"
+    with pytest.raises(OutOfMemory, match=shown):
+        make_images(context_of(home, "committee.size=3"), PRIORS)
+
+
+def test_too_little_memory_for_labels_and_networks(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = reference.copy(tmp_path, "labels", "students")
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, cvdd.labels.ComputedLabels, "epoch", 2, torch.OutOfMemoryError(ON_A_GPU))
+        with pytest.raises(OutOfMemory, match=r"Lower label\.stack=32.*label\.batch_size=8"):
+            distil(context_of(home), "cvdd")
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, Classifier, "on_train_epoch_start", 2, RuntimeError(ON_THE_CPU))
+        with pytest.raises(OutOfMemory, match=r"Raise protocol\.accumulation=2.*protocol\.eval_batch=\d+"):
+            compare(context_of(home))
+    recipe = r"training resnet18 .*Raise recipe\.accumulation=1.*recipe\.batch_size=50"
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, Classifier, "on_train_epoch_start", 1, RuntimeError(ON_THE_CPU))
+        with pytest.raises(OutOfMemory, match=recipe):
+            make_member(context_of(home, "recipe.epochs=3"), "resnet18")
+    compare(context_of(home))
+    reference.require_same(home)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"), enough_memory("a step", "Do less"):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError(ON_THE_CPU), r"out of memory .*method\.units_per_stack, label\.stack.*the same command goes on"),
+        (MemoryError(), r"out of memory \(no more memory\)"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/metrics.csv"),
+            r"for out/metrics\.csv.*paths\.output=DIR",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_elsewhere(error: Exception, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped, told(sweeping=False):
+        raise error
+    assert stopped.value.code == USER_ERROR
+    (record,) = caplog.records
+    assert re.search(message, record.getMessage())
+    assert record.levelno == logging.ERROR
+    with pytest.raises(PointFailed, match=message), told(sweeping=True):
+        raise error
