@@ -13,6 +13,7 @@ from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
+from cvdd.jobs import sign_in
 from cvdd.loggers import make_loggers, reporting_to
 from cvdd.portable import portable_config
 from cvdd.preflight import check_before_work
@@ -67,6 +68,7 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     if not world.main:
         # Rank 0 reports for all.
         return VERBS[config.verb](context, [])
+    sign_in(output, context.store)
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)
     with reporting_to(loggers):

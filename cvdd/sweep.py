@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -208,6 +209,7 @@ class SweepCallback(Callback):
         }
         self.sweep = SweepConfig.model_validate(plain)
         self._overrides: list[str] = []
+        self._started = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep what was typed: Hydra gives a point its overrides rewritten, and once each."""
@@ -215,23 +217,27 @@ class SweepCallback(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note that a point is being made."""
+        self._started = time.monotonic()
         self._note(config, "running")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note how a point ended, and write the report."""
+        seconds = time.monotonic() - self._started
         if job_return.status is JobStatus.COMPLETED:
-            self._note(config, "done")
+            self._note(config, "done", seconds=seconds)
         else:
             error = job_return._return_value
-            self._note(config, "failed", str(error) or type(error).__name__)
+            self._note(config, "failed", str(error) or type(error).__name__, seconds)
         if config.hydra.mode.name == "MULTIRUN":
             from cvdd.report.sweeps import write_report
 
             page = write_report(Path(config.hydra.runtime.output_dir).parent)
             log.info("sweep: %s", page)
 
-    def _note(self, config: DictConfig, status: str, error: str = "") -> None:
+    def _note(self, config: DictConfig, status: str, error: str = "", seconds: float = 0.0) -> None:
         name = str(config.hydra.runtime.choices[GROUP])
+        folder = Path(config.hydra.runtime.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         state = {
             "point": name,
             "status": status,
@@ -239,9 +245,19 @@ class SweepCallback(Callback):
             "node": self.sweep.node(name),
             "overrides": self._overrides,
         }
-        folder = Path(config.hydra.runtime.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        # Of all jobs that worked for this point, as the sweep's next command only finds what the last one has made.
+        state["seconds"] = round(_seconds_of(folder / STATE, state) + seconds, 3)
         replace_file(folder / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
+    """Seconds that earlier jobs worked for the same point of the same command."""
+    try:
+        earlier = json.loads(path.read_text())
+        same = earlier["node"] == state["node"] and same_command(earlier["overrides"], state["overrides"])
+        return float(earlier["seconds"]) if same else 0.0
+    except (OSError, ValueError, KeyError):
+        return 0.0
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -37,6 +37,11 @@ class Store:
         self._uses = Uses(self.root, self.claims)
         self._verified: dict[Path, Artifact] = {}
 
+    @property
+    def user(self) -> str:
+        """Name of this process in the store."""
+        return self._uses.user
+
     def make(
         self,
         kind: str,

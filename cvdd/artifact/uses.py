@@ -27,19 +27,28 @@ class Uses:
         self._noted: set[Path] = set()
         self._list = root
 
+    @property
+    def user(self) -> str:
+        """Name of this process in the store, for :func:`used_by`."""
+        self._enter_once()
+        return self._list.stem
+
     def note(self, path: Path) -> None:
         """Say that this process reads or makes a directory of the store, until its end."""
-        if self._process != os.getpid():
-            # Also a forked process: its parent may end before it does.
-            self._process = os.getpid()
-            self._noted = set()
-            self._enter()
+        self._enter_once()
         if path in self._noted:
             return
         self._noted.add(path)
         # A store that cannot be written can be read all the same, and nobody can remove anything there.
         with contextlib.suppress(OSError), self._list.open("a") as stream:
             stream.write(f"{path.relative_to(self.root).as_posix()}\n")
+
+    def _enter_once(self) -> None:
+        if self._process != os.getpid():
+            # Also a forked process: its parent may end before it does.
+            self._process = os.getpid()
+            self._noted = set()
+            self._enter()
 
     def _enter(self) -> None:
         folder = self.root / FOLDER
@@ -49,6 +58,8 @@ class Uses:
             folder.mkdir(parents=True, exist_ok=True)
             claim = self.claims.take(folder / f"{token}.lock")
             assert claim is not None
+            # A list without entries says that the process lives.
+            self._list.touch()
             weakref.finalize(self, _leave, os.getpid(), claim, self._list)
 
 
@@ -73,3 +84,27 @@ def used_by_others(root: Path, claims: Claims) -> set[Path]:
         with contextlib.suppress(FileNotFoundError):
             used |= {root / line for line in path.read_text().splitlines()}
     return used
+
+
+def used_by(root: Path, claims: Claims, user: str) -> list[Path] | None:
+    """Return the directories of a store that one process uses, in the order in which it came to them.
+
+    With leases a process counts as running until it has been silent for long enough while this one watched.
+
+    Returns:
+        None if the process has ended.
+    """
+    path = root / FOLDER / f"{user}.txt"
+    try:
+        used = [root / line for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return None
+    try:
+        claim = claims.take(path.with_suffix(".lock"))
+    except OSError:
+        # Of a store that cannot be written here nothing better is known.
+        return used
+    if claim is None:
+        return used
+    claim.release()
+    return None

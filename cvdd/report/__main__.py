@@ -35,11 +35,25 @@ def report_experiments(arguments: Sequence[str]) -> None:
     list_experiments(arguments)
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = MappingProxyType({"experiments": report_experiments})
+def watch(arguments: Sequence[str]) -> None:
+    """Show how far sweeps are, and which job works on what.
+
+    Args:
+        arguments: their directories and, for a view that is kept up to date, ``--every SECONDS``.
+    """
+    from cvdd.report.watch import watch_sweeps
+
+    watch_sweeps(arguments)
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = MappingProxyType(
+    {"experiments": report_experiments, "watch": watch}
+)
 """By the first argument; any other is the directory of a sweep."""
 
 USAGE = """usage:
   python -m cvdd.report multirun/NAME [multirun/NAME ...]  the report of a sweep
+  python -m cvdd.report watch multirun/NAME [...]          how far it is, and which job works on what; --every SECONDS
   python -m cvdd.report experiments [PART ...]             published numbers, and which were measured here"""
 
 
