@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PRIORS, same_files, tiny_context
+from helpers import PRIORS, TINY, configure, same_files, tiny_context
 
 import cvdd.chain.recover
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Store
+from cvdd.chain.compare import compare
 from cvdd.chain.images import load_history, load_images, make_images
 from cvdd.config_base import ConfigError
+from cvdd.context import Context
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -122,3 +124,17 @@ def test_an_interrupted_method_ends_with_the_same_bits(
             make_images(again, PRIORS)
     assert len(calls) == 4
     assert same_files(make_images(again, PRIORS), whole)
+
+
+def test_members_without_batchnorm_vote_with_their_cross_entropy_and_label(tmp_path: Path) -> None:
+    usual = [override for override in TINY if "committee.members" not in override and "prior.values" not in override]
+    overrides = ("committee=tiny_mixed", "~committee.members.resnet50", "~committee.members.convnext")
+    config = configure(tmp_path, *usual, *overrides, "prior.values={resnet18: 40, vit: 30}", FOUR)
+    config.paths.output.mkdir(parents=True, exist_ok=True)
+    context = Context(config, Store(config.paths.store), torch.device("cpu"))
+    distilled, results = compare(context)
+    history = next(iter(load_history(distilled[0].images).values()))
+    assert list(history["weights"]) == ["resnet18", "vit"]
+    assert all(row["bn"]["vit"] == 0 and row["ce"]["vit"] > 0 for row in history["rows"])
+    assert list(distilled[0].labels.teachers) == ["resnet18", "vit"]
+    assert len(results[0].students) == 1
