@@ -251,3 +251,8 @@ def test_the_parts_of_the_configuration_are_all_described() -> None:
     described = {field.key.partition(".")[0] for field in fields()}
     assert described == set(RunConfig.model_fields)
     assert {"students.NAME.target", "committee.members.NAME.backbone.target"} <= {field.key for field in fields()}
+
+
+def test_units_are_split_in_the_recover_loop_alone(compose: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.split_units=true splits units of the recover loop"):
+        compose("distill", "method=apm_tiny", "trainer=ddp", "trainer.devices=2", "trainer.split_units=true")

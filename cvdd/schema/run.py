@@ -80,6 +80,11 @@ class RunConfig(StrictConfig):
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
                 f"ipc.images_per_class={self.ipc.images_per_class}; set it to at least as many"
             )
+        if self.trainer.split_units and self.method.brings_students:
+            raise ValueError(
+                "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; set "
+                "trainer.split_units=false"
+            )
         if self.protocol.student == "method":
             if not self.method.brings_students:
                 raise ValueError(
