@@ -82,8 +82,8 @@ class RunConfig(StrictConfig):
             )
         if self.trainer.split_units and self.method.brings_students:
             raise ValueError(
-                "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; set "
-                "trainer.split_units=false"
+                "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; "
+                "set trainer.split_units=false"
             )
         if self.protocol.student == "method":
             if not self.method.brings_students:
