@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,6 +35,7 @@ def make_loggers(config: RunConfig, run_name: str, run_id: str, sweep: str | Non
         ConfigError: an optional package is not installed, or Weights & Biases refuses the run.
     """
     output = config.paths.output
+    _keep_rows(output / "csv" / "metrics.csv")
     loggers: list[Logger] = [CSVLogger(save_dir=output, name="", version="csv", flush_logs_every_n_steps=200)]
     if config.logger.tensorboard:
         try:
@@ -46,6 +48,13 @@ def make_loggers(config: RunConfig, run_name: str, run_id: str, sweep: str | Non
         # Where files lie on this machine is nobody else's business.
         logger.log_hyperparams(portable_config(config))
     return loggers
+
+
+def _keep_rows(file: Path) -> None:
+    """Set aside what an interrupted job logged in the same directory; Lightning would begin the file anew."""
+    if file.exists():
+        earlier = len(list(file.parent.glob("metrics-*.csv")))
+        file.rename(file.with_name(f"metrics-{earlier + 1}.csv"))
 
 
 def _wandb(config: RunConfig, run_name: str, run_id: str, sweep: str | None) -> WandbLogger:

@@ -238,7 +238,7 @@ class SweepCallback(Callback):
         name = str(config.hydra.runtime.choices[GROUP])
         folder = Path(config.hydra.runtime.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
+        state: dict[str, Any] = {
             "point": name,
             "status": status,
             "error": error,

@@ -5,19 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import TINY, configure
 
+import cvdd.chain.compare
 import cvdd.chain.images
 import cvdd.chain.recover
+from cvdd import dashboard
+from cvdd.artifact import Store
+from cvdd.chain.priors import Priors
 from cvdd.config_base import ConfigError
+from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.runtime import Invocation, run, run_id, run_name
 from cvdd.synthesis import NonFiniteLoss
@@ -115,6 +123,13 @@ def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path, monkeypat
     (image,) = (row["distill/images"] for row in told.history if "distill/images" in row)
     path = image["filenames"][0]
     assert any(found.read_bytes().startswith(b"\x89PNG") for found in output.glob(f"wandb/offline-run-*/files/{path}"))
+    shown = {
+        value for name, value in vars(dashboard).items() if name.isupper() and str(value)[:7] in ("result/", "distill")
+    }
+    assert len(shown) == 8
+    assert shown <= keys
+    patterns = {title: pattern for title, pattern in dashboard.CURVES.items() if title != "Agreement by pair"}
+    assert not [title for title, pattern in patterns.items() if not any(re.fullmatch(pattern, key) for key in keys)]
     made = {key.removeprefix("artifact/"): name for key, name in told.summary.items() if key.startswith("artifact/")}
     assert set(made) == {"cvdd/images", "cvdd/labels", "cvdd/tiny_resnet18/seed0"}
     assert {path.name for path in (tmp_path / "store").glob("*/*-*")} >= set(made.values())
@@ -250,6 +265,23 @@ def test_csv_is_always_written(tmp_path: Path, store: Path) -> None:
     assert not {"wandb", "tensorboard"} & {path.name for path in output.iterdir()}
     assert [int(row["step"]) for row in csv_rows(output)] == [1, 2]
     assert "wandb" not in sys.modules or sys.modules["wandb"].run is None
+
+
+def test_seeds_with_images_of_their_own_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has the keys of images that are made once; an assistant that makes one seed agrees on its label."""
+    monkeypatch.setattr(cvdd.chain.compare, "distil", lambda context, row, priors: context)
+    config = configure(tmp_path, *SMALL, "protocol.images=per_seed", "protocol.seeds=[3,0]")
+    context = Context(config, Store(tmp_path / "store"), torch.device("cpu"))
+    row = replace(context, label="other")
+    priors = Priors({})
+
+    def labels(of: Context, name: str, seeds: list[int]) -> dict[int, Any]:
+        made: Any = cvdd.chain.compare.make_sets(of, name, priors, seeds)
+        return {seed: (each.label, each.config.method.seed) for seed, each in made.items()}
+
+    assert labels(context, "cvdd", [3, 0]) == {3: ("", 3), 0: ("cvdd seed 0", 0)}
+    assert labels(row, "other", [3, 0]) == {3: ("other", 3), 0: ("other seed 0", 0)}
+    assert labels(context, "cvdd", [0]) == {0: ("cvdd seed 0", 0)}
 
 
 # --- names and what is hidden -----------------------------------------------------------------------------------------

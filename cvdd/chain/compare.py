@@ -149,8 +149,11 @@ def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) 
     if context.config.protocol.images == "once":
         made = distil(context, row, priors)
         return dict.fromkeys(seeds, made)
-    # Labels tell the seeds apart in logs and pictures, which would otherwise overwrite each other.
-    own = {seed: context.differing({"method.seed": seed}, f"{row} seed {seed}") for seed in seeds}
+    # Labels tell the seeds apart in logs and pictures, which would otherwise overwrite each other. The first has the
+    # keys of a row whose images are made once, so that dashboards show both alike.
+    first = context.config.protocol.seeds[0]
+    labels = {seed: context.label if seed == first else f"{row} seed {seed}" for seed in seeds}
+    own = {seed: context.differing({"method.seed": seed}, label) for seed, label in labels.items()}
     return {seed: distil(each, row, priors) for seed, each in own.items()}
 
 
