@@ -12,6 +12,7 @@ import cvdd.chain.recover
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import compare
 from cvdd.chain.images import load_history, load_images, make_images
+from cvdd.chain.priors import find_priors
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 
@@ -138,3 +139,14 @@ def test_members_without_batchnorm_vote_with_their_cross_entropy_and_label(tmp_p
     assert all(row["bn"]["vit"] == 0 and row["ce"]["vit"] > 0 for row in history["rows"])
     assert list(distilled[0].labels.teachers) == ["resnet18", "vit"]
     assert len(results[0].students) == 1
+
+
+def test_a_prior_is_that_of_its_member_alone_whoever_votes(tmp_path: Path) -> None:
+    """Neither the voters nor the stages of the method are those of the measurement."""
+    few = ("method.iterations=4", "prior.iterations=3", "prior.epochs=1", "prior.images_per_class=1")
+    context = tiny_context(
+        tmp_path, "method=best", "prior.source=measured", "prior.values=null", "label.batch_size=10", *few
+    )
+    priors = find_priors(context)
+    voters = [list(next(iter(load_history(images).values()))["weights"]) for images in priors.images]
+    assert voters == [["resnet18"], ["resnet50"], ["shufflenetv2"]]

@@ -74,7 +74,12 @@ def measure_prior(context: Context, member: str) -> Priors:
         "protocol.loss": "kl" if config.label.teachers == "none" else config.protocol.loss,
         "protocol.epochs": prior.epochs,
         "protocol.eval_every": prior.epochs,
-        # A prior is measured with the recover loop, whatever else makes the images.
+        # A prior is measured with this member alone in the plain recover loop, whatever else makes the images.
+        "method.voters": "drawn",
+        "method.turns": "all",
+        "method.stages": 1,
+        "method.sizes": None,
+        "method.residual": 1.0,
         "method.apm": None,
         "method.mtt": None,
         "protocol.student": "protocol",
