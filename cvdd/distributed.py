@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import (  # type: ignore[attr-defined]
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
