@@ -145,7 +145,7 @@ def test_a_prior_is_that_of_its_member_alone_whoever_votes(tmp_path: Path) -> No
     """Neither the voters nor the stages of the method are those of the measurement."""
     few = ("method.iterations=4", "prior.iterations=3", "prior.epochs=1", "prior.images_per_class=1")
     context = tiny_context(
-        tmp_path, "method=best", "prior.source=measured", "prior.values=null", "label.batch_size=10", *few
+        tmp_path, "method=sampled_residual", "prior.source=measured", "prior.values=null", "label.batch_size=10", *few
     )
     priors = find_priors(context)
     voters = [list(next(iter(load_history(images).values()))["weights"]) for images in priors.images]
