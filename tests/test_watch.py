@@ -194,7 +194,8 @@ def test_the_command_shows_a_sweep_once_or_until_it_is_over(
     def finish(seconds: float) -> None:
         # Threads that earlier tests left behind sleep too.
         if threading.get_ident() != here:
-            return sleep(seconds)
+            sleep(seconds)
+            return
         looks.append(seconds)
         leave(sweep, "e", "done", seconds=10.0)
 
