@@ -122,13 +122,19 @@ def test_too_little_memory_for_labels_and_networks(
         short_of_memory(patched, Classifier, "on_train_epoch_start", 2, RuntimeError(ON_THE_CPU))
         with pytest.raises(OutOfMemory, match=r"Raise protocol\.accumulation=2.*protocol\.eval_batch=\d+"):
             compare(context_of(home))
+    compare(context_of(home))
+    reference.require_same(home)
+
+
+def test_too_little_memory_for_a_member(reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = reference.copy(tmp_path, "members", "patches", "images", "labels", "students")
     recipe = r"training resnet18 .*Raise recipe\.accumulation=1.*recipe\.batch_size=50"
     with monkeypatch.context() as patched:
         short_of_memory(patched, Classifier, "on_train_epoch_start", 1, RuntimeError(ON_THE_CPU))
         with pytest.raises(OutOfMemory, match=recipe):
-            make_member(context_of(home, "recipe.epochs=3"), "resnet18")
-    compare(context_of(home))
-    reference.require_same(home)
+            make_member(context_of(home), "resnet18")
+    member = make_member(context_of(home), "resnet18")
+    assert (member.manifest["files"], member.metrics) == reference.made[f"members/{member.path.name}"]
 
 
 def test_other_errors_pass() -> None:
