@@ -44,6 +44,8 @@ def _run(verb: str, arguments: list[str], folder: Path) -> None:
         os.dup2(journal, descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    # A shell's background jobs, and what they start, ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ["WANDB_MODE"] = "offline"
     sys.argv = [f"{verb}.py", *arguments]
