@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Loss = Callable[[Tensor], Tensor]
-"""From images [units, ...] to one member's loss, a scalar summed over units."""
 
-
-def gradient_agreement(images: Tensor, losses: Sequence[Loss]) -> Tensor:
-    """Compare the gradients of the members' losses with respect to the same images.
-
-    Each member is asked alone, so memory holds one graph at a time. Nothing is written to ``images``, neither values
-    nor ``grad``. A unit must depend on its own images alone for the cosines to be those of units.
+def agreement(gradients: Tensor) -> Tensor:
+    """Compare the gradients of the members' judgements with respect to the same images.
 
     Args:
-        images: [units, ...] as the members see them, that is already through their view.
-        losses: one for each member, cross-entropy and statistics weighted as in its vote; a factor changes nothing.
+        gradients: [members, units, ...] as the members saw the images, that is already through their view; a member's
+            share of the vote changes nothing.
 
     Returns:
         [members, members] cosines in float32, mean over units; 0 where a gradient vanishes.
     """
-    seen = images.detach().requires_grad_()
-    with torch.enable_grad():
-        gradients = [torch.autograd.grad(loss(seen), seen)[0].flatten(1) for loss in losses]
-    directions = torch.nn.functional.normalize(torch.stack(gradients).float(), dim=-1)
-    return torch.einsum("aud,bud->ab", directions, directions) / len(images)
+    directions = torch.nn.functional.normalize(gradients.flatten(2).float(), dim=-1)
+    return torch.einsum("aud,bud->ab", directions, directions) / gradients.shape[1]
 
 
 def pairs_of(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:

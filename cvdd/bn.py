@@ -24,13 +24,16 @@ class BatchStatistics(InputWatch[Moments]):
 
     Args:
         network: the network to watch.
-        groups: number of equal groups of consecutive samples in the batch.
+        groups: number of equal groups of consecutive samples in the batch; it may be changed between passes.
         across: adds up over the ranks that have the other samples of each group; None if there are none.
     """
 
     def __init__(self, network: nn.Module, groups: int, across: Reduce | None = None) -> None:
-        self._batchnorm = dict(batchnorm_layers(network))
-        super().__init__(self._batchnorm, lambda name, inputs: channel_moments(inputs, groups, across))
+        self._batchnorm, self.groups, self._across = dict(batchnorm_layers(network)), groups, across
+        super().__init__(self._batchnorm, self._moments)
+
+    def _moments(self, name: str, inputs: Tensor) -> Moments:
+        return channel_moments(inputs, self.groups, self._across)
 
     @property
     def layers(self) -> list[nn.BatchNorm2d]:

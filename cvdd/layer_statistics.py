@@ -7,12 +7,15 @@ from functools import partial
 from types import TracebackType
 from typing import Generic, NamedTuple, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cvdd.backbones import batchnorm_layers
 
 Measured = TypeVar("Measured")
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Moments(NamedTuple):
@@ -141,4 +144,6 @@ class InputWatch(Generic[Measured]):
             handle.remove()
 
     def _collect(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._measured[name] = self._measure(name, inputs[0])
+        given = inputs[0]
+        # Sums over a batch in half precision would lose what is compared.
+        self._measured[name] = self._measure(name, given.float() if given.dtype in HALVES else given)

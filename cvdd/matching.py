@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cvdd.bn import running_moments
 from cvdd.config_base import ConfigError
-from cvdd.layer_statistics import InputWatch, Moments, layer_moments, matched_layers
+from cvdd.layer_statistics import HALVES, InputWatch, Moments, layer_moments, matched_layers
 from cvdd.recording import Recorded
 from cvdd.schema import StatisticsConfig
 from cvdd.seeds import generator
@@ -104,7 +104,8 @@ class Matcher:
             ConfigError: a map has another size than when the statistics of its patches were recorded.
         """
         parameter = next(self._network.parameters())
-        total = torch.zeros(self.groups, dtype=parameter.dtype, device=parameter.device)
+        dtype = torch.float32 if parameter.dtype in HALVES else parameter.dtype
+        total = torch.zeros(self.groups, dtype=dtype, device=parameter.device)
         labels = targets.reshape(self.groups, -1)
         for index, (name, parts) in enumerate(self._watch.measured.items()):
             weight = self.first_multiplier if index == 0 else 1.0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -14,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.agreement import gradient_agreement, pairs_of
+from cvdd.agreement import agreement, pairs_of
 from cvdd.augment import Views, apply_matrices
 from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
 from cvdd.methods.gvbsm import densification
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
-from cvdd.voting import Voter, VoteTerms, voting_loss
+from cvdd.voting import Judgement, Voter, judge
 
 
 def cosine(step: int, total: int) -> float:
@@ -54,12 +53,24 @@ class LogRow:
 
 
 @dataclass(frozen=True)
-class _Judgement:
-    """What was said in one iteration, by the voters that judged it."""
+class _Vote:
+    """What was said in one iteration, by the voters that judged it.
+
+    Attributes:
+        voters: their indices.
+        loss: the voting loss and the data densification, summed over units.
+        ce: [voters, units].
+        bn: [voters, units].
+        density: summed over units.
+        gradients: [voters, units, images, 3, size, size] of each one's judgement, where they were asked for.
+    """
 
     voters: tuple[int, ...]
-    terms: VoteTerms
+    loss: Tensor
+    ce: Tensor
+    bn: Tensor
     density: Tensor
+    gradients: Tensor | None
 
 
 class NonFiniteLoss(ValueError):
@@ -84,6 +95,8 @@ class DistillModule(pl.LightningModule):
         stage: which iterations; None is all of them.
         split: whether ranks share the images of each unit. Every rank has all of them and their optimiser, which are
             small; it shows only its own to the voters, and gets the gradients of the others' from them.
+        units_per_pass: units that a voter judges in one forward pass; None is all of the stack.
+        opinion: what judges, :func:`cvdd.voting.judge` or a compiled version of it.
     """
 
     targets: Tensor
@@ -103,9 +116,13 @@ class DistillModule(pl.LightningModule):
         on_row: Callable[[LogRow, Tensor], None],
         stage: Stage | None = None,
         split: bool = False,
+        units_per_pass: int | None = None,
+        opinion: Callable[..., Judgement] = judge,
     ) -> None:
         super().__init__()
         self.split = split
+        self._per_pass = units_per_pass or len(images)
+        self._opinion = opinion
         self.automatic_optimization = False
         self.images = nn.Parameter(images.clone())
         self.register_buffer("targets", targets, persistent=False)
@@ -150,28 +167,28 @@ class DistillModule(pl.LightningModule):
         begin, end = int(batch[0]), int(batch[1])
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        history: list[_Judgement] = []
-        agreement: dict[str, float] = {}
+        history: list[_Vote] = []
+        cosines: dict[str, float] = {}
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
             optimizer.param_groups[0]["lr"] = self.method.lr * cosine(iteration, self.method.iterations)
-            if iteration == end - 1 and self.method.log_agreement and len(self._voters) > 1:
-                agreement = self._agreement(iteration, view)
-            loss, judgement = self._judge(iteration, view)
+            compared = iteration == end - 1 and self.method.log_agreement and len(self._voters) > 1
+            if compared and self.method.turns != "all":
+                cosines = self._agreement_of_all(iteration, view)
+            seen = self._seen(view)
+            gradient, vote = self._vote(iteration, seen.detach(), compared and self.method.turns == "all")
+            if vote.gradients is not None:
+                cosines = self._cosines(vote.gradients)
             optimizer.zero_grad()
-            loss.backward()
+            seen.backward(gradient)
             if self.split:
                 assert self.images.grad is not None
                 # Of each image one rank has the gradient, and the others 0.
                 dist.all_reduce(self.images.grad)
             optimizer.step()
-            history.append(judgement)
+            history.append(vote)
             with torch.no_grad():
                 self.images.clamp_(self.low, self.high)
-        self._report(begin, history, optimizer.param_groups[0]["lr"], agreement)
-
-    def loss(self, view: tuple[Tensor, Tensor] | None) -> VoteTerms:
-        """Voting loss of all voters through one view per unit: row and column matrices [units, size, size]."""
-        return self._vote(self._seen(view), self._voters, self.weights)
+        self._report(begin, history, optimizer.param_groups[0]["lr"], cosines)
 
     def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
         images = self.images[:, self._own]
@@ -185,50 +202,70 @@ class DistillModule(pl.LightningModule):
         count, size = self.images.shape[1], self.trainer.world_size
         return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
-    def _judge(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> tuple[Tensor, _Judgement]:
-        seen, method = self._seen(view), self.method
+    def _vote(self, iteration: int, seen: Tensor, apart: bool) -> tuple[Tensor, _Vote]:
+        """Return the gradient of the loss with respect to what is seen, and what was said.
+
+        Each voter is asked alone, so that memory holds one graph at a time.
+        """
+        method = self.method
         everyone = method.turns == "all"
         judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
         weights = self.weights if everyone else self._turns[iteration, judging].to(self.device)
-        voters = [self._voters[index] for index in judging]
-        for voter in voters:
-            if voter.matcher is not None:
-                voter.matcher.begin(iteration)
-        terms = self._vote(seen, voters, weights)
-        loss, density = terms.loss, terms.loss.new_zeros(())
+        gradient, said, own = torch.zeros_like(seen), list[Judgement](), list[Tensor]()
+        for index, weight in zip(judging, weights, strict=True):
+            judgement, slope = self._ask(iteration, self._voters[index], seen)
+            gradient += weight.view(-1, 1, 1, 1, 1) * slope
+            said.append(judgement)
+            if apart:
+                own.append(slope)
+        values, ce, bn = (torch.stack(parts) for parts in zip(*said, strict=True))
+        loss, density = (weights * values).sum(), seen.new_zeros(())
         if method.density:
-            crowding = densification(seen, self.targets, method.density_scale).sum()
-            loss, density = loss + method.density * crowding, crowding.detach()
-        return loss, _Judgement(tuple(judging), replace(terms, loss=loss.detach()), density)
+            crowded = seen.requires_grad_()
+            crowding = densification(crowded, self.targets, method.density_scale).sum()
+            gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
+            density = crowding.detach()
+            loss = loss + method.density * density
+        vote = _Vote(tuple(judging), loss, ce, bn, density, torch.stack(own) if own else None)
+        return gradient, vote
 
-    def _agreement(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-        losses = [partial(self._alone, iteration, voter) for voter in self._voters]
-        return pairs_of(gradient_agreement(self._seen(view), losses), [voter.name for voter in self._voters])
+    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> tuple[Judgement, Tensor]:
+        """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
+        method, targets = self.method, self.targets[:, self._own]
+        if voter.matcher is not None:
+            voter.matcher.begin(iteration)
+        said, slopes = [], []
+        for first in range(0, len(seen), self._per_pass):
+            units = slice(first, first + self._per_pass)
+            shown = seen[units].detach().requires_grad_()
+            judgement = self._opinion(
+                shown,
+                targets[units],
+                voter,
+                ce=method.ce,
+                r_bn=method.r_bn,
+                first_bn_multiplier=method.first_bn_multiplier,
+                statistics_of=method.statistics_of,
+                across=sum_over_ranks if self.split else None,
+            )
+            slopes.append(torch.autograd.grad(judgement.value.sum(), shown)[0])
+            said.append(Judgement(*(part.detach() for part in judgement)))
+        return Judgement(*(torch.cat(parts) for parts in zip(*said, strict=True))), torch.cat(slopes)
 
-    def _alone(self, iteration: int, voter: Voter, seen: Tensor) -> Tensor:
-        whole = torch.ones_like(self.weights[:1])
-        if voter.matcher is None:
-            return self._vote(seen, [voter], whole).loss
-        # Its moving averages go on from the vote of this iteration alone, so that the images are the same without.
-        averages = voter.matcher.state()
-        voter.matcher.begin(iteration)
-        loss = self._vote(seen, [voter], whole).loss
-        voter.matcher.load_state(averages)
-        return loss
+    def _cosines(self, gradients: Tensor) -> dict[str, float]:
+        return pairs_of(agreement(gradients), [voter.name for voter in self._voters])
 
-    def _vote(self, seen: Tensor, voters: Sequence[Voter], weights: Tensor) -> VoteTerms:
-        method = self.method
-        return voting_loss(
-            seen,
-            self.targets[:, self._own],
-            voters,
-            weights,
-            ce=method.ce,
-            r_bn=method.r_bn,
-            first_bn_multiplier=method.first_bn_multiplier,
-            statistics_of=method.statistics_of,
-            across=sum_over_ranks if self.split else None,
-        )
+    def _agreement_of_all(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+        """Ask all voters where the vote asks only some, and forget that it was done."""
+        with torch.no_grad():
+            seen = self._seen(view)
+        gradients = []
+        for voter in self._voters:
+            averages = voter.matcher.state() if voter.matcher is not None else {}
+            gradients.append(self._ask(iteration, voter, seen)[1])
+            if voter.matcher is not None:
+                voter.matcher.load_state(averages)
+        return self._cosines(torch.stack(gradients))
 
     def _matrices(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor] | None]:
         if self._views is None:
@@ -243,15 +280,15 @@ class DistillModule(pl.LightningModule):
         for index in range(end - begin):
             yield rows[:, index], columns[:, index]
 
-    def _report(self, begin: int, history: Sequence[_Judgement], lr: float, agreement: dict[str, float]) -> None:
+    def _report(self, begin: int, history: Sequence[_Vote], lr: float, cosines: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]
         names = [voter.name for voter in self._voters]
         ce = dict(self.rows[-1].ce) if self.rows else {}
         bn = dict(self.rows[-1].bn) if self.rows else {}
         heard = history if self.method.turns != "all" else history[-1:]
-        for judgement in heard:
-            means = zip(judgement.terms.ce.mean(dim=1).tolist(), judgement.terms.bn.mean(dim=1).tolist(), strict=True)
-            for index, (one, other) in zip(judgement.voters, means, strict=True):
+        for vote in heard:
+            means = zip(vote.ce.mean(dim=1).tolist(), vote.bn.mean(dim=1).tolist(), strict=True)
+            for index, (one, other) in zip(vote.voters, means, strict=True):
                 ce[names[index]], bn[names[index]] = one, other
         if not all(math.isfinite(value) for value in [*ce.values(), *bn.values()]):
             self._blame(begin, history)
@@ -262,20 +299,20 @@ class DistillModule(pl.LightningModule):
             )
         row = LogRow(
             iteration=iteration,
-            loss=float(last.terms.loss) / len(self.images),
+            loss=float(last.loss) / len(self.images),
             ce=ce,
             bn=bn,
             lr=lr,
             density=float(last.density) / len(self.images),
-            agreement=agreement,
+            agreement=cosines,
         )
         self.rows.append(row)
         self._on_row(row, self.images.detach())
 
-    def _blame(self, begin: int, history: Sequence[_Judgement]) -> NoReturn:
+    def _blame(self, begin: int, history: Sequence[_Vote]) -> NoReturn:
         # One iteration later the images are not finite either, and with them the terms of all members.
-        for iteration, judgement in enumerate(history, begin + 1):
-            said = zip(judgement.voters, judgement.terms.ce.mean(dim=1), judgement.terms.bn.mean(dim=1), strict=True)
+        for iteration, vote in enumerate(history, begin + 1):
+            said = zip(vote.voters, vote.ce.mean(dim=1), vote.bn.mean(dim=1), strict=True)
             for index, ce, bn in said:
                 name = self._voters[index].name
                 if not bool((ce + bn).isfinite()):

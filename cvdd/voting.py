@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,33 @@ class Voter:
         network: frozen, in evaluation mode.
         bn_scale: factor on its statistics term.
         matcher: of this stack, where more is matched than running statistics of BatchNorm; None for those alone.
+        dtype: what its convolutions compute in; statistics and losses are in float32 at least.
+        channels_last: whether it takes images in that memory format.
+        watch: of its BatchNorm layers, entered for good, which a compiled judgement needs; None to enter one for each
+            forward pass.
     """
 
     name: str
     network: nn.Module
     bn_scale: float = 1.0
     matcher: Matcher | None = None
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    watch: BatchStatistics | None = None
+
+
+class Judgement(NamedTuple):
+    """What one member says of each unit, each [units].
+
+    Attributes:
+        value: ``ce * CE + r_bn * bn_scale * BN``, which its share of the vote multiplies.
+        ce: cross-entropy.
+        bn: distance of statistics, the first layer's multiplier included; 0 without a layer to match.
+    """
+
+    value: Tensor
+    ce: Tensor
+    bn: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,54 +83,98 @@ def voting_loss(
     """Compute ``sum_i w_i (ce * CE_i + r_bn * BN_i)`` for a stack of units in one forward pass per voter.
 
     Args:
-        images: [units, images, 3, h, w], normalised, already augmented.
-        targets: [units, images] class indices.
+        images: see :func:`judge`, like all that follow but the weights.
+        targets: likewise.
         voters: the members of this draw.
         weights: [members, units] shares of the vote, summing to 1 over members.
+        ce: likewise.
+        r_bn: likewise.
+        first_bn_multiplier: likewise.
+        statistics_of: likewise.
+        across: likewise. The loss is then that of all images, on each rank, and its gradient that of the rank's own.
+    """
+    said = [
+        judge(
+            images,
+            targets,
+            voter,
+            ce=ce,
+            r_bn=r_bn,
+            first_bn_multiplier=first_bn_multiplier,
+            statistics_of=statistics_of,
+            across=across,
+        )
+        for voter in voters
+    ]
+    loss = images.new_zeros(())
+    for judgement, weight in zip(said, weights, strict=True):
+        loss = loss + (weight * judgement.value).sum()
+    return VoteTerms(loss, torch.stack([one.ce for one in said]), torch.stack([one.bn for one in said]))
+
+
+def judge(
+    images: Tensor,
+    targets: Tensor,
+    voter: Voter,
+    *,
+    ce: float = 1.0,
+    r_bn: float,
+    first_bn_multiplier: float = FIRST_LAYER_MULTIPLIER,
+    statistics_of: Literal["unit", "stack"] = "unit",
+    across: Reduce | None = None,
+) -> Judgement:
+    """Let one member judge units in one forward pass; only its value has a gradient.
+
+    Args:
+        images: [units, images, 3, h, w], normalised, already augmented.
+        targets: [units, images] class indices.
+        voter: the member.
         ce: weight of the cross-entropies.
         r_bn: weight of the statistics terms; at 0 they are not computed and read 0.
         first_bn_multiplier: extra weight of the first BatchNorm layer; a voter's matcher has its own.
-        statistics_of: match the statistics of each unit, as published, or those of all images of the stack together;
-            every unit then counts the stack's distance as its own. A voter's matcher has its own number of groups.
-        across: adds up over the ranks that have the other images of each unit; None if there are none. The loss is
-            then that of all images, on each rank, and its gradient that of the rank's own.
+        statistics_of: match the statistics of each unit, as published, or those of all images together; every unit
+            then counts their distance as its own. A voter's matcher has its own number of groups.
+        across: adds up over the ranks that have the other images of each unit; None if there are none.
     """
     units, count = targets.shape
-    whole = count if across is None else int(across(images.new_tensor([float(count)])))
     groups = units if statistics_of == "unit" else 1
-    flat = images.flatten(0, 1)
-    total = images.new_zeros(())
-    all_ce, all_bn = [], []
-    for voter, weight in zip(voters, weights, strict=True):
-        logits, distance = _judge(voter, flat, targets, groups, first_bn_multiplier, across, matched=r_bn > 0)
-        each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count)
-        each = each.mean(dim=1) if across is None else across(each.sum(dim=1)) / whole
-        distance = torch.zeros_like(each) if distance is None else distance.expand(units)
-        total = total + (weight * (ce * each + r_bn * voter.bn_scale * distance)).sum()
-        all_ce.append(each.detach())
-        all_bn.append(distance.detach())
-    return VoteTerms(total, torch.stack(all_ce), torch.stack(all_bn))
+    logits, distance = _look(voter, images.flatten(0, 1), targets, groups, first_bn_multiplier, across, r_bn > 0)
+    each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count)
+    each = each.mean(dim=1) if across is None else across(each.sum(dim=1)) / across(each.new_tensor([float(count)]))
+    distance = torch.zeros_like(each) if distance is None else distance.expand(units)
+    return Judgement(ce * each + r_bn * voter.bn_scale * distance, each.detach(), distance.detach())
 
 
-def _judge(
+def _look(
     voter: Voter,
     images: Tensor,
     targets: Tensor,
     groups: int,
     first_multiplier: float,
     across: Reduce | None,
-    *,
     matched: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return a voter's logits and, if its statistics are matched, their distance [groups]."""
+    if voter.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    precision, images = images.dtype, images.to(voter.dtype or images.dtype)
     if not matched:
-        return voter.network(images), None
+        return voter.network(images).to(precision), None
     if voter.matcher is not None:
         with voter.matcher:
             logits = voter.network(images)
-        return logits, voter.matcher.distance(targets)
+        return logits.to(precision), voter.matcher.distance(targets)
+    if voter.watch is not None:
+        voter.watch.groups = groups
+        logits = voter.network(images)
+        distance = _distance(voter.watch, first_multiplier)
+        voter.watch.forget()
+        return logits.to(precision), distance
     with BatchStatistics(voter.network, groups, across) as statistics:
         logits = voter.network(images)
-    if not statistics.layers:
-        return logits, None
-    return logits, statistics_distance(statistics.means, statistics.variances, statistics.layers, first_multiplier)
+    return logits.to(precision), _distance(statistics, first_multiplier)
+
+
+def _distance(statistics: BatchStatistics, first_multiplier: float) -> Tensor | None:
+    layers = statistics.layers
+    return statistics_distance(statistics.means, statistics.variances, layers, first_multiplier) if layers else None

@@ -7,10 +7,10 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import method_config, random_pixels, small_network
-from torch import Tensor, nn
+from helpers import method_config, small_network
+from torch import Tensor
 
-from cvdd.agreement import Loss, gradient_agreement, mean_agreement, pairs_of
+from cvdd.agreement import agreement, mean_agreement, pairs_of
 from cvdd.matching import Matcher
 from cvdd.schema import StatisticsConfig
 from cvdd.synthesis import DistillModule, LogRow
@@ -18,28 +18,24 @@ from cvdd.units import Stage, Unit, unit_views
 from cvdd.voting import Voter, voting_loss
 
 
-def linear(*rows: tuple[float, ...]) -> Loss:
-    """A loss whose gradient in each unit is the row given for it."""
-    return lambda images: (images * torch.tensor(rows)).sum()
+def rows(*units: tuple[float, ...]) -> Tensor:
+    """One member's gradient, a row for each unit."""
+    return torch.tensor(units)
 
 
 def test_the_cosines_are_those_of_the_gradients_and_the_mean_is_over_units() -> None:
-    images = torch.zeros(2, 2)
     # First unit: 90 degrees; second unit: 60 degrees.
-    one, other = linear((3, 0), (1, 0)), linear((0, 7), (1, math.sqrt(3)))
-    matrix = gradient_agreement(images, [one, other])
+    matrix = agreement(torch.stack([rows((3.0, 0.0), (1.0, 0.0)), rows((0.0, 7.0), (1.0, math.sqrt(3)))]))
     torch.testing.assert_close(matrix, torch.tensor([[1, 0.25], [0.25, 1]]))
 
 
 def test_opposite_members_and_factors() -> None:
-    up, down, faster = linear((1.0, 2.0)), linear((-1.0, -2.0)), linear((10.0, 20.0))
-    matrix = gradient_agreement(torch.zeros(1, 2), [up, down, faster])
+    matrix = agreement(torch.stack([rows((1.0, 2.0)), rows((-1.0, -2.0)), rows((10.0, 20.0))]))
     torch.testing.assert_close(matrix, torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]]))
 
 
 def test_a_member_without_gradient_agrees_with_nobody() -> None:
-    matrix = gradient_agreement(torch.zeros(1, 2), [linear((1.0, 0.0)), linear((0.0, 0.0))])
-    assert matrix.tolist() == [[1, 0], [0, 0]]
+    assert agreement(torch.stack([rows((1.0, 0.0)), rows((0.0, 0.0))])).tolist() == [[1, 0], [0, 0]]
 
 
 def test_pairs_are_named_in_the_members_order() -> None:
@@ -48,34 +44,30 @@ def test_pairs_are_named_in_the_members_order() -> None:
     assert pairs_of(matrix[:1, :1], ["a"]) == {}
 
 
-def votes(images: Tensor, targets: Tensor, voters: list[Voter]) -> list[Loss]:
-    ones = torch.ones(1, len(images))
-    return [lambda seen, voter=voter: voting_loss(seen, targets, [voter], ones, r_bn=0.1).loss for voter in voters]
-
-
-def test_members_of_a_vote_agree_as_their_networks_say() -> None:
-    images = nn.Parameter(random_pixels(8, 8).float().view(2, 4, 3, 8, 8) / 255)
-    targets = torch.arange(4).expand(2, 4)
+def test_logged_agreement_is_that_of_gradients_unit_by_unit() -> None:
+    """Before the only step, so that the images are those that the module was given."""
+    images = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     voters = [Voter("a", small_network(seed=0)), Voter("b", small_network(seed=1)), Voter("a again", small_network())]
-    state = torch.get_rng_state()
-    before = images.detach().clone()
-    matrix = gradient_agreement(images, votes(images, targets, voters))
-    assert images.grad is None
-    assert torch.equal(images, before)
-    assert torch.equal(torch.get_rng_state(), state)
+    method = method_config(iterations=1, log_every=1, checkpoint_every=1, grid_every=1, r_bn=0.1)
+    targets = torch.arange(4).expand(2, 4)
+    bounds = (torch.full((3, 1, 1), -9.0), torch.full((3, 1, 1), 9.0))
+    shares = torch.tensor([[0.7], [0.2], [0.1]]).expand(3, 2)
+    module = DistillModule(images, targets, None, voters, shares, method, bounds, lambda row, current: None)
+    fit(module)
     gradients = []
     for voter in voters[:2]:
         each = []
         for unit in range(2):
-            alone = images.detach()[unit : unit + 1].clone().requires_grad_()
+            alone = images[unit : unit + 1].clone().requires_grad_()
             voting_loss(alone, targets[:1], [voter], torch.ones(1, 1), r_bn=0.1).loss.backward()
             assert alone.grad is not None
             each.append(alone.grad.flatten().double())
         gradients.append(each)
     cosines = [float(one @ other / (one.norm() * other.norm())) for one, other in zip(*gradients, strict=True)]
-    assert float(matrix[0, 1]) == pytest.approx(sum(cosines) / 2, abs=1e-5)
-    assert float(matrix[0, 2]) == pytest.approx(1, abs=1e-5)
-    assert -0.999 < float(matrix[0, 1]) < 0.999
+    logged = module.rows[0].agreement
+    assert logged["a-b"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
+    assert logged["a-a again"] == pytest.approx(1, abs=1e-5)
+    assert -0.999 < logged["a-b"] < 0.999
 
 
 def test_the_mean_is_over_the_rows_and_units_in_which_both_voted() -> None:
@@ -86,6 +78,17 @@ def test_the_mean_is_over_the_rows_and_units_in_which_both_voted() -> None:
     }
     assert mean_agreement(history) == {"a-b": 0.25, "b-c": 1.0}
     assert mean_agreement({}) == {}
+
+
+def fit(module: DistillModule) -> None:
+    pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module)
 
 
 def distil(names: list[str], log_agreement: bool, momentum: float | None = None) -> tuple[Tensor, list[LogRow]]:
@@ -115,15 +118,7 @@ def distil(names: list[str], log_agreement: bool, momentum: float | None = None)
         lambda row, images: None,
         stage,
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
+    fit(module)
     return module.images.detach(), module.rows
 
 

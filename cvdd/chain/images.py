@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
+from cvdd.engine import Engine, Work, choose_engine
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
-from cvdd.units import Unit, plan_stacks, plan_units
+from cvdd.units import Stack, Unit, plan_stacks, plan_units
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
@@ -60,7 +62,9 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         "method": method.model_dump(mode="json", exclude=_ignored(method)),
         "seed": method.seed,
     }
+    engine = _engine(context, stacks) if method.iterations else Engine()
     if method.iterations:
+        identity |= engine.identity
         # Members are known by their artefacts, the parents, in this order; their names are for people.
         identity["draws"] = [[voting.index(index) for index in vote.draw] for vote in votes]
         identity["weights"] = [list(vote.weights) for vote in votes]
@@ -84,7 +88,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         steps = max(method.iterations, 1)
         start = None if method.init == "noise" else initial_images(context, patches)
         with context.progress("distill", len(stacks) * steps) as advance:
-            networks = {index: load_voter(context, names[index], members[index]) for index in voting}
+            voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
 
             def make(index: int) -> None:
@@ -92,8 +96,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 if split and context.world.main:
                     context.world.say(f"{work.relative_to(context.store.root)} {index}")
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
-                voters = [(names[index], networks[index], targets.get(index)) for index in stack.draw]
-                recover_stack(context, stack, voters, shares, start, work, advance)
+                drawn = [(voters[index], targets.get(index)) for index in stack.draw]
+                recover_stack(context, engine, stack, drawn, shares, start, work, advance)
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
 
@@ -108,6 +112,26 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     if split and context.world.main:
         context.world.say(None)
     return images
+
+
+def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:
+    config, data = context.config, context.data()
+    members = list(config.committee.members.values())
+    units = [unit for stack in stacks for unit in stack.units]
+    backbones = tuple(members[index].backbone for index in sorted({index for stack in stacks for index in stack.draw}))
+    voters = len(stacks[0].draw) if config.method.turns == "all" else 1
+    images = sum(len(unit.targets) for unit in units)
+    work = Work(
+        backbones,
+        config.method.iterations * images * voters // len(backbones),
+        max(len(unit.targets) for unit in units),
+        max(len(stack.units) for stack in stacks),
+        data.image_size,
+        len(data.classes),
+    )
+    chosen = choose_engine(config.engine, config.method, work, context.device)
+    # Sums over ranks are made between the layers, where nothing is compiled.
+    return replace(chosen, compile=False) if splits_units(context) else chosen
 
 
 def _join_stacks(context: Context, maker: Callable[[Path], AbstractContextManager[Maker]]) -> None:

@@ -6,14 +6,14 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.augment import denormalise, normalise
@@ -21,6 +21,7 @@ from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.engine import Engine, compiling, ready_voter
 from cvdd.grids import image_grid
 from cvdd.matching import Matcher
 from cvdd.memory import enough_memory
@@ -39,12 +40,13 @@ log = logging.getLogger(__name__)
 
 UNITS = "units"
 
-Member = tuple[str, nn.Module, Recorded | None]
-"""Name, network and recorded statistics of a member that votes."""
+Member = tuple[Voter, Recorded | None]
+"""A member that votes, and recorded statistics where the method matches any."""
 
 
 def recover_stack(
     context: Context,
+    engine: Engine,
     stack: Stack,
     members: Sequence[Member],
     weights: Tensor,
@@ -58,8 +60,9 @@ def recover_stack(
 
     Args:
         context: the configuration and its surroundings.
+        engine: how members judge.
         stack: what to make.
-        members: of its draw: name, network, and recorded statistics where the method matches any.
+        members: of its draw.
         weights: [members, units] shares of the vote.
         start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
         work: the artefact's directory.
@@ -67,11 +70,11 @@ def recover_stack(
     """
     config, data = context.config, context.data()
     method = config.method
-    names = [name for name, _, _ in members]
+    names = [voter.name for voter, _ in members]
     images = torch.stack([_start(context, unit, start) for unit in stack.units])
     rows: list[LogRow] = []
     if method.iterations:
-        images, rows = _optimise(context, stack, members, weights, images, work, advance)
+        images, rows = _optimise(context, engine, stack, members, weights, images, work, advance)
     else:
         advance(1)
     if splits_units(context) and not context.world.main:
@@ -88,6 +91,7 @@ def recover_stack(
 
 def _optimise(
     context: Context,
+    engine: Engine,
     stack: Stack,
     members: Sequence[Member],
     weights: Tensor,
@@ -97,7 +101,7 @@ def _optimise(
 ) -> tuple[Tensor, list[LogRow]]:
     config, data = context.config, context.data()
     method = config.method
-    shares = dict(zip([name for name, _, _ in members], weights.mean(dim=1).tolist(), strict=True))
+    shares = dict(zip([voter.name for voter, _ in members], weights.mean(dim=1).tolist(), strict=True))
     targets = torch.stack([unit.targets for unit in stack.units])
     images, rows, done = initial, list[LogRow](), 0
     split = splits_units(context)
@@ -128,10 +132,12 @@ def _optimise(
             on_row,
             stage,
             split,
+            engine.units_per_pass,
+            engine.opinion,
         )
         module.rows = list(rows)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
-        with enough_memory(f"stack {stack.index} of the images", _less_memory(stack, len(members))):
+        with enough_memory(f"stack {stack.index} of the images", _less_memory(stack, len(members))), compiling(engine):
             context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
         images, rows = module.images.detach().cpu(), module.rows
         if stage.last < method.iterations and (context.world.main or not split):
@@ -181,8 +187,8 @@ def _load_stage(path: Path) -> tuple[Tensor, list[LogRow]]:
         return file.get_tensor("images"), [LogRow(**row) for row in json.loads(file.metadata()["rows"])]
 
 
-def load_voter(context: Context, name: str, artifact: Artifact) -> nn.Module:
-    """Load a member that votes.
+def load_voter(context: Context, name: str, artifact: Artifact, engine: Engine) -> Voter:
+    """Load a member that votes, in the form in which it judges.
 
     Raises:
         ConfigError: it has no BatchNorm layer whose statistics could be matched.
@@ -191,19 +197,23 @@ def load_voter(context: Context, name: str, artifact: Artifact) -> nn.Module:
     network = load_network(context, artifact, member.backbone).to(context.device)
     if method.r_bn and member.bn_scale and method.statistics.layers == "bn":
         require_batchnorm(network, name)
-    return network
+    return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine)
 
 
 def _voters(context: Context, members: Sequence[Member], units: int) -> list[Voter]:
     method = context.config.method
-    voters = []
-    for name, network, recorded in members:
-        matcher = None
-        if method.statistics != StatisticsConfig():
-            groups = units if method.statistics_of == "unit" else 1
-            matcher = Matcher(network, method.statistics, groups, method.first_bn_multiplier, recorded, method.seed)
-        voters.append(Voter(name, network, context.config.committee.members[name].bn_scale, matcher))
-    return voters
+    if method.statistics == StatisticsConfig():
+        return [voter for voter, _ in members]
+    groups = units if method.statistics_of == "unit" else 1
+    return [
+        replace(
+            voter,
+            matcher=Matcher(
+                voter.network, method.statistics, groups, method.first_bn_multiplier, recorded, method.seed
+            ),
+        )
+        for voter, recorded in members
+    ]
 
 
 def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:

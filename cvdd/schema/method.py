@@ -86,7 +86,7 @@ class MethodConfig(StrictConfig):
     slots_per_unit: Positive | None = Field(
         None, description="for composer=classes: images of a class that are optimised together; null is all"
     )
-    units_per_stack: Positive = Field(10, description="units with the same draw that share a forward pass")
+    units_per_stack: Positive = Field(10, description="units with the same draw that are optimised side by side")
     voters: Literal["drawn", "all"] | list[str] = Field(
         "drawn", description="drawn (committee.size members, as committee.draw says), all, or a list of members"
     )
@@ -127,7 +127,9 @@ class MethodConfig(StrictConfig):
     checkpoint_every: Positive = Field(500, description="iterations between checkpoints inside a stack")
     log_every: Positive = Field(25, description="iterations between log rows")
     log_agreement: bool = Field(
-        True, description="also log cosines of the members' gradients; costs one more pass of each at every log row"
+        True,
+        description="also log cosines of the members' gradients; unless turns=all it costs one more pass of each at "
+        "every log row",
     )
     grid_every: Positive = Field(500, description="iterations between logged image grids")
     jpeg_round_trip: bool = Field(False, description="store what the release's JPEG quality 75 would have kept")

@@ -10,6 +10,7 @@ from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import ConfigError, StrictConfig
 from cvdd.data.config import DatasetConfig
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
+from cvdd.schema.engine import EngineConfig
 from cvdd.schema.expected import ExpectedConfig
 from cvdd.schema.label import LabelConfig
 from cvdd.schema.label_checks import label_problems
@@ -33,6 +34,7 @@ class RunConfig(StrictConfig):
     temperature: TemperatureConfig
     patches: PatchesConfig
     method: MethodConfig
+    engine: EngineConfig
     label: LabelConfig
     protocol: ProtocolConfig
     students: dict[str, BackboneConfig] = Field(min_length=1, description="networks to train on the distilled set")

@@ -1,0 +1,198 @@
+"""How members judge images fast: compiled, in half precision, so many units at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cvdd.backbones import BackboneConfig, build_network
+from cvdd.bn import BatchStatistics
+from cvdd.schema import EngineConfig, MethodConfig
+from cvdd.schema.method import StatisticsConfig
+from cvdd.voting import Judgement, Voter, judge
+
+log = logging.getLogger(__name__)
+
+PIXELS_PER_PASS = 100 * 256 * 256
+"""The most that a member is shown at once; more fills no device better and costs memory."""
+
+IMAGES_PER_COMPILED_PASS = 10
+"""On a CPU compiled code gains little from more images, and every other number of units would be compiled anew."""
+
+SECONDS_WORTH_COMPILING = 300.0
+"""Of uncompiled work. A compiler takes up to a minute for a pair of members, and leaves a third or less of the time."""
+
+RATES = {"cpu": (60e9, 1e-3), "cuda": (20e12, 1e-4)}
+"""Roughly, of uncompiled networks: operations per second, and seconds that each image takes besides."""
+
+SPECIALISATIONS = 256
+"""PyTorch gives up after 8 shapes and networks, and a committee has more."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the configuration comes to for one set of images.
+
+    Attributes:
+        compile: whether judgements are compiled.
+        precision: of the members' convolutions.
+        units_per_pass: units that a member judges in one forward pass; None is all of a stack.
+    """
+
+    compile: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    units_per_pass: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it belongs to the identity of images; nothing for PyTorch's plain kernels."""
+        return {} if self == Engine() else {"engine": asdict(self)}
+
+    @property
+    def opinion(self) -> Callable[..., Judgement]:
+        """What judges."""
+        return _compiled() if self.compile else judge
+
+
+@dataclass(frozen=True)
+class Work:
+    """What lies ahead, for the choices that depend on it.
+
+    Attributes:
+        backbones: networks that judge.
+        image_passes: images that each of them is shown, iterations included; the same for all.
+        unit_images: images of the largest unit.
+        units: of the largest stack.
+        size: side of the images in pixels.
+        classes: of the data set.
+    """
+
+    backbones: tuple[BackboneConfig, ...]
+    image_passes: int
+    unit_images: int
+    units: int
+    size: int
+    classes: int
+
+    def seconds(self, device: torch.device) -> float:
+        """Estimate how long all of it takes without a compiler."""
+        rate, overhead = RATES["cuda" if device.type == "cuda" else "cpu"]
+        # Forward, and backward to the images alone.
+        each = [2 * forward_flops(one, self.classes, self.size) / rate + overhead for one in self.backbones]
+        return self.image_passes * sum(each)
+
+
+def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
+    """Decide what is automatic; the choice depends on the configuration, the kind of device and the compiler alone.
+
+    Warns once if there is no compiler where one is wanted.
+    """
+    by_unit = method.statistics == StatisticsConfig() and method.statistics_of == "unit"
+    compiled = by_unit and config.compile is not False
+    if compiled and config.compile == "auto":
+        compiled = work.seconds(device) > SECONDS_WORTH_COMPILING
+    if compiled and not has_compiler(device.type):
+        compiled = False
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    units: int | None = None
+    if by_unit:
+        most = max(PIXELS_PER_PASS // (work.unit_images * work.size**2), 1)
+        if compiled and device.type == "cpu":
+            most = max(min(most, IMAGES_PER_COMPILED_PASS // work.unit_images), 1)
+        units = most if config.units_per_pass == "auto" else config.units_per_pass
+        units = None if units >= work.units else units
+    return Engine(compiled, precision, units)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Judgement]:
+    return torch.compile(judge)
+
+
+@functools.cache
+def has_compiler(device: Literal["cpu", "cuda"] | str) -> bool:
+    """Whether PyTorch finds what it compiles with; says once what is missing."""
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        found, missing = has_triton(), "triton"
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            found, missing = shutil.which(get_cpp_compiler()) is not None, "a C++ compiler"
+        except Exception:
+            # Each platform has errors of its own for that.
+            found, missing = False, "a C++ compiler"
+    if not found:
+        log.warning("torch.compile lacks %s: images are made without, which takes several times as long", missing)
+    return found
+
+
+@functools.cache
+def _flops(backbone: str, classes: int, size: int) -> int:
+    network = build_network(BackboneConfig.model_validate_json(backbone), classes, 0).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size))
+    return int(counter.get_total_flops())
+
+
+def forward_flops(backbone: BackboneConfig, classes: int, size: int) -> int:
+    """Floating-point operations of a network's forward pass for one image; a multiplication and an addition are two."""
+    untrained = backbone.model_copy(update={"pretrained": False})
+    return _flops(untrained.model_dump_json(), classes, size)
+
+
+def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) -> Voter:
+    """Bring a network into the form in which it judges fastest.
+
+    Args:
+        name: of the member.
+        network: frozen, in evaluation mode; it is kept as it is where its weights change type.
+        bn_scale: factor on its statistics term.
+        engine: how it judges.
+    """
+    if engine == Engine(False, "fp32", engine.units_per_pass):
+        return Voter(name, network, bn_scale)
+    dtype = torch.float32
+    if engine.precision == "bf16":
+        network, dtype = _in_half_precision(network), torch.bfloat16
+    network = network.to(memory_format=torch.channels_last)
+    watch = None
+    if engine.compile:
+        # The hooks must be there when the network is compiled, and stay.
+        watch = BatchStatistics(network, 1)
+        watch.__enter__()
+    return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
+
+
+def _in_half_precision(network: nn.Module) -> nn.Module:
+    cast = copy.deepcopy(network).to(torch.bfloat16)
+    for original, module in zip(network.modules(), cast.modules(), strict=True):
+        if isinstance(original, nn.BatchNorm2d):
+            # Its statistics are what the images are matched to.
+            module.float()
+            module.load_state_dict(original.state_dict())
+    return cast
+
+
+@contextlib.contextmanager
+def compiling(engine: Engine) -> Iterator[None]:
+    """Let PyTorch compile for every member and shape inside."""
+    if not engine.compile:
+        yield
+        return
+    with torch._dynamo.config.patch(recompile_limit=SPECIALISATIONS, accumulated_recompile_limit=8 * SPECIALISATIONS):
+        yield

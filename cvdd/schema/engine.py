@@ -1,0 +1,26 @@
+"""How images are computed: the same maths, faster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cvdd.config_base import StrictConfig
+from cvdd.schema.types import Positive
+
+
+class EngineConfig(StrictConfig):
+    """How members judge images; part of the images' identity, because it shows in their last bits."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="compile the members' judgements; auto where more time is saved than a compiler takes. Only votes "
+        "on BatchNorm statistics of units are compiled, and only where there is a compiler",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the members' convolutions; auto is bf16 on a GPU that has it and fp32 elsewhere"
+    )
+    units_per_pass: Literal["auto"] | Positive = Field(
+        "auto", description="units of a stack that a member judges in one forward pass; auto by their size"
+    )
