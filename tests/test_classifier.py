@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.augment import normalise
-from cvdd.classifier import NonFiniteTraining, ShuffledBatches
+from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.data import Data, TensorSource
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule, augment
@@ -64,13 +64,8 @@ def member(network: nn.Module | None = None, labels: Tensor | None = None, **cha
     return MemberModule(recipe(**changes), pixels, labels, MEAN, STD, SIZE, **training_arguments(network, **extra))
 
 
-class _Batches(torch.utils.data.Dataset):
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
-
-
 def member_loader() -> DataLoader:
-    return DataLoader(_Batches(), sampler=ShuffledBatches(24, 8, seed=0), batch_size=None)
+    return DataLoader(Positions(), sampler=ShuffledBatches(24, 8, seed=0), batch_size=None)
 
 
 def test_padded_crops_are_windows_of_the_padded_image() -> None:

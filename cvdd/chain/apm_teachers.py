@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import CURVE, WEIGHTS, RealImages
 from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
-from cvdd.classifier import ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
@@ -27,13 +27,6 @@ from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, dsa
 
 KIND = "teachers"
-
-
-class Positions(Dataset[Tensor]):
-    """Batches of positions of images that are in memory."""
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
 
 
 def apm_of(context: Context) -> ApmConfig:

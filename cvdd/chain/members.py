@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, file_checksum, write_atomically
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
-from cvdd.classifier import ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
@@ -134,11 +134,6 @@ class RealImages(Dataset[tuple[Tensor, Tensor]]):
         return pixels, self.data.train.labels[index]
 
 
-class _Indices(Dataset[Tensor]):
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
-
-
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
     # A network belongs to no row of a comparison, whichever asked for it first.
     context = replace(context, label="")
@@ -154,7 +149,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
-        _Indices() if in_memory else RealImages(data, side, own),
+        Positions() if in_memory else RealImages(data, side, own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,

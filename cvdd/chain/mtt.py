@@ -20,7 +20,6 @@ from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
 from cvdd.chain.space import WHITENING, input_space, measured_in
 from cvdd.chain.trajectories import (
-    Positions,
     families_of,
     flat_network,
     make_trajectories,
@@ -28,7 +27,7 @@ from cvdd.chain.trajectories import (
     open_trajectories,
     whitening_of,
 )
-from cvdd.classifier import NonFiniteTraining, ShuffledBatches
+from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.hard_training import HardTrainingModule, SgdRecipe

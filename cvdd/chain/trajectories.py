@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact, Store, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
-from cvdd.classifier import Measure, NonFiniteTraining, ShuffledBatches
+from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.hard_training import HardTrainingModule, SgdRecipe
@@ -32,13 +32,6 @@ from cvdd.zca import InputSpace
 log = logging.getLogger(__name__)
 
 CURVES = "curves"
-
-
-class Positions(Dataset[Tensor]):
-    """Batches of positions of images that are in memory."""
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
 
 
 def mtt_of(context: Context) -> MttConfig:
