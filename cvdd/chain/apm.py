@@ -16,10 +16,10 @@ from torch import Tensor
 from cvdd.adversarial import AdversarialModule, AdversarialRow, Pace, teacher_logits
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
-from cvdd.chain.apm_teachers import apm_of, draw_teacher, families_of, load_teachers, make_apm_teachers, whitening_of
+from cvdd.chain.apm_teachers import apm_of, draw_teacher, load_teachers, make_apm_teachers
 from cvdd.chain.initial import initial_images, make_initial_patches
 from cvdd.chain.recover import UNITS
-from cvdd.chain.space import input_space
+from cvdd.chain.space import families_of, input_space, whitening_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.grids import image_grid

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.apm import load_labelled
-from cvdd.chain.apm_teachers import apm_of, families_of, make_apm_teachers, whitening_of
+from cvdd.chain.apm_teachers import apm_of, make_apm_teachers
 from cvdd.chain.labels import Labels
 from cvdd.chain.members import CURVE
-from cvdd.chain.space import input_space, measured_in
+from cvdd.chain.space import families_of, input_space, measured_in, whitening_of
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.methods.apm import logit_distance

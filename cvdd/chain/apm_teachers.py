@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import CURVE, WEIGHTS, RealImages
-from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
+from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -34,17 +34,6 @@ def apm_of(context: Context) -> ApmConfig:
     settings = context.config.method.apm
     assert settings is not None
     return settings
-
-
-def families_of(context: Context) -> tuple[str, ...]:
-    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
-    return (*apm_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
-
-
-def whitening_of(context: Context) -> Artifact | None:
-    """Return the whitening of the configuration, or None if images are only standardised."""
-    settings = apm_of(context)
-    return make_whitening(context, settings.whitening_eps, "method.apm") if settings.whitening else None
 
 
 def make_apm_teachers(context: Context) -> list[Artifact]:

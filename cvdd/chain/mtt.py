@@ -18,15 +18,8 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
-from cvdd.chain.space import WHITENING, input_space, measured_in
-from cvdd.chain.trajectories import (
-    families_of,
-    flat_network,
-    make_trajectories,
-    mtt_of,
-    open_trajectories,
-    whitening_of,
-)
+from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
+from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact, Store, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
-from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
+from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -39,17 +39,6 @@ def mtt_of(context: Context) -> MttConfig:
     settings = context.config.method.mtt
     assert settings is not None
     return settings
-
-
-def families_of(context: Context) -> tuple[str, ...]:
-    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
-    return (*mtt_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
-
-
-def whitening_of(context: Context) -> Artifact | None:
-    """Return the ZCA whitening that the settings ask for, or None if images are only standardised."""
-    settings = mtt_of(context)
-    return make_whitening(context, settings.whitening_eps, "method.mtt") if settings.whitening else None
 
 
 def flat_network(context: Context) -> FlatNetwork:
