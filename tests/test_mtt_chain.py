@@ -22,7 +22,7 @@ from cvdd.chain.images import load_history, load_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.space import input_space, whitening_of
-from cvdd.chain.students import load_curve
+from cvdd.chain.training import load_curve
 from cvdd.chain.trajectories import make_trajectories, mtt_of
 from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError

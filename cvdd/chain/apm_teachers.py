@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
-from cvdd.chain.members import CURVE, WEIGHTS, RealImages
+from cvdd.chain.members import WEIGHTS, RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
+from cvdd.chain.training import CURVE, log_epochs, save_curve, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.report.curves import curve_json
 from cvdd.schema.apm import ApmConfig
 from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, dsa
@@ -108,11 +108,6 @@ def _train(
         num_workers=0 if in_memory else config.trainer.workers,
     )
     with context.progress(f"teacher {index}", teachers.epochs) as advance:
-
-        def on_epoch(epoch: int, row: dict[str, float]) -> None:
-            advance(1)
-            context.log({f"train/teacher{index}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
         module = SgdModule(
             teachers,
             training_pixels(context) if in_memory else None,
@@ -124,11 +119,11 @@ def _train(
             name=f"teacher {index}",
             seed=seed,
             measure=measure,
-            measured_at=lambda epoch: (epoch + 1) % max(teachers.epochs // 10, 1) == 0 or epoch + 1 == teachers.epochs,
-            on_epoch=on_epoch,
+            measured_at=ten_times(teachers.epochs),
+            on_epoch=log_epochs(context, f"train/teacher{index}", advance),
         )
         context.fit(module, loader, teachers.epochs, work / "training.ckpt.tmp")
-    write_atomically(work / CURVE, curve_json(module.curve))
+    save_curve(work / CURVE, module.curve)
     network.to(context.device).eval()
     temporary = work / (WEIGHTS + ".tmp")
     save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cvdd.artifact import Artifact, file_checksum, write_atomically
+from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
+from cvdd.chain.training import CURVE, evaluator_of, log_epochs, save_curve, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -23,14 +24,12 @@ from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
 from cvdd.memory import enough_memory
-from cvdd.report.curves import curve_json
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
-CURVE = "curve.json"
 
 
 def make_member(context: Context, name: str) -> Artifact:
@@ -64,12 +63,9 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
 
     def build(work: Path) -> dict[str, Any]:
         if ready:
-            network, curve = build_network(backbone, len(data.classes), seed), b"[]\n"
-        else:
-            module = train(work)
-            network, curve = module.network, curve_json(module.curve)
-        write_atomically(work / CURVE, curve)
-        return _finish(context, network, work)
+            return _finish(context, build_network(backbone, len(data.classes), seed), [], work)
+        module = train(work)
+        return _finish(context, module.network, module.curve, work)
 
     parts = 1 if ready else recipe.accumulation
     return context.make_network("members", f"{data.name}-{name}", identity, [], build, train, parts)
@@ -93,8 +89,7 @@ def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint:
     def build(work: Path) -> dict[str, Any]:
         network = build_network(backbone, len(data.classes), 0)
         load_published(checkpoint, network)
-        write_atomically(work / CURVE, b"[]\n")
-        return _finish(context, network, work)
+        return _finish(context, network, [], work)
 
     return context.store.make("members", f"{data.name}-{name}", identity, [], build)
 
@@ -139,7 +134,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     context = replace(context, label="")
     config, data = context.config, context.data()
     recipe = config.recipe
-    evaluator = _evaluator(context)
+    evaluator = evaluator_of(context)
     in_memory = data.train.in_memory
     sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
     if len(sampler) == 0:
@@ -155,11 +150,6 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
         num_workers=0 if in_memory else config.trainer.workers,
     )
     with context.progress(f"train {name}", recipe.epochs) as advance:
-
-        def on_epoch(epoch: int, row: dict[str, float]) -> None:
-            advance(1)
-            context.log({f"train/{name}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
         module = MemberModule(
             recipe,
             data.train.stacked() if in_memory else None,
@@ -171,8 +161,8 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             name=f"member {name}",
             seed=seed,
             measure=evaluator,
-            measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
-            on_epoch=on_epoch,
+            measured_at=ten_times(recipe.epochs),
+            on_epoch=log_epochs(context, f"train/{name}", advance),
         )
         advice = (
             f"Raise recipe.accumulation={recipe.accumulation}, which forwards a batch in parts, or lower "
@@ -184,9 +174,10 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     return module
 
 
-def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:
+def _finish(context: Context, network: nn.Module, curve: Sequence[dict[str, float]], work: Path) -> dict[str, Any]:
+    save_curve(work / CURVE, curve)
     network.to(context.device).eval()
-    test = _evaluator(context)(network)
+    test = evaluator_of(context)(network)
     data = context.data()
     metrics: dict[str, Any] = {f"test_{key}": value for key, value in test.as_dict().items()}
     if data.train.in_memory:
@@ -198,14 +189,3 @@ def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:
     save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
     temporary.replace(work / WEIGHTS)
     return metrics
-
-
-def _evaluator(context: Context) -> Evaluator:
-    config = context.config
-    return Evaluator(
-        context.data(),
-        config.protocol.eval_batch,
-        context.device,
-        test_resize=config.dataset.test_resize,
-        workers=config.trainer.workers,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
 from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
+from cvdd.chain.training import every, log_epochs, save_student
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.hard_training import HardTrainingModule, SgdRecipe
-from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed, generator
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
 from cvdd.zca import InputSpace
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 UNITS = "units"
 MATCHED = "matched.safetensors"
-CURVE = "curve.json"
 LAST_GOOD = "last_good.safetensors"
 
 LABEL_CONFIDENCE = 0.9
@@ -262,11 +261,6 @@ def make_mtt_student(
         own_seed = derive_seed(seed, "student")
         title = f"student {name} seed {seed}"
         with context.progress(title, student.epochs) as advance:
-
-            def on_epoch(epoch: int, row: Mapping[str, float]) -> None:
-                advance(1)
-                context.log({f"evaluate/{name}/seed{seed}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
             module = HardTrainingModule(
                 SgdRecipe(
                     student.epochs,
@@ -287,8 +281,8 @@ def make_mtt_student(
                 name=title,
                 seed=own_seed,
                 measure=measured_in(context, space, part),
-                measured_at=lambda epoch: (epoch + 1) % protocol.eval_every == 0 or epoch + 1 == student.epochs,
-                on_epoch=on_epoch,
+                measured_at=every(protocol.eval_every, student.epochs),
+                on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
             )
             sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed)
             loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
@@ -298,15 +292,6 @@ def make_mtt_student(
                 raise NonFiniteTraining(
                     f"{error} Here it is the learned step size {made.step_size:.4g}; method.mtt.student.lr replaces it."
                 ) from error
-        write_atomically(work / CURVE, curve_json(module.curve))
-        measured = [row for row in module.curve if "top1" in row]
-        last, best = measured[-1], max(measured, key=lambda row: row["top1"])
-        return {
-            "top1": last["top1"],
-            "top5": last["top5"],
-            "loss": last["loss"],
-            "best_top1": best["top1"],
-            "best_epoch": best["epoch"],
-        }
+        return save_student(work, module.curve)
 
     return context.store.make("students", f"{images.name}-{name}-seed{seed}", identity, [images], build)

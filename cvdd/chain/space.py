@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
+from cvdd.chain.training import evaluator_of
 from cvdd.classifier import Measure
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.measure import Accuracy, Evaluator
+from cvdd.measure import Accuracy
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.mtt import MttConfig
 from cvdd.zca import InputSpace, Whitening, fit_whitening
@@ -77,15 +78,7 @@ def training_pixels(context: Context) -> Tensor:
 
 def measured_in(context: Context, space: InputSpace, part: Literal["test", "train"] = "test") -> Measure:
     """Return a function from a network that sees images of a space to its accuracy on real images."""
-    config, data = context.config, context.data()
-    evaluator = Evaluator(
-        data,
-        config.protocol.eval_batch,
-        context.device,
-        test_resize=config.dataset.test_resize if part == "test" or not data.train.in_memory else None,
-        part=part,
-        workers=config.trainer.workers,
-    )
+    evaluator = evaluator_of(context, part)
 
     def measure(network: nn.Module) -> Accuracy:
         return evaluator(nn.Sequential(space, network).train(network.training))

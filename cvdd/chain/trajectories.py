@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, Store, write_atomically
+from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
+from cvdd.chain.training import every, log_epochs, save_curve
 from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.hard_training import HardTrainingModule, SgdRecipe
 from cvdd.methods.mtt import FlatNetwork
 from cvdd.progress import Advance
-from cvdd.report.curves import curve_json
 from cvdd.schema.mtt import MttConfig
 from cvdd.seeds import derive_seed
 from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
@@ -172,10 +172,6 @@ def _train_expert(
     writer = TrajectoryWriter(work, layout, expert)
     writer.write(0, flat.vector())
 
-    def on_epoch(epoch: int, row: dict[str, float]) -> None:
-        advance(1)
-        context.log({f"experts/{expert}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
     module = HardTrainingModule(
         SgdRecipe(
             experts.epochs,
@@ -195,8 +191,8 @@ def _train_expert(
         name=f"expert {expert}",
         seed=seed,
         measure=measure,
-        measured_at=lambda epoch: epoch + 1 == experts.epochs,
-        on_epoch=on_epoch,
+        measured_at=every(experts.epochs, experts.epochs),
+        on_epoch=log_epochs(context, f"experts/{expert}", advance),
     )
     loader: DataLoader[Any] = DataLoader(
         Positions() if images is not None else RealImages(data, data.image_size),
@@ -209,6 +205,6 @@ def _train_expert(
         context.fit(module, loader, experts.epochs, checkpoint)
     except NonFiniteTraining as error:
         raise NonFiniteTraining(f"{error} Here it is method.mtt.experts.lr={experts.lr}.") from error
-    write_atomically(work / CURVES / f"expert{expert:05d}.json", curve_json(module.curve))
+    save_curve(work / CURVES / f"expert{expert:05d}.json", module.curve)
     writer.finish()
     checkpoint.unlink(missing_ok=True)
