@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
-from cvdd.chain.members import WEIGHTS, RealImages
+from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
-from cvdd.chain.training import CURVE, log_epochs, save_curve, ten_times
+from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -125,9 +125,7 @@ def _train(
         context.fit(module, loader, teachers.epochs, work / "training.ckpt.tmp")
     save_curve(work / CURVE, module.curve)
     network.to(context.device).eval()
-    temporary = work / (WEIGHTS + ".tmp")
-    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
-    temporary.replace(work / WEIGHTS)
+    save_weights(work, network)
     last = module.curve[-1]
     return {
         **{f"test_{key}": last[key] for key in ("top1", "top5", "loss")},

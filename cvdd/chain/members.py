@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
-from cvdd.chain.training import CURVE, evaluator_of, log_epochs, save_curve, ten_times
+from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -28,8 +28,6 @@ from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "weights.safetensors"
 
 
 def make_member(context: Context, name: str) -> Artifact:
@@ -185,7 +183,5 @@ def _finish(context: Context, network: nn.Module, curve: Sequence[dict[str, floa
         metrics |= {f"train_{key}": value for key, value in on_train.as_dict().items()}
     metrics["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     metrics["batchnorm_layers"] = len(batchnorm_layers(network))
-    temporary = work / (WEIGHTS + ".tmp")
-    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
-    temporary.replace(work / WEIGHTS)
+    save_weights(work, network)
     return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -11,27 +10,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
+from cvdd.chain.recover import UNITS
 from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
 from cvdd.chain.training import every, log_epochs, save_student
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
+from cvdd.chain.unit_files import write_unit
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.hard_training import HardTrainingModule, SgdRecipe
 from cvdd.seeds import derive_seed, generator
+from cvdd.tensor_files import save_tensors
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
+from cvdd.units import Unit
 from cvdd.zca import InputSpace
 
 log = logging.getLogger(__name__)
 
-UNITS = "units"
 MATCHED = "matched.safetensors"
 LAST_GOOD = "last_good.safetensors"
 
@@ -58,10 +60,8 @@ class MatchedSet:
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        temporary = path.with_name(path.name + ".tmp")
         tensors = {"images": self.images, "targets": self.targets, "step_size": torch.tensor(self.step_size)}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(path)
+        save_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     @staticmethod
     def load(path: Path) -> MatchedSet:
@@ -214,13 +214,9 @@ def _save_units(folder: Path, pixels: Tensor, rows: Sequence[MatchRow]) -> None:
     """Write one file per slot as every method does; pixels are [classes, ipc, 3, size, size] uint8."""
     folder.mkdir(exist_ok=True)
     # No member votes, so that there are neither weights nor terms of members.
-    history = {"weights": {}, "rows": [{**asdict(row), "ce": {}, "bn": {}} for row in rows]}
+    history = [{**asdict(row), "ce": {}, "bn": {}} for row in rows]
     for slot in range(pixels.shape[1]):
-        path = folder / f"slot{slot:04d}_block0000.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        tensors = {"images": pixels[:, slot].contiguous(), "labels": torch.arange(len(pixels))}
-        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
-        temporary.replace(path)
+        write_unit(folder, Unit(slot, 0, 0, len(pixels)), pixels[:, slot], history, {})
 
 
 def make_mtt_student(

@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.classifier import EpochLog
 from cvdd.context import Context
 from cvdd.measure import Evaluator
 from cvdd.progress import Advance
+from cvdd.tensor_files import save_tensors
 
 CURVE = "curve.json"
+WEIGHTS = "weights.safetensors"
 
 
 def log_epochs(context: Context, place: str, advance: Advance) -> EpochLog:
@@ -65,6 +69,11 @@ def load_curve(artifact: Artifact) -> list[dict[str, float]]:
     """Read the curve of a student or a member: one row per epoch."""
     curve: list[dict[str, float]] = json.loads((artifact.path / CURVE).read_text())
     return curve
+
+
+def save_weights(work: Path, network: nn.Module) -> None:
+    """Write a network's parameters and buffers."""
+    save_tensors(work / WEIGHTS, {key: value.contiguous().cpu() for key, value in network.state_dict().items()})
 
 
 def save_student(work: Path, curve: Sequence[dict[str, float]]) -> dict[str, Any]:
