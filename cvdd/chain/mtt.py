@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
@@ -25,8 +25,9 @@ from cvdd.chain.unit_files import write_unit
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid
-from cvdd.hard_training import HardTrainingModule, SgdRecipe
+from cvdd.methods.mtt import cross_entropy
 from cvdd.seeds import derive_seed, generator
+from cvdd.sgd_training import SgdModule, SgdRecipe, canvas_crops, dsa
 from cvdd.tensor_files import save_tensors
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
 from cvdd.units import Unit
@@ -256,23 +257,19 @@ def make_mtt_student(
         space = input_space(context, whitening)
         own_seed = derive_seed(seed, "student")
         title = f"student {name} seed {seed}"
+        rate = made.step_size if student.lr is None else student.lr
+        sgd = SgdRecipe(student.epochs, rate, student.momentum, student.weight_decay, student.drop)
         with context.progress(title, student.epochs) as advance:
-            module = HardTrainingModule(
-                SgdRecipe(
-                    student.epochs,
-                    made.step_size if student.lr is None else student.lr,
-                    student.momentum,
-                    student.weight_decay,
-                    student.drop,
-                    families_of(context),
-                    data.image_size,
-                    settings.canvas,
-                    settings.canvas_samples,
-                ),
+            module = SgdModule(
+                sgd,
                 made.images,
                 made.targets,
-                space.encode,
-                len(data.classes),
+                nn.Identity(),
+                cross_entropy,
+                dsa(families_of(context)),
+                "dsa",
+                canvas_crops(data.image_size, settings.canvas, settings.canvas_samples),
+                sgd.drop_epoch,
                 network=build_network(backbone, len(data.classes), own_seed),
                 name=title,
                 seed=own_seed,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact, Store
@@ -21,11 +21,11 @@ from cvdd.chain.training import every, log_epochs, save_curve
 from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.hard_training import HardTrainingModule, SgdRecipe
-from cvdd.methods.mtt import FlatNetwork
+from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
 from cvdd.progress import Advance
 from cvdd.schema.mtt import MttConfig
 from cvdd.seeds import derive_seed
+from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
 from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
 from cvdd.zca import InputSpace
 
@@ -172,27 +172,29 @@ def _train_expert(
     writer = TrajectoryWriter(work, layout, expert)
     writer.write(0, flat.vector())
 
-    module = HardTrainingModule(
-        SgdRecipe(
-            experts.epochs,
-            experts.lr,
-            experts.momentum,
-            experts.weight_decay,
-            experts.drop,
-            families_of(context),
-            data.image_size,
-        ),
+    logged = log_epochs(context, f"experts/{expert}", advance)
+
+    def on_epoch(epoch: int, row: dict[str, float]) -> None:
+        logged(epoch, row)
+        writer.write(epoch + 1, flat.vector())
+
+    sgd = SgdRecipe(experts.epochs, experts.lr, experts.momentum, experts.weight_decay, experts.drop)
+    module = SgdModule(
+        sgd,
         images,
         data.train.labels,
-        space.encode,
-        len(data.classes),
-        lambda epochs: writer.write(epochs, flat.vector()),
+        # All experts share the images in memory, which are encoded once.
+        space.encode if images is None else nn.Identity(),
+        class_cross_entropy,
+        dsa(families_of(context)),
+        "dsa",
+        forgets_at=sgd.drop_epoch,
         network=network,
         name=f"expert {expert}",
         seed=seed,
         measure=measure,
         measured_at=every(experts.epochs, experts.epochs),
-        on_epoch=log_epochs(context, f"experts/{expert}", advance),
+        on_epoch=on_epoch,
     )
     loader: DataLoader[Any] = DataLoader(
         Positions() if images is not None else RealImages(data, data.image_size),
