@@ -135,16 +135,22 @@ def training_arguments(network: nn.Module, **changes: Any) -> dict[str, Any]:
     }
 
 
-def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.Trainer:
-    """Train without a checkpoint."""
-    trainer = pl.Trainer(
+def quiet_trainer(epochs: int, loader: DataLoader[Any] | None = None) -> pl.Trainer:
+    """Return a trainer on the CPU that writes and shows nothing; without a loader modules bring batches every epoch."""
+    return pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1 if loader is None else 0,
     )
+
+
+def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.Trainer:
+    """Train without a checkpoint."""
+    trainer = quiet_trainer(epochs, loader)
     trainer.fit(module, loader)
     return trainer
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from helpers import method_config, random_pixels, small_network
+from helpers import method_config, quiet_trainer, random_pixels, small_network
 from torch import Tensor, nn
 
 from cvdd.agreement import Loss, gradient_agreement, mean_agreement, pairs_of
@@ -115,15 +114,7 @@ def distil(names: list[str], log_agreement: bool, momentum: float | None = None)
         lambda row, images: None,
         stage,
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
+    quiet_trainer(1).fit(module)
     return module.images.detach(), module.rows
 
 
