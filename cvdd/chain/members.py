@@ -127,6 +127,12 @@ class RealImages(Dataset[tuple[Tensor, Tensor]]):
         return pixels, self.data.train.labels[index]
 
 
+def side_of_files(data: Data, recipe: RecipeConfig) -> int:
+    """Side that images which do not fit memory have before the recipe's augmentation."""
+    # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
+    return data.image_size * 8 // 7 if recipe.crop == "resized" else data.image_size
+
+
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
     # A network belongs to no row of a comparison, whichever asked for it first.
     context = replace(context, label="")
@@ -137,12 +143,10 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
     if len(sampler) == 0:
         raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
-    # Stored a little larger than the network's input, so that a resized crop keeps the detail of large images.
-    side = data.image_size if in_memory else data.image_size * 8 // 7
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
-        Positions() if in_memory else RealImages(data, side, own),
+        Positions() if in_memory else RealImages(data, side_of_files(data, recipe), own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
