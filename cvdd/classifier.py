@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from cvdd.distributed import gather_parts
 from cvdd.measure import Accuracy
@@ -45,6 +45,13 @@ class ShuffledBatches(Sampler[Tensor]):
 
     def __len__(self) -> int:
         return self.count // self.batch_size + (self.count % self.batch_size > 1)
+
+
+class Positions(Dataset[Tensor]):
+    """Batches of positions of images that are in memory."""
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return index
 
 
 class Classifier(pl.LightningModule):

@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.augment import denormalise, normalise
 from cvdd.config_base import ConfigError
+from cvdd.tensor_files import save_tensors
 
 CHUNK = 4096
 """Images whose double-precision copy is held at once while the covariance is summed."""
@@ -50,13 +51,9 @@ class Whitening:
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        temporary = path.with_name(path.name + ".tmp")
         tensors = {"mean": self.mean, "vectors": self.vectors, "values": self.values}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in (tensors | {"eps": torch.tensor(self.eps)}).items()},
-            temporary,
-        )
-        temporary.replace(path)
+        tensors["eps"] = torch.tensor(self.eps)
+        save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     @staticmethod
     def load(path: Path) -> Whitening:

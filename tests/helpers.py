@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from conftest import compose_raw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.io import write_png
 
 from cvdd.artifact import Artifact, Store
 from cvdd.augment import Mix
 from cvdd.context import Context
+from cvdd.data import FileSource, ImageSource
 from cvdd.measure import Accuracy
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
 from cvdd.validation import check
@@ -72,6 +75,22 @@ def tiny_context(root: Path, *overrides: str, store: Path | None = None, verb: s
     config = configure(root, *TINY, *overrides, verb=verb)
     config.paths.output.mkdir(parents=True, exist_ok=True)
     return Context(config, Store(store or config.paths.store), torch.device("cpu"))
+
+
+def with_source(context: Context, source: ImageSource) -> Context:
+    """The same data set, its training images from elsewhere."""
+    data = replace(context.data(), train=source)
+    context._loaded[context.config.dataset.model_dump_json()] = data
+    return context
+
+
+def as_files(folder: Path, context: Context) -> Context:
+    """Its training images as files that are decoded when needed."""
+    source = context.data().train
+    for index in range(len(source)):
+        write_png(source.image(index), str(folder / f"{index}.png"))
+    names = [f"{index}.png" for index in range(len(source))]
+    return with_source(context, FileSource(folder, names, source.labels, source.groups))
 
 
 def same_files(one: Artifact, two: Artifact) -> bool:
@@ -135,16 +154,22 @@ def training_arguments(network: nn.Module, **changes: Any) -> dict[str, Any]:
     }
 
 
-def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.Trainer:
-    """Train without a checkpoint."""
-    trainer = pl.Trainer(
+def quiet_trainer(epochs: int, loader: DataLoader[Any] | None = None) -> pl.Trainer:
+    """Return a trainer on the CPU that writes and shows nothing; without a loader modules bring batches every epoch."""
+    return pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1 if loader is None else 0,
     )
+
+
+def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.Trainer:
+    """Train without a checkpoint."""
+    trainer = quiet_trainer(epochs, loader)
     trainer.fit(module, loader)
     return trainer
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from helpers import method_config, small_network
+from helpers import method_config, quiet_trainer, small_network
 from torch import Tensor
 
 from cvdd.agreement import agreement, mean_agreement, pairs_of
@@ -53,7 +52,7 @@ def test_logged_agreement_is_that_of_gradients_unit_by_unit() -> None:
     bounds = (torch.full((3, 1, 1), -9.0), torch.full((3, 1, 1), 9.0))
     shares = torch.tensor([[0.7], [0.2], [0.1]]).expand(3, 2)
     module = DistillModule(images, targets, None, voters, shares, method, bounds, lambda row, current: None)
-    fit(module)
+    quiet_trainer(1).fit(module)
     gradients = []
     for voter in voters[:2]:
         each = []
@@ -78,17 +77,6 @@ def test_the_mean_is_over_the_rows_and_units_in_which_both_voted() -> None:
     }
     assert mean_agreement(history) == {"a-b": 0.25, "b-c": 1.0}
     assert mean_agreement({}) == {}
-
-
-def fit(module: DistillModule) -> None:
-    pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module)
 
 
 def distil(names: list[str], log_agreement: bool, momentum: float | None = None) -> tuple[Tensor, list[LogRow]]:
@@ -118,7 +106,7 @@ def distil(names: list[str], log_agreement: bool, momentum: float | None = None)
         lambda row, images: None,
         stage,
     )
-    fit(module)
+    quiet_trainer(1).fit(module)
     return module.images.detach(), module.rows
 
 

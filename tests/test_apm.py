@@ -305,7 +305,11 @@ def test_contradictions_are_answered_with_what_to_type(changes: dict[str, Any], 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"lr": 0.1}, "method.lr is of the recover loop.*leave it at 0.25"), ({"init": "all"}, "method.init=all")],
+    [
+        ({"lr": 0.1}, "method.lr is of the recover loop.*leave it at 0.25"),
+        ({"init": "all"}, "method.init=all"),
+        ({"init": "herding"}, "method.init=herding: prediction matching starts from real, patches or noise"),
+    ],
 )
 def test_settings_of_the_recover_loop_are_refused(changes: dict[str, Any], message: str) -> None:
     fields = {"name": "a", "seed": 0, "init": "real", "iterations": 0, "jitter": 0, "classes_per_unit": 1}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from helpers import quiet_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -84,16 +84,7 @@ def distilled(images: Tensor, teachers: list[nn.Module], discrepancy: float, see
         seed,
         lambda row, current: None,
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=module.epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
-    trainer.fit(module)
+    quiet_trainer(module.epochs).fit(module)
     return module.images.detach()
 
 

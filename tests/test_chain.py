@@ -16,7 +16,7 @@ from cvdd.chain.images import load_history, load_images, make_images
 from cvdd.chain.initial import make_initial_patches
 from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.recover import jpeg_round_trip
-from cvdd.chain.students import load_curve
+from cvdd.chain.training import load_curve
 from cvdd.context import Context
 
 pytest_plugins = ["chain_fixtures"]

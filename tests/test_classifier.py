@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import MEAN, STD, fit, random_pixels, small_network, training_arguments
+from helpers import MEAN, STD, as_files, fit, random_pixels, small_network, tiny_context, training_arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.augment import normalise
-from cvdd.classifier import NonFiniteTraining, ShuffledBatches
+from cvdd.chain.members import make_member
+from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.data import Data, TensorSource
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule, augment
@@ -64,13 +66,8 @@ def member(network: nn.Module | None = None, labels: Tensor | None = None, **cha
     return MemberModule(recipe(**changes), pixels, labels, MEAN, STD, SIZE, **training_arguments(network, **extra))
 
 
-class _Batches(torch.utils.data.Dataset):
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
-
-
 def member_loader() -> DataLoader:
-    return DataLoader(_Batches(), sampler=ShuffledBatches(24, 8, seed=0), batch_size=None)
+    return DataLoader(Positions(), sampler=ShuffledBatches(24, 8, seed=0), batch_size=None)
 
 
 def test_padded_crops_are_windows_of_the_padded_image() -> None:
@@ -168,6 +165,17 @@ def test_a_measured_loss_that_is_not_finite_stops_too() -> None:
     with pytest.raises(NonFiniteTraining, match="the loss of net is nan in epoch 2"):
         fit(module, member_loader(), 3)
     assert len(module.curve) == 1
+
+
+@pytest.mark.parametrize("crop", ["pad", "none"])
+def test_a_member_sees_images_in_files_at_the_side_of_the_data(tmp_path: Path, crop: str) -> None:
+    """These files have that side, so that the member is the one of the same images in memory."""
+    settings = ("dataset.image_size=16", "dataset.digits.size_range=[8,16]", "dataset.digits.crop_range=[16,64]")
+    overrides = (*settings, f"recipe.crop={crop}", "recipe.epochs=1", "trainer.workers=0")
+    in_memory = tiny_context(tmp_path, *overrides, store=tmp_path / "memory")
+    in_files = as_files(tmp_path, tiny_context(tmp_path, *overrides, store=tmp_path / "files"))
+    one, other = (make_member(context, "resnet18") for context in (in_memory, in_files))
+    assert one.manifest["files"] == other.manifest["files"]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from helpers import method_config
+from helpers import method_config, quiet_trainer
 from torch import Tensor, nn
 
 from cvdd.backbones.convnet import convnet
@@ -291,18 +290,6 @@ def module_of(
     )
 
 
-def trainer(epochs: int) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
-
-
 def test_the_module_is_gradient_descent_with_momentum(tmp_path: Path) -> None:
     """Three iterations as a plain loop over the maths; the raw step size has a softplus."""
     changes = {"step_size_form": "softplus", "labels": "learned", "lr_labels": 0.5}
@@ -324,7 +311,7 @@ def test_the_module_is_gradient_descent_with_momentum(tmp_path: Path) -> None:
         ):
             velocity.mul_(0.5).add_(gradient)
             tensor.sub_(lr * velocity)
-    trainer(module.epochs).fit(module)
+    quiet_trainer(module.epochs).fit(module)
     torch.testing.assert_close(module.images.detach(), images, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module.raw_step_size.detach(), raw, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module.label_logits.detach(), logits, rtol=1e-4, atol=1e-6)
@@ -334,12 +321,12 @@ def test_the_module_is_gradient_descent_with_momentum(tmp_path: Path) -> None:
 def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
     rows: list[MatchRow] = []
     whole = module_of(tmp_path, rows, labels="learned", lr_labels=0.1)
-    trainer(2).fit(whole)
-    first = trainer(1)
+    quiet_trainer(2).fit(whole)
+    first = quiet_trainer(1)
     first.fit(module_of(tmp_path, labels="learned", lr_labels=0.1))
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = module_of(tmp_path, labels="learned", lr_labels=0.1)
-    trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    quiet_trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     assert [row.iteration for row in rows] == [2, 4, 6]
@@ -370,7 +357,7 @@ def test_exploding_gradients_stop_and_leave_the_last_good_set(tmp_path: Path, gr
 
     module.draw = noting  # type: ignore[method-assign]
     with pytest.raises(ExplodingGradients, match=r"iteration \d.* before it is kept.*method\.mtt\.lr_images=1e\+30"):
-        trainer(2).fit(module)
+        quiet_trainer(2).fit(module)
     assert torch.equal(module.images.detach(), kept[-1])
     assert bool(module.images.isfinite().all())
 
@@ -378,23 +365,23 @@ def test_exploding_gradients_stop_and_leave_the_last_good_set(tmp_path: Path, gr
 def test_a_step_that_is_not_finite_is_named(tmp_path: Path) -> None:
     module = module_of(tmp_path, step_size=1e38, loss_limit=None)
     with pytest.raises(ExplodingGradients, match=r"iteration 1 .*not finite after step [123] of 3"):
-        trainer(1).fit(module)
+        quiet_trainer(1).fit(module)
     assert torch.equal(module.images, module_of(tmp_path).images)
 
 
 def test_a_loss_beyond_its_limit_stops(tmp_path: Path) -> None:
     module = module_of(tmp_path, step_size=50.0, loss_limit=1.5)
     with pytest.raises(ExplodingGradients, match=r"loss exceeds method\.mtt\.loss_limit in iteration 1 \(loss "):
-        trainer(1).fit(module)
+        quiet_trainer(1).fit(module)
 
 
 def test_a_step_size_below_zero_stops(tmp_path: Path) -> None:
     """A step size of 5 overshoots, so that its gradient is positive, and this rate takes it far below zero."""
     module = module_of(tmp_path, step_size=5.0, lr_step_size=1e6, loss_limit=None)
     with pytest.raises(ExplodingGradients, match=r"step size became -\S+ in iteration 1; .*step_size_form=softplus"):
-        trainer(2).fit(module)
+        quiet_trainer(2).fit(module)
     assert module.step_size().item() == 5
     changes = {"step_size_form": "softplus", "loss_limit": None}
     positive = module_of(tmp_path, step_size=5.0, lr_step_size=0.01, iterations=1, **changes)
-    trainer(1).fit(positive)
+    quiet_trainer(1).fit(positive)
     assert 0 < positive.step_size().item() < 5

@@ -21,15 +21,15 @@ from cvdd.backbones import build_network
 from cvdd.chain.images import load_history, load_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
-from cvdd.chain.space import input_space
-from cvdd.chain.students import load_curve
-from cvdd.chain.trajectories import make_trajectories, mtt_of, whitening_of
+from cvdd.chain.space import input_space, whitening_of
+from cvdd.chain.training import load_curve
+from cvdd.chain.trajectories import make_trajectories, mtt_of
 from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.hard_training import HardTrainingModule, SgdRecipe
 from cvdd.methods.mtt import FlatNetwork
 from cvdd.seeds import derive_seed
+from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
 from cvdd.trajectories import Trajectories, TrajectoryWriter
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule
 
@@ -180,15 +180,17 @@ def test_a_student_learns_at_the_learned_rate(
 
 def test_the_rate_falls_where_the_release_lowers_it() -> None:
     """After the 27th of 50 epochs and the 502nd of 1001; what the optimiser remembers is forgotten."""
-    recipe = SgdRecipe(50, 0.4, 0.9, 0.0, True, (), 4)
+    recipe = SgdRecipe(50, 0.4, 0.9, 0.0, True)
     assert recipe.drop_epoch == 27
-    assert SgdRecipe(1001, 0.4, 0.9, 0.0, True, (), 4).drop_epoch == 502
-    module = HardTrainingModule(
+    assert SgdRecipe(1001, 0.4, 0.9, 0.0, True).drop_epoch == 502
+    module = SgdModule(
         recipe,
         torch.randn(6, 3, 4, 4),
         torch.arange(6) % 2,
         lambda pixels: pixels,
-        2,
+        torch.nn.functional.cross_entropy,
+        dsa(()),
+        forgets_at=recipe.drop_epoch,
         network=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)),
         name="test",
         seed=0,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_network, tiny_context
+from helpers import as_files, small_network, tiny_context, with_source
 from torch import Tensor, nn
-from torchvision.io import write_png
 
 from cvdd.artifact import Artifact
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.data import FileSource, ImageSource
 from cvdd.layer_statistics import channel_moments, patch_moments
 from cvdd.recording import Recorded, pool, record_statistics
 from cvdd.schema import StatisticsConfig
@@ -210,22 +206,6 @@ def digest(home: Path, *changes: str) -> str:
 def test_they_belong_to_the_members_weights(made: Artifact, home: Path) -> None:
     assert [parent["kind"] for parent in made.manifest["parents"]] == ["members"]
     assert digest(home, "seed=1", "method.seed=0") != made.digest
-
-
-def with_source(context: Context, source: ImageSource) -> Context:
-    """The same data set, its training images from elsewhere."""
-    data = replace(context.data(), train=source)
-    context._loaded[context.config.dataset.model_dump_json()] = data
-    return context
-
-
-def as_files(folder: Path, context: Context) -> Context:
-    """Its training images as files that are decoded when needed."""
-    source = context.data().train
-    for index in range(len(source)):
-        write_png(source.image(index), str(folder / f"{index}.png"))
-    names = [f"{index}.png" for index in range(len(source))]
-    return with_source(context, FileSource(folder, names, source.labels, source.groups))
 
 
 def test_images_in_files(made: Artifact, tmp_path: Path) -> None:

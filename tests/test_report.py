@@ -226,6 +226,27 @@ def test_without_optimisation_without_stored_labels_without_rows(
     assert (" \u00b1 1.0" in page.text) == (len(values) == 2)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["method=random_real", "label.store=none"], "not stored"),
+        (["method=random_real", "label=hard", "protocol=hard_tiny"], "hard"),
+        (["method=apm_tiny", "label=hard", "protocol=method"], "with images"),
+        (["method=mtt_tiny", "label=hard", "protocol=method"], "hard"),
+        (
+            ["method=mtt_tiny", "method.mtt.labels=learned", "method.mtt.lr_labels=1", "label=hard", "protocol=method"],
+            "with images",
+        ),
+    ],
+)
+def test_why_a_row_has_no_bytes_of_labels(
+    compose: Compose, tmp_path: Path, overrides: Sequence[str], shown: str
+) -> None:
+    maker = Maker(compose("evaluate", *overrides, "compare=none"), Store(tmp_path / "store"))
+    main = maker.distilled("main", "real", 0, stored=False)
+    assert f"<td>{shown}</td>" in maker.page([main], [maker.result(main, [50.0])]).source
+
+
 def test_many_large_classes_fit_a_page(compose: Compose, tmp_path: Path) -> None:
     overrides = ["committee.size=2", "method.iterations=100", "label.batch_size=6"]
     classes = [f"class {index}" for index in range(1000)]

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from helpers import MEAN, STD, method_config, small_network
+from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
 
 from cvdd.synthesis import (
@@ -63,16 +62,7 @@ def module_of(
 
 
 def fit(module: DistillModule) -> DistillModule:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=module.epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
-    trainer.fit(module)
+    quiet_trainer(module.epochs).fit(module)
     return module
 
 
@@ -191,26 +181,15 @@ def test_a_gradient_that_is_not_finite_is_noticed() -> None:
 def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
     """Epochs are of six iterations; the checkpoint has images, Adam's moments, rows and place in the schedule."""
 
-    def trainer(epochs: int) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            reload_dataloaders_every_n_epochs=1,
-        )
-
     def build() -> DistillModule:
         return module_of(start(2), SLOTS[:2], voters(a=small_network()))
 
     whole = fit(build())
-    first = trainer(1)
+    first = quiet_trainer(1)
     first.fit(build())
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = build()
-    trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    quiet_trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.equal(whole.images, resumed.images)
     assert whole.rows == resumed.rows
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvdd.adversarial import AdversarialModule, AdversarialRow, Pace, teacher_logits
 from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
-from cvdd.chain.apm_teachers import apm_of, draw_teacher, families_of, load_teachers, make_apm_teachers, whitening_of
+from cvdd.chain.apm_teachers import apm_of, draw_teacher, load_teachers, make_apm_teachers
 from cvdd.chain.initial import initial_images, make_initial_patches
 from cvdd.chain.recover import UNITS
-from cvdd.chain.space import input_space
+from cvdd.chain.space import families_of, input_space, whitening_of
+from cvdd.chain.unit_files import write_unit
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.seeds import derive_seed, generator
 from cvdd.sgd_training import dsa
 from cvdd.surrogate import require_batches
+from cvdd.tensor_files import save_tensors
+from cvdd.units import Unit
 from cvdd.zca import InputSpace
 
 log = logging.getLogger(__name__)
@@ -153,9 +156,7 @@ def make_apm_images(context: Context) -> Artifact:
         (teacher,) = load_teachers(context, [teachers[labeller]])
         logits = teacher_logits(teacher, images.to(context.device), LABEL_CHUNK).cpu()
         targets = torch.arange(classes).repeat_interleave(ipc)
-        temporary = work / (DISTILLED + ".tmp")
-        save_file({"images": images, "targets": targets, "logits": logits}, temporary)
-        temporary.replace(work / DISTILLED)
+        save_tensors(work / DISTILLED, {"images": images, "targets": targets, "logits": logits})
         right = (logits.argmax(dim=1) == targets).float().mean()
         return {"images": len(images), "parts": len(parts), "teacher_top1": 100 * float(right)}
 
@@ -215,9 +216,7 @@ def _make_part(
             )
             context.fit(module, None, module.epochs, work / "images.ckpt.tmp")
         images = module.images.detach().cpu().view(shape).contiguous()
-        temporary = work / (IMAGES + ".tmp")
-        save_file({"images": images}, temporary)
-        temporary.replace(work / IMAGES)
+        save_tensors(work / IMAGES, {"images": images})
         write_atomically(work / ROWS, json.dumps([asdict(row) for row in module.rows]).encode())
         return {"images": images.shape[0] * images.shape[1], "discrepancy": module.rows[-1].discrepancy}
 
@@ -249,13 +248,8 @@ def _save_units(work: Path, slots: Tensor, space: InputSpace, histories: Sequenc
     folder = work / UNITS
     folder.mkdir(exist_ok=True)
     for slot, (images, rows) in enumerate(zip(slots, histories, strict=True)):
-        path = folder / f"slot{slot:04d}_block0000.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        pixels = space.decode(images).cpu().contiguous()
         # Nobody votes, so there are no weights.
-        history = json.dumps({"weights": {}, "rows": list(rows)})
-        save_file({"images": pixels, "labels": torch.arange(len(pixels))}, temporary, metadata={"history": history})
-        temporary.replace(path)
+        write_unit(folder, Unit(slot, 0, 0, len(images)), space.decode(images).cpu(), rows, {})
 
 
 def _log_row(context: Context, part: Part, row: AdversarialRow, images: Tensor, space: InputSpace) -> None:

@@ -8,17 +8,16 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.apm import load_labelled
-from cvdd.chain.apm_teachers import Positions, apm_of, families_of, make_apm_teachers, whitening_of
+from cvdd.chain.apm_teachers import apm_of, make_apm_teachers
 from cvdd.chain.labels import Labels
-from cvdd.chain.members import CURVE
-from cvdd.chain.space import input_space, measured_in
-from cvdd.classifier import ShuffledBatches
+from cvdd.chain.space import families_of, input_space, measured_in, whitening_of
+from cvdd.chain.training import every, log_epochs, save_student
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.methods.apm import logit_distance
-from cvdd.report.curves import curve_json
 from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, dsa
 
@@ -59,13 +58,12 @@ def make_apm_student(
         part: images on which it is measured; ``train`` means the real training images, which it has not seen.
     """
     config, data, training = context.config, context.data(), apm_of(context).student
-    every = config.protocol.eval_every
     whitening = whitening_of(context)
     identity = {
         "data": data.identity,
         "student": training.model_dump(mode="json"),
         "augmentations": list(families_of(context)),
-        "eval_every": every,
+        "eval_every": config.protocol.eval_every,
         "backbone": backbone.model_dump(mode="json"),
         "seed": seed,
         "measured_on": part,
@@ -78,11 +76,6 @@ def make_apm_student(
             Positions(), sampler=ShuffledBatches(len(known.images), training.batch_size, own), batch_size=None
         )
         with context.progress(title, training.epochs) as advance:
-
-            def on_epoch(epoch: int, row: dict[str, float]) -> None:
-                advance(1)
-                context.log({f"evaluate/{name}/seed{seed}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
             module = SgdModule(
                 training,
                 known.images,
@@ -94,18 +87,11 @@ def make_apm_student(
                 name=title,
                 seed=own,
                 measure=measured_in(context, input_space(context, whitening), part),
-                measured_at=lambda epoch: (epoch + 1) % every == 0 or epoch + 1 == training.epochs,
-                on_epoch=on_epoch,
+                measured_at=every(config.protocol.eval_every, training.epochs),
+                on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
             )
             context.fit(module, loader, training.epochs, work / "training.ckpt.tmp")
-        write_atomically(work / CURVE, curve_json(module.curve))
-        measured = [row for row in module.curve if "top1" in row]
-        last, best = measured[-1], max(measured, key=lambda row: row["top1"])
-        return {
-            **{key: last[key] for key in ("top1", "top5", "loss")},
-            "best_top1": best["top1"],
-            "best_epoch": best["epoch"],
-        }
+        return save_student(work, module.curve)
 
     parents = [images, *([] if whitening is None else [whitening])]
     return context.store.make("students", f"{images.name}-{name}-seed{seed}", identity, parents, build)

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
-from cvdd.chain.members import CURVE, WEIGHTS, RealImages
-from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
-from cvdd.classifier import ShuffledBatches
+from cvdd.chain.members import RealImages
+from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
+from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights, ten_times
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.report.curves import curve_json
 from cvdd.schema.apm import ApmConfig
 from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, dsa
@@ -29,29 +29,11 @@ from cvdd.sgd_training import SgdModule, dsa
 KIND = "teachers"
 
 
-class Positions(Dataset[Tensor]):
-    """Batches of positions of images that are in memory."""
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
-
-
 def apm_of(context: Context) -> ApmConfig:
     """Return the settings of prediction matching, which the caller knows to be there."""
     settings = context.config.method.apm
     assert settings is not None
     return settings
-
-
-def families_of(context: Context) -> tuple[str, ...]:
-    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
-    return (*apm_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
-
-
-def whitening_of(context: Context) -> Artifact | None:
-    """Return the whitening of the configuration, or None if images are only standardised."""
-    settings = apm_of(context)
-    return make_whitening(context, settings.whitening_eps, "method.apm") if settings.whitening else None
 
 
 def make_apm_teachers(context: Context) -> list[Artifact]:
@@ -126,11 +108,6 @@ def _train(
         num_workers=0 if in_memory else config.trainer.workers,
     )
     with context.progress(f"teacher {index}", teachers.epochs) as advance:
-
-        def on_epoch(epoch: int, row: dict[str, float]) -> None:
-            advance(1)
-            context.log({f"train/teacher{index}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
         module = SgdModule(
             teachers,
             training_pixels(context) if in_memory else None,
@@ -142,15 +119,13 @@ def _train(
             name=f"teacher {index}",
             seed=seed,
             measure=measure,
-            measured_at=lambda epoch: (epoch + 1) % max(teachers.epochs // 10, 1) == 0 or epoch + 1 == teachers.epochs,
-            on_epoch=on_epoch,
+            measured_at=ten_times(teachers.epochs),
+            on_epoch=log_epochs(context, f"train/teacher{index}", advance),
         )
         context.fit(module, loader, teachers.epochs, work / "training.ckpt.tmp")
-    write_atomically(work / CURVE, curve_json(module.curve))
+    save_curve(work / CURVE, module.curve)
     network.to(context.device).eval()
-    temporary = work / (WEIGHTS + ".tmp")
-    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
-    temporary.replace(work / WEIGHTS)
+    save_weights(work, network)
     last = module.curve[-1]
     return {
         **{f"test_{key}": last[key] for key in ("top1", "top5", "loss")},

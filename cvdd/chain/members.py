@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cvdd.artifact import Artifact, file_checksum, write_atomically
+from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
-from cvdd.classifier import ShuffledBatches
+from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
 from cvdd.memory import enough_memory
-from cvdd.report.curves import curve_json
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "weights.safetensors"
-CURVE = "curve.json"
 
 
 def make_member(context: Context, name: str) -> Artifact:
@@ -64,12 +61,9 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
 
     def build(work: Path) -> dict[str, Any]:
         if ready:
-            network, curve = build_network(backbone, len(data.classes), seed), b"[]\n"
-        else:
-            module = train(work)
-            network, curve = module.network, curve_json(module.curve)
-        write_atomically(work / CURVE, curve)
-        return _finish(context, network, work)
+            return _finish(context, build_network(backbone, len(data.classes), seed), [], work)
+        module = train(work)
+        return _finish(context, module.network, module.curve, work)
 
     parts = 1 if ready else recipe.accumulation
     return context.make_network("members", f"{data.name}-{name}", identity, [], build, train, parts)
@@ -93,8 +87,7 @@ def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint:
     def build(work: Path) -> dict[str, Any]:
         network = build_network(backbone, len(data.classes), 0)
         load_published(checkpoint, network)
-        write_atomically(work / CURVE, b"[]\n")
-        return _finish(context, network, work)
+        return _finish(context, network, [], work)
 
     return context.store.make("members", f"{data.name}-{name}", identity, [], build)
 
@@ -134,9 +127,10 @@ class RealImages(Dataset[tuple[Tensor, Tensor]]):
         return pixels, self.data.train.labels[index]
 
 
-class _Indices(Dataset[Tensor]):
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
+def side_of_files(data: Data, recipe: RecipeConfig) -> int:
+    """Side that images which do not fit memory have before the recipe's augmentation."""
+    # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
+    return data.image_size * 8 // 7 if recipe.crop == "resized" else data.image_size
 
 
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
@@ -144,27 +138,20 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     context = replace(context, label="")
     config, data = context.config, context.data()
     recipe = config.recipe
-    evaluator = _evaluator(context)
+    evaluator = evaluator_of(context)
     in_memory = data.train.in_memory
     sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
     if len(sampler) == 0:
         raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
-    # Stored a little larger than the network's input, so that a resized crop keeps the detail of large images.
-    side = data.image_size if in_memory else data.image_size * 8 // 7
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
-        _Indices() if in_memory else RealImages(data, side, own),
+        Positions() if in_memory else RealImages(data, side_of_files(data, recipe), own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
     )
     with context.progress(f"train {name}", recipe.epochs) as advance:
-
-        def on_epoch(epoch: int, row: dict[str, float]) -> None:
-            advance(1)
-            context.log({f"train/{name}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
         module = MemberModule(
             recipe,
             data.train.stacked() if in_memory else None,
@@ -176,8 +163,8 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             name=f"member {name}",
             seed=seed,
             measure=evaluator,
-            measured_at=lambda epoch: (epoch + 1) % max(recipe.epochs // 10, 1) == 0 or epoch + 1 == recipe.epochs,
-            on_epoch=on_epoch,
+            measured_at=ten_times(recipe.epochs),
+            on_epoch=log_epochs(context, f"train/{name}", advance),
         )
         advice = (
             f"Raise recipe.accumulation={recipe.accumulation}, which forwards a batch in parts, or lower "
@@ -189,9 +176,10 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     return module
 
 
-def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:
+def _finish(context: Context, network: nn.Module, curve: Sequence[dict[str, float]], work: Path) -> dict[str, Any]:
+    save_curve(work / CURVE, curve)
     network.to(context.device).eval()
-    test = _evaluator(context)(network)
+    test = evaluator_of(context)(network)
     data = context.data()
     metrics: dict[str, Any] = {f"test_{key}": value for key, value in test.as_dict().items()}
     if data.train.in_memory:
@@ -199,18 +187,5 @@ def _finish(context: Context, network: nn.Module, work: Path) -> dict[str, Any]:
         metrics |= {f"train_{key}": value for key, value in on_train.as_dict().items()}
     metrics["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     metrics["batchnorm_layers"] = len(batchnorm_layers(network))
-    temporary = work / (WEIGHTS + ".tmp")
-    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, temporary)
-    temporary.replace(work / WEIGHTS)
+    save_weights(work, network)
     return metrics
-
-
-def _evaluator(context: Context) -> Evaluator:
-    config = context.config
-    return Evaluator(
-        context.data(),
-        config.protocol.eval_batch,
-        context.device,
-        test_resize=config.dataset.test_resize,
-        workers=config.trainer.workers,
-    )

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
-from cvdd.chain.space import WHITENING, input_space, measured_in
-from cvdd.chain.trajectories import (
-    Positions,
-    families_of,
-    flat_network,
-    make_trajectories,
-    mtt_of,
-    open_trajectories,
-    whitening_of,
-)
-from cvdd.classifier import NonFiniteTraining, ShuffledBatches
+from cvdd.chain.recover import UNITS
+from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
+from cvdd.chain.training import every, log_epochs, save_student
+from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
+from cvdd.chain.unit_files import write_unit
+from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.grids import image_grid
-from cvdd.hard_training import HardTrainingModule, SgdRecipe
-from cvdd.report.curves import curve_json
+from cvdd.methods.mtt import cross_entropy
 from cvdd.seeds import derive_seed, generator
+from cvdd.sgd_training import SgdModule, SgdRecipe, canvas_crops, dsa
+from cvdd.tensor_files import save_tensors
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
+from cvdd.units import Unit
 from cvdd.zca import InputSpace
 
 log = logging.getLogger(__name__)
 
-UNITS = "units"
 MATCHED = "matched.safetensors"
-CURVE = "curve.json"
 LAST_GOOD = "last_good.safetensors"
 
 LABEL_CONFIDENCE = 0.9
@@ -67,10 +61,8 @@ class MatchedSet:
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        temporary = path.with_name(path.name + ".tmp")
         tensors = {"images": self.images, "targets": self.targets, "step_size": torch.tensor(self.step_size)}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(path)
+        save_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     @staticmethod
     def load(path: Path) -> MatchedSet:
@@ -223,13 +215,9 @@ def _save_units(folder: Path, pixels: Tensor, rows: Sequence[MatchRow]) -> None:
     """Write one file per slot as every method does; pixels are [classes, ipc, 3, size, size] uint8."""
     folder.mkdir(exist_ok=True)
     # No member votes, so that there are neither weights nor terms of members.
-    history = {"weights": {}, "rows": [{**asdict(row), "ce": {}, "bn": {}} for row in rows]}
+    history = [{**asdict(row), "ce": {}, "bn": {}} for row in rows]
     for slot in range(pixels.shape[1]):
-        path = folder / f"slot{slot:04d}_block0000.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        tensors = {"images": pixels[:, slot].contiguous(), "labels": torch.arange(len(pixels))}
-        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
-        temporary.replace(path)
+        write_unit(folder, Unit(slot, 0, 0, len(pixels)), pixels[:, slot], history, {})
 
 
 def make_mtt_student(
@@ -269,34 +257,25 @@ def make_mtt_student(
         space = input_space(context, whitening)
         own_seed = derive_seed(seed, "student")
         title = f"student {name} seed {seed}"
+        rate = made.step_size if student.lr is None else student.lr
+        sgd = SgdRecipe(student.epochs, rate, student.momentum, student.weight_decay, student.drop)
         with context.progress(title, student.epochs) as advance:
-
-            def on_epoch(epoch: int, row: Mapping[str, float]) -> None:
-                advance(1)
-                context.log({f"evaluate/{name}/seed{seed}/{key}": value for key, value in row.items()}, step=epoch + 1)
-
-            module = HardTrainingModule(
-                SgdRecipe(
-                    student.epochs,
-                    made.step_size if student.lr is None else student.lr,
-                    student.momentum,
-                    student.weight_decay,
-                    student.drop,
-                    families_of(context),
-                    data.image_size,
-                    settings.canvas,
-                    settings.canvas_samples,
-                ),
+            module = SgdModule(
+                sgd,
                 made.images,
                 made.targets,
-                space.encode,
-                len(data.classes),
+                nn.Identity(),
+                cross_entropy,
+                dsa(families_of(context)),
+                "dsa",
+                canvas_crops(data.image_size, settings.canvas, settings.canvas_samples),
+                sgd.drop_epoch,
                 network=build_network(backbone, len(data.classes), own_seed),
                 name=title,
                 seed=own_seed,
                 measure=measured_in(context, space, part),
-                measured_at=lambda epoch: (epoch + 1) % protocol.eval_every == 0 or epoch + 1 == student.epochs,
-                on_epoch=on_epoch,
+                measured_at=every(protocol.eval_every, student.epochs),
+                on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
             )
             sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed)
             loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
@@ -306,15 +285,6 @@ def make_mtt_student(
                 raise NonFiniteTraining(
                     f"{error} Here it is the learned step size {made.step_size:.4g}; method.mtt.student.lr replaces it."
                 ) from error
-        write_atomically(work / CURVE, curve_json(module.curve))
-        measured = [row for row in module.curve if "top1" in row]
-        last, best = measured[-1], max(measured, key=lambda row: row["top1"])
-        return {
-            "top1": last["top1"],
-            "top5": last["top5"],
-            "loss": last["loss"],
-            "best_top1": best["top1"],
-            "best_epoch": best["epoch"],
-        }
+        return save_student(work, module.curve)
 
     return context.store.make("students", f"{images.name}-{name}-seed{seed}", identity, [images], build)

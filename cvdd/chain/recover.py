@@ -19,6 +19,7 @@ from cvdd.artifact import Artifact
 from cvdd.augment import denormalise, normalise
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
+from cvdd.chain.unit_files import write_unit
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.engine import Engine, compiling, ready_voter
@@ -253,10 +254,7 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
 
 def save_unit(folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[LogRow], weights: Mapping[str, float]) -> None:
     """Write a unit's images [images, 3, size, size] uint8, its classes and its history, atomically."""
-    path = folder / f"{unit.name}.safetensors"
-    tensors = {"images": pixels.contiguous(), "labels": unit.targets}
-    history = {"weights": dict(weights), "rows": [asdict(row) for row in rows]}
-    save_tensors(path, tensors, {"history": json.dumps(history)})
+    write_unit(folder, unit, pixels, [asdict(row) for row in rows], weights)
 
 
 def jpeg_round_trip(image: Tensor) -> Tensor:

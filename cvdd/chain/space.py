@@ -1,4 +1,4 @@
-"""The space in which networks of prediction matching see images: standardised by channel, or ZCA-whitened."""
+"""The space in which networks of prediction and trajectory matching see images: standardised, or ZCA-whitened."""
 
 from __future__ import annotations
 
@@ -9,28 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
+from cvdd.chain.training import evaluator_of
 from cvdd.classifier import Measure
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.measure import Accuracy, Evaluator
+from cvdd.measure import Accuracy
+from cvdd.schema.apm import ApmConfig
+from cvdd.schema.mtt import MttConfig
 from cvdd.zca import InputSpace, Whitening, fit_whitening
 
 WHITENING = "whitening.safetensors"
 
 
-def make_whitening(context: Context, eps: float, section: str) -> Artifact:
-    """Return the ZCA whitening of the training images.
+def _settings_of(context: Context) -> tuple[str, ApmConfig | MttConfig]:
+    """The section of the method's own engine, which the caller knows to be there, and what it says."""
+    method = context.config.method
+    if method.apm is not None:
+        return "method.apm", method.apm
+    assert method.mtt is not None
+    return "method.mtt", method.mtt
 
-    Args:
-        context: the configuration and its surroundings.
-        eps: added to the eigenvalues of the covariance.
-        section: of the configuration that asks for it, e.g. ``method.apm``, for messages.
+
+def families_of(context: Context) -> tuple[str, ...]:
+    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
+    _, settings = _settings_of(context)
+    return (*settings.augmentations, *(("flip",) if context.config.method.flip else ()))
+
+
+def whitening_of(context: Context) -> Artifact | None:
+    """Return the ZCA whitening of the training images, or None if they are only standardised.
 
     Raises:
         ConfigError: the images cannot be whitened; see :func:`cvdd.zca.fit_whitening`.
     """
-    data = context.data()
+    section, settings = _settings_of(context)
+    if not settings.whitening:
+        return None
+    data, eps = context.data(), settings.whitening_eps
     if not data.train.in_memory:
         raise ConfigError(
             f"{section}.whitening=true: the covariance of images of {data.image_size} pixels of dataset {data.name}, "
@@ -62,15 +78,7 @@ def training_pixels(context: Context) -> Tensor:
 
 def measured_in(context: Context, space: InputSpace, part: Literal["test", "train"] = "test") -> Measure:
     """Return a function from a network that sees images of a space to its accuracy on real images."""
-    config, data = context.config, context.data()
-    evaluator = Evaluator(
-        data,
-        config.protocol.eval_batch,
-        context.device,
-        test_resize=config.dataset.test_resize if part == "test" or not data.train.in_memory else None,
-        part=part,
-        workers=config.trainer.workers,
-    )
+    evaluator = evaluator_of(context, part)
 
     def measure(network: nn.Module) -> Accuracy:
         return evaluator(nn.Sequential(space, network).train(network.training))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.augment import normalise
-from cvdd.chain.members import RealImages, load_network, make_member
+from cvdd.chain.members import RealImages, load_network, make_member, side_of_files
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.layer_statistics import Moments
@@ -123,8 +123,7 @@ def _pixels(context: Context, order: list[Tensor]) -> Iterator[tuple[Tensor, Ten
         for chosen in order:
             yield data.train.stacked()[chosen], data.train.labels[chosen]
         return
-    # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
-    side = data.image_size * 8 // 7 if context.config.recipe.crop == "resized" else data.image_size
+    side = side_of_files(data, context.config.recipe)
     loader: DataLoader[Any] = DataLoader(
         RealImages(data, side), sampler=order, batch_size=None, num_workers=context.config.trainer.workers
     )

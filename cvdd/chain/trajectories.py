@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, Store, write_atomically
+from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
-from cvdd.chain.space import input_space, make_whitening, measured_in, training_pixels
-from cvdd.classifier import Measure, NonFiniteTraining, ShuffledBatches
+from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
+from cvdd.chain.training import every, log_epochs, save_curve
+from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.hard_training import HardTrainingModule, SgdRecipe
-from cvdd.methods.mtt import FlatNetwork
+from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
 from cvdd.progress import Advance
-from cvdd.report.curves import curve_json
 from cvdd.schema.mtt import MttConfig
 from cvdd.seeds import derive_seed
+from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
 from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
 from cvdd.zca import InputSpace
 
@@ -34,29 +34,11 @@ log = logging.getLogger(__name__)
 CURVES = "curves"
 
 
-class Positions(Dataset[Tensor]):
-    """Batches of positions of images that are in memory."""
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
-
-
 def mtt_of(context: Context) -> MttConfig:
     """Return the settings of trajectory matching, which the caller knows to be there."""
     settings = context.config.method.mtt
     assert settings is not None
     return settings
-
-
-def families_of(context: Context) -> tuple[str, ...]:
-    """Families of DSA: those of the settings, and flip where a mirrored image still shows its class."""
-    return (*mtt_of(context).augmentations, *(("flip",) if context.config.method.flip else ()))
-
-
-def whitening_of(context: Context) -> Artifact | None:
-    """Return the ZCA whitening that the settings ask for, or None if images are only standardised."""
-    settings = mtt_of(context)
-    return make_whitening(context, settings.whitening_eps, "method.mtt") if settings.whitening else None
 
 
 def flat_network(context: Context) -> FlatNetwork:
@@ -190,30 +172,28 @@ def _train_expert(
     writer = TrajectoryWriter(work, layout, expert)
     writer.write(0, flat.vector())
 
-    def on_epoch(epoch: int, row: dict[str, float]) -> None:
-        advance(1)
-        context.log({f"experts/{expert}/{key}": value for key, value in row.items()}, step=epoch + 1)
+    logged = log_epochs(context, f"experts/{expert}", advance)
 
-    module = HardTrainingModule(
-        SgdRecipe(
-            experts.epochs,
-            experts.lr,
-            experts.momentum,
-            experts.weight_decay,
-            experts.drop,
-            families_of(context),
-            data.image_size,
-        ),
+    def on_epoch(epoch: int, row: dict[str, float]) -> None:
+        logged(epoch, row)
+        writer.write(epoch + 1, flat.vector())
+
+    sgd = SgdRecipe(experts.epochs, experts.lr, experts.momentum, experts.weight_decay, experts.drop)
+    module = SgdModule(
+        sgd,
         images,
         data.train.labels,
-        space.encode,
-        len(data.classes),
-        lambda epochs: writer.write(epochs, flat.vector()),
+        # All experts share the images in memory, which are encoded once.
+        space.encode if images is None else nn.Identity(),
+        class_cross_entropy,
+        dsa(families_of(context)),
+        "dsa",
+        forgets_at=sgd.drop_epoch,
         network=network,
         name=f"expert {expert}",
         seed=seed,
         measure=measure,
-        measured_at=lambda epoch: epoch + 1 == experts.epochs,
+        measured_at=every(experts.epochs, experts.epochs),
         on_epoch=on_epoch,
     )
     loader: DataLoader[Any] = DataLoader(
@@ -227,6 +207,6 @@ def _train_expert(
         context.fit(module, loader, experts.epochs, checkpoint)
     except NonFiniteTraining as error:
         raise NonFiniteTraining(f"{error} Here it is method.mtt.experts.lr={experts.lr}.") from error
-    write_atomically(work / CURVES / f"expert{expert:05d}.json", curve_json(module.curve))
+    save_curve(work / CURVES / f"expert{expert:05d}.json", module.curve)
     writer.finish()
     checkpoint.unlink(missing_ok=True)

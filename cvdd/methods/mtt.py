@@ -145,6 +145,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
+def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same against class indices [n]."""
+    return cross_entropy(logits, torch.nn.functional.one_hot(labels, logits.shape[1]).float())
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """What is learned.

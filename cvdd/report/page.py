@@ -21,7 +21,7 @@ from cvdd.report.tables import readable_bytes, readable_seconds
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, teachers_of
 
 TEMPLATE = "page.html.j2"
 
@@ -97,8 +97,19 @@ def _environment() -> Environment:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    stored = result.labels is None or result.labels.artifact is not None
-    return {**result.summary(), "labels_stored": stored, "hard_labels": result.labels is None}
+    return {**result.summary(), "labels_kept": _labels_kept(result), "hard_labels": result.labels is None}
+
+
+def _labels_kept(result: Result) -> str:
+    """Say how many bytes the labels of a row have, or why they have none."""
+    if result.labels is None or result.labels.artifact is not None:
+        return readable_bytes(result.summary()["label_bytes"])
+    config = result.labels.context.config
+    if teachers_of(config):
+        return "not stored"
+    mtt = config.method.mtt
+    own = config.protocol.student == "method" and (mtt is None or mtt.labels == "learned")
+    return "with images" if own else "hard"
 
 
 def _verdict(results: Sequence[Result]) -> str:

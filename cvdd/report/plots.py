@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cvdd.chain.compare import FULL_DATA, Result
-from cvdd.chain.students import load_curve
+from cvdd.chain.training import load_curve
 from cvdd.report.drawing import INK, MUTED, RULE, canvas, series_colour, to_svg
 from cvdd.report.headline import accuracy
 from cvdd.report.terms import MemberTerms

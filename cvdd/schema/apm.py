@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import StrictConfig
@@ -124,38 +124,3 @@ class ApmConfig(StrictConfig):
                     f"method.apm.{name}.milestone={training.milestone} comes after the last of "
                     f"method.apm.{name}.epochs={training.epochs}; choose 1 to {training.epochs - 1}, or null"
                 )
-
-
-SHARED = frozenset(
-    {
-        "apm",
-        "name",
-        "seed",
-        "init",
-        "iterations",
-        "flip",
-        "jitter",
-        "classes_per_unit",
-        "log_every",
-        "grid_every",
-        "checkpoint_every",
-    }
-)
-"""Fields of the method that prediction matching reads, or that a data set's own file sets for all methods."""
-
-
-def unread_beside_apm(method: BaseModel) -> Iterator[str]:
-    """Yield what is wrong with the settings around ``method.apm``: those of the recover loop would be ignored.
-
-    Args:
-        method: the whole method's configuration, in which ``apm`` is not null.
-    """
-    if getattr(method, "init", None) == "all":
-        yield "method.init=all: prediction matching starts from real, patches or noise"
-    for name, field in type(method).model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if name not in SHARED and getattr(method, name) != default:
-            yield (
-                f"method.{name} is of the recover loop, which prediction matching (method.apm) replaces; leave it at "
-                f"{default}"
-            )

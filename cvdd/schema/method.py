@@ -8,9 +8,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
-from cvdd.schema.apm import ApmConfig, unread_beside_apm
-from cvdd.schema.mtt import MttConfig, unread_settings
+from cvdd.schema.apm import ApmConfig
+from cvdd.schema.mtt import MttConfig
 from cvdd.schema.types import Pair, Positive, Range, Share
+from cvdd.schema.unread import unread_settings
 
 
 class IpcConfig(StrictConfig):
@@ -159,9 +160,9 @@ class MethodConfig(StrictConfig):
 
     def _problems(self) -> Iterator[str]:
         if self.mtt is not None:
-            yield from unread_settings(self)
+            yield from unread_settings(self, "mtt", "trajectory matching", ("real", "noise"))
         if self.apm is not None:
-            yield from unread_beside_apm(self)
+            yield from unread_settings(self, "apm", "prediction matching", ("real", "patches", "noise"))
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.init == "all":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import StrictConfig
@@ -114,37 +114,3 @@ class MttConfig(StrictConfig):
             yield f"method.mtt.augmentations={self.augmentations} repeats a family"
         if not self.whitening and self.whitening_eps != type(self).model_fields["whitening_eps"].default:
             yield "method.mtt.whitening_eps is of method.mtt.whitening, which is false"
-
-
-SHARED = frozenset(
-    {
-        "mtt",
-        "name",
-        "seed",
-        "init",
-        "iterations",
-        "flip",
-        "jitter",
-        "classes_per_unit",
-        "log_every",
-        "grid_every",
-        "checkpoint_every",
-    }
-)
-"""Fields of the method that trajectory matching reads, or that a data set's own file sets for all methods."""
-
-
-def unread_settings(method: BaseModel) -> Iterator[str]:
-    """Yield what is wrong with the settings around ``method.mtt``: those of the recover loop would be ignored.
-
-    Args:
-        method: the whole method's configuration, in which ``mtt`` is not null.
-    """
-    if getattr(method, "init", None) not in ("real", "noise"):
-        yield f"method.init={getattr(method, 'init', None)}: trajectory matching starts from real or noise"
-    for name, field in type(method).model_fields.items():
-        if name not in SHARED and getattr(method, name) != field.get_default(call_default_factory=True):
-            yield (
-                f"method.{name} is of the recover loop, which trajectory matching (method.mtt) replaces; leave it at "
-                f"{field.get_default(call_default_factory=True)}"
-            )
