@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 from hydra.errors import CompactHydraException
 
@@ -36,7 +40,8 @@ def is_for_users(error: BaseException) -> bool:
 def advice_on(error: BaseException) -> str | None:
     """Say what to do about an error that the machine reports in its own words; None if nothing is known of it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f" for {error.filename}" if error.filename else ""
+        name = error.filename2 or error.filename
+        place = f" for {name}" if name else ""
         return f"no space left{place}. Free some, or choose other places: paths.output=DIR, paths.store=DIR. {_KEPT}"
     if is_out_of_memory(error):
         first = (str(error).splitlines() or ["no more memory"])[0]
@@ -56,9 +61,13 @@ def told(sweeping: bool) -> Iterator[None]:
     Args:
         sweeping: whether the job is one point of a multirun.
     """
+    interrupt = _Interrupt()
     try:
-        yield
+        with interrupt.noted():
+            yield
     except Exception as error:
+        if interrupt.came:
+            _say_interrupted()
         message = str(error) if is_for_users(error) else advice_on(error)
         if message is not None:
             # The message says what to type; a stack trace would only hide it.
@@ -72,5 +81,32 @@ def told(sweeping: bool) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code in (0, None):
             raise
-        log.warning("interrupted; finished units and checkpoints are kept, and the same command goes on from them")
-        sys.exit(INTERRUPTED)
+        _say_interrupted()
+
+
+class _Interrupt:
+    """Whether SIGINT has come: a library in the middle of foreign code may turn it into an error of its own."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not heard or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        signal.default_int_handler(number, frame)
+
+
+def _say_interrupted() -> NoReturn:
+    log.warning("interrupted; finished units and checkpoints are kept, and the same command goes on from them")
+    sys.exit(INTERRUPTED)

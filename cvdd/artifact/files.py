@@ -56,7 +56,9 @@ def store_errors(root: Path) -> Iterator[None]:
         with _safetensors_errors():
             yield
     except OSError as error:
-        if isinstance(error.filename, str | os.PathLike) and not Path(error.filename).is_relative_to(root):
+        # Where a file is copied, the second name is that of the copy, which is what is refused.
+        refused = error.filename if error.filename2 is None else error.filename2
+        if isinstance(refused, str | os.PathLike) and not Path(refused).is_relative_to(root):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(

@@ -209,7 +209,8 @@ class Reference:
         expected = {name: files for name, files in self.made.items() if not kinds or name.split("/")[0] in kinds}
         found = contents(home)
         assert expected
-        assert {name: found.get(name) for name in expected} == expected
+        different = {name: (found.get(name), made) for name, made in expected.items() if found.get(name) != made}
+        assert not different, different
         assert verify_artifacts(home / "store") == 0
         assert unfinished(home / "store") == []
 
