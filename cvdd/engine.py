@@ -8,7 +8,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,15 @@ class Engine:
         """What judges."""
         return _compiled() if self.compile else judge
 
+    def fewer(self, units: int) -> Engine | None:
+        """The same with half as many units a pass; None if it is one already.
+
+        Args:
+            units: of the stack.
+        """
+        present = min(self.units_per_pass or units, units)
+        return replace(self, units_per_pass=present // 2) if present > 1 else None
+
 
 @dataclass(frozen=True)
 class Work:
@@ -92,12 +101,17 @@ class Work:
         return self.image_passes * sum(each)
 
 
+def judges_by_unit(method: MethodConfig) -> bool:
+    """Whether units of a stack can be judged apart: not with statistics of a stack, nor with moving averages."""
+    return method.statistics == StatisticsConfig() and method.statistics_of == "unit"
+
+
 def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
     """Decide what is automatic; the choice depends on the configuration, the kind of device and the compiler alone.
 
     Warns once if there is no compiler where one is wanted.
     """
-    by_unit = method.statistics == StatisticsConfig() and method.statistics_of == "unit"
+    by_unit = judges_by_unit(method)
     compiled = by_unit and config.compile is not False
     if compiled and config.compile == "auto":
         compiled = work.seconds(device) > SECONDS_WORTH_COMPILING

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.artifact.files import write_atomically
 from cvdd.chain.apm import make_apm_images
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
@@ -29,6 +30,9 @@ from cvdd.engine import Engine, Work, choose_engine
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
 from cvdd.units import Stack, Unit, plan_stacks, plan_units
+
+FEWER_UNITS = "units_per_pass.tmp"
+"""Written where memory was short."""
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
@@ -97,12 +101,20 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                     context.world.say(f"{work.relative_to(context.store.root)} {index}")
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
-                recover_stack(context, engine, stack, drawn, shares, start, work, advance)
+                kept = _read_units_per_pass(work, engine)
+                used = recover_stack(context, kept, stack, drawn, shares, start, work, advance)
+                if used != kept:
+                    # Memory was short; later stacks, and a resumed run, need not find out again.
+                    write_atomically(work / FEWER_UNITS, str(used.units_per_pass).encode())
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
 
     def finish(work: Path) -> dict[str, Any]:
-        return {"units": len(units), "stacks": len(stacks), "images": ipc * len(data.classes)}
+        counts: dict[str, Any] = {"units": len(units), "stacks": len(stacks), "images": ipc * len(data.classes)}
+        if (work / FEWER_UNITS).exists():
+            counts["units_per_pass_for_lack_of_memory"] = _read_units_per_pass(work, engine).units_per_pass
+        (work / FEWER_UNITS).unlink(missing_ok=True)
+        return counts
 
     parts = Parts([f"stack{stack.index:05d}" for stack in stacks], done, maker, prepare)
     name = f"{data.name}-{method.name}-ipc{ipc}" + (f"-N{len(votes[0].draw)}" if method.iterations else "")
@@ -112,6 +124,11 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     if split and context.world.main:
         context.world.say(None)
     return images
+
+
+def _read_units_per_pass(work: Path, engine: Engine) -> Engine:
+    path = work / FEWER_UNITS
+    return replace(engine, units_per_pass=int(path.read_text())) if path.exists() else engine
 
 
 def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:

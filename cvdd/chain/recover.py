@@ -22,14 +22,15 @@ from cvdd.chain.members import load_network
 from cvdd.chain.unit_files import write_unit
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.engine import Engine, compiling, ready_voter
+from cvdd.engine import Engine, compiling, judges_by_unit, ready_voter
 from cvdd.grids import image_grid
 from cvdd.matching import Matcher
-from cvdd.memory import enough_memory
+from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.methods.fadrm import adjustable_residual
 from cvdd.progress import Advance
 from cvdd.recording import Recorded
 from cvdd.report.terms import effective_terms
+from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
 from cvdd.synthesis import DistillModule, LogRow, pixel_bounds
@@ -54,8 +55,10 @@ def recover_stack(
     start: Tensor | None,
     work: Path,
     advance: Advance,
-) -> None:
+) -> Engine:
     """Optimise a stack and save its units; an interrupted call goes on from its last checkpoint.
+
+    Where memory is short members judge half as many units in a pass, which shows in the last bits alone.
 
     With ``trainer.split_units`` all ranks call this together, and rank 0 saves.
 
@@ -68,6 +71,12 @@ def recover_stack(
         start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
         work: the artefact's directory.
         advance: called with the number of iterations done since the last call.
+
+    Returns:
+        How members judged in the end.
+
+    Raises:
+        OutOfMemory: a single unit is too much.
     """
     config, data = context.config, context.data()
     method = config.method
@@ -75,11 +84,11 @@ def recover_stack(
     images = torch.stack([_start(context, unit, start) for unit in stack.units])
     rows: list[LogRow] = []
     if method.iterations:
-        images, rows = _optimise(context, engine, stack, members, weights, images, work, advance)
+        images, rows, engine = _optimise(context, engine, stack, members, weights, images, work, advance)
     else:
         advance(1)
     if splits_units(context) and not context.world.main:
-        return
+        return engine
     pixels = denormalise(images, data.mean, data.std, truncate=method.jpeg_round_trip)
     if method.jpeg_round_trip:
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
@@ -88,6 +97,7 @@ def recover_stack(
         save_unit(work / UNITS, unit, unit_pixels, rows, shares)
     for leftover in work.glob(f"stack{stack.index:05d}.*.tmp"):
         leftover.unlink()
+    return engine
 
 
 def _optimise(
@@ -99,7 +109,7 @@ def _optimise(
     initial: Tensor,
     work: Path,
     advance: Advance,
-) -> tuple[Tensor, list[LogRow]]:
+) -> tuple[Tensor, list[LogRow], Engine]:
     config, data = context.config, context.data()
     method = config.method
     shares = dict(zip([voter.name for voter, _ in members], weights.mean(dim=1).tolist(), strict=True))
@@ -122,36 +132,49 @@ def _optimise(
             advance(stage.last - done)
             done = stage.last
             continue
-        module = DistillModule(
-            images,
-            targets,
-            [unit_views(unit, method, stage, method.seed) for unit in stack.units],
-            _voters(context, members, len(stack.units)),
-            weights,
-            method,
-            pixel_bounds(data.mean, data.std),
-            on_row,
-            stage,
-            split,
-            engine.units_per_pass,
-            engine.opinion,
-        )
-        module.rows = list(rows)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
-        with enough_memory(f"stack {stack.index} of the images", _less_memory(stack, len(members))), compiling(engine):
-            context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
+        while True:
+            module = DistillModule(
+                images,
+                targets,
+                [unit_views(unit, method, stage, method.seed) for unit in stack.units],
+                _voters(context, members, len(stack.units)),
+                weights,
+                method,
+                pixel_bounds(data.mean, data.std),
+                on_row,
+                stage,
+                split,
+                engine.units_per_pass,
+                engine.opinion,
+            )
+            module.rows = list(rows)
+            try:
+                with (
+                    enough_memory(f"stack {stack.index} of the images", _less_memory(method, stack)),
+                    compiling(engine),
+                ):
+                    context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
+                break
+            except OutOfMemory as error:
+                fewer = engine.fewer(len(stack.units)) if judges_by_unit(method) and not split else None
+                if fewer is None:
+                    raise
+                log.warning("%s; going on with %d units in a pass", error, fewer.units_per_pass)
+                engine = fewer
         images, rows = module.images.detach().cpu(), module.rows
         if stage.last < method.iterations and (context.world.main or not split):
             _save_stage(finished, images, rows)
-    return images, rows
+    return images, rows, engine
 
 
-def _less_memory(stack: Stack, members: int) -> str:
+def _less_memory(method: MethodConfig, stack: Stack) -> str:
     units, images = len(stack.units), len(stack.units[0].targets)
-    shown = f"{units} units of {images} images are shown to {members} members at once"
-    if units > 1:
+    if units > 1 and not judges_by_unit(method):
+        shown = f"{units} units of {images} images are judged together, as method.statistics needs it"
         return f"{shown}; lower method.units_per_stack to at most {units // 2}"
-    return f"{shown}; lower method.classes_per_unit or committee.size, or share each unit: trainer.split_units=true"
+    shown = f"a unit of {images} images is judged in one forward pass"
+    return f"{shown}; lower method.classes_per_unit, or share each unit: trainer.split_units=true"
 
 
 def splits_units(context: Context) -> bool:

@@ -1,0 +1,166 @@
+"""How members judge fast: the choices, and that all ways say the same."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import method_config, quiet_trainer, small_network
+from torch import Tensor
+
+import cvdd.engine
+from cvdd.backbones import BackboneConfig
+from cvdd.engine import Engine, Work, choose_engine, compiling, forward_flops, has_compiler, ready_voter
+from cvdd.schema import EngineConfig
+from cvdd.synthesis import DistillModule
+from cvdd.units import Stage, Unit, unit_views
+from cvdd.voting import judge
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONVNET = BackboneConfig(
+    name="net", target="cvdd.backbones.convnet.convnet", arguments={"depth": 1, "width": 4, "norm": "batch"}
+)
+
+
+def work(**changes: object) -> Work:
+    return Work(
+        **{
+            "backbones": (CONVNET,),
+            "image_passes": 1000,
+            "unit_images": 10,
+            "units": 10,
+            "size": 32,
+            "classes": 10,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cvdd.engine, "has_compiler", lambda device: True)
+
+
+def test_little_work_is_not_compiled_and_much_is() -> None:
+    assert choose_engine(EngineConfig(), method_config(), work(), CPU) == Engine()
+    # 400,000 images at a millisecond each, and more for their operations, exceed five minutes.
+    assert choose_engine(EngineConfig(), method_config(), work(image_passes=400_000), CPU) == Engine(True, "fp32", 1)
+    assert not choose_engine(EngineConfig(compile=False), method_config(), work(image_passes=400_000), CPU).compile
+
+
+def test_units_of_a_pass_fit_their_size() -> None:
+    wanted = EngineConfig(compile=True)
+    assert choose_engine(wanted, method_config(), work(unit_images=5), CPU).units_per_pass == 2
+    assert choose_engine(wanted, method_config(), work(unit_images=5, units=2), CPU).units_per_pass is None
+    assert choose_engine(EngineConfig(units_per_pass=3), method_config(), work(), CPU).units_per_pass == 3
+    # A hundred images of 224 pixels are 5.0 million, and 6.6 million are shown at most.
+    large = work(unit_images=100, size=224)
+    assert choose_engine(EngineConfig(precision="fp32"), method_config(), large, CPU).units_per_pass == 1
+    assert choose_engine(EngineConfig(precision="fp32"), method_config(), work(), CPU).units_per_pass is None
+
+
+@pytest.mark.parametrize("changes", [{"statistics_of": "stack"}, {"statistics": {"momentum": 0.5}}])
+def test_statistics_that_need_the_whole_stack(changes: dict[str, object]) -> None:
+    wanted = EngineConfig(compile=True, units_per_pass=1)
+    assert choose_engine(wanted, method_config(**changes), work(), CPU) == Engine()
+
+
+def test_half_as_many_units() -> None:
+    assert Engine().fewer(10) == Engine(units_per_pass=5)
+    assert Engine(units_per_pass=5).fewer(10) == Engine(units_per_pass=2)
+    assert Engine(units_per_pass=5).fewer(3) == Engine(units_per_pass=1)
+    assert Engine(units_per_pass=1).fewer(10) is None
+
+
+def test_only_what_differs_from_plain_kernels_is_in_the_identity() -> None:
+    assert Engine().identity == {}
+    assert Engine(precision="bf16").identity == {
+        "engine": {"compile": False, "precision": "bf16", "units_per_pass": None}
+    }
+
+
+def test_without_a_compiler_there_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(cvdd.engine, "has_compiler", has_compiler)
+    has_compiler.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not choose_engine(EngineConfig(compile=True), method_config(), work(), CPU).compile
+    has_compiler.cache_clear()
+    (record,) = caplog.records
+    assert "torch.compile lacks a C++ compiler" in record.getMessage()
+
+
+def test_operations_of_a_network() -> None:
+    # 3x3 convolution of 3 to 4 channels at 8x8, then 4x4 cells to 5 classes; two operations each.
+    assert forward_flops(CONVNET, 5, 8) == 2 * (9 * 3 * 4 * 64 + 4 * 16 * 5)
+
+
+# --- the same vote ----------------------------------------------------------------------------------------------------
+
+
+def voted(engine: Engine, iterations: int = 20) -> DistillModule:
+    """Optimise three units of four images with two members of different shares."""
+    method = method_config(iterations=iterations, log_every=1, checkpoint_every=20, grid_every=20)
+    units, stage = [Unit(slot, 0, 0, 4) for slot in range(3)], Stage(0, 0, iterations, 12)
+    module = DistillModule(
+        torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
+        torch.stack([unit.targets for unit in units]),
+        [unit_views(unit, method, stage, 0) for unit in units],
+        [ready_voter(str(seed), small_network(seed=seed), 1.0, engine) for seed in (1, 2)],
+        torch.tensor([[0.7], [0.3]]).expand(2, 3),
+        method,
+        (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)),
+        lambda row, images: None,
+        stage,
+        units_per_pass=engine.units_per_pass,
+        opinion=engine.opinion,
+    )
+    with compiling(engine):
+        quiet_trainer(module.epochs).fit(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [Engine(units_per_pass=1), Engine(units_per_pass=2), pytest.param(Engine(True), marks=pytest.mark.slow)],
+    ids=["one", "two", "compiled"],
+)
+def test_twenty_steps_are_those_of_plain_kernels(engine: Engine) -> None:
+    """Step by step: loss and terms to 1e-4."""
+    plain, other = voted(Engine()).rows, voted(engine).rows
+    assert len(plain) == 20
+    for one, two in zip(plain, other, strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=1e-4)
+        assert two.ce == pytest.approx(one.ce, rel=1e-4)
+        assert two.bn == pytest.approx(one.bn, rel=1e-4)
+        assert two.agreement == pytest.approx(one.agreement, abs=1e-3)
+
+
+def gradient_and_value(engine: Engine, images: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = images.clone().requires_grad_()
+    said = judge(leaf, torch.arange(4).expand(3, 4), ready_voter("a", small_network(), 1.0, engine), r_bn=0.1)
+    return torch.autograd.grad(said.value.sum(), leaf)[0], said.value.detach()
+
+
+def test_half_precision_is_of_convolutions_alone() -> None:
+    images = torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    plain, value = gradient_and_value(Engine(), images)
+    half, half_value = gradient_and_value(Engine(precision="bf16"), images)
+    assert (half.dtype, half_value.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(half_value, value, rtol=0.02, atol=0)
+    assert float(torch.cosine_similarity(half.flatten(), plain.flatten(), dim=0)) > 0.99
+    assert not torch.equal(half, plain)
+    original = small_network()
+    voter = ready_voter("a", original, 1.0, Engine(precision="bf16"))
+    kinds = {
+        type(module).__name__: next(module.parameters()).dtype
+        for module in voter.network.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    assert kinds["Conv2d"] == kinds["Linear"] == torch.bfloat16
+    assert kinds["BatchNorm2d"] == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in original.parameters())
