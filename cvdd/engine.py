@@ -203,9 +203,9 @@ def _in_half_precision(network: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def compiling(engine: Engine) -> Iterator[None]:
-    """Let PyTorch compile for every member and shape inside."""
-    if not engine.compile:
+def compiling(compiled: bool) -> Iterator[None]:
+    """Let PyTorch compile for every network and shape inside."""
+    if not compiled:
         yield
         return
     with torch._dynamo.config.patch(recompile_limit=SPECIALISATIONS, accumulated_recompile_limit=8 * SPECIALISATIONS):

@@ -28,6 +28,7 @@ class StudentModule(Classifier):
         batch_size: images per full label batch; parts of it are forwarded separately.
         mean: of the normalisation.
         std: of the normalisation.
+        compiled: compile the passes of full parts; others are as many shapes, each of which takes a compiler a while.
         shared: arguments of :class:`Classifier`.
     """
 
@@ -39,6 +40,7 @@ class StudentModule(Classifier):
         batch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        compiled: bool = False,
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
@@ -46,6 +48,8 @@ class StudentModule(Classifier):
         self.register_buffer("images", images, persistent=False)
         self.register_buffer("classes", classes, persistent=False)
         self.part = max(batch_size // protocol.accumulation, 1)
+        # A function and not a module, so that the network's parameters are not found twice.
+        self._compiled = torch.compile(self.network.forward, dynamic=False) if compiled else None
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
@@ -58,7 +62,9 @@ class StudentModule(Classifier):
         return self._note(losses[0]() if whole else self.loss_in_parts(losses, batch_index))
 
     def _part_loss(self, samples: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
-        return self._loss(self.network(samples[part]), batch, part) / self.protocol.accumulation
+        shown = samples[part]
+        forward = self.network if self._compiled is None or len(shown) != self.part else self._compiled
+        return self._loss(forward(shown), batch, part) / self.protocol.accumulation
 
     def _loss(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         assert isinstance(self.images, Tensor)

@@ -119,7 +119,7 @@ def voted(engine: Engine, iterations: int = 20) -> DistillModule:
         units_per_pass=engine.units_per_pass,
         opinion=engine.opinion,
     )
-    with compiling(engine):
+    with compiling(engine.compile):
         quiet_trainer(module.epochs).fit(module)
     return module
 

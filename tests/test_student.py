@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cvdd.context
+from cvdd.engine import compiling
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
 from cvdd.losses import soft_label_loss
@@ -58,11 +59,31 @@ def soft_labels(count: int = 20, batch_size: int = 8) -> ComputedLabels:
     return ComputedLabels(teachers, random_pixels(count, SIZE), label, 0, MEAN, STD)
 
 
-def student(network: nn.Module, labels: ComputedLabels | HardLabels, **changes: Any) -> StudentModule:
+def student(
+    network: nn.Module, labels: ComputedLabels | HardLabels, compiled: bool = False, **changes: Any
+) -> StudentModule:
     extra = {key: changes.pop(key) for key in ("measure", "measured_at") if key in changes}
     arguments = training_arguments(network, **extra)
     images = random_pixels(20, SIZE)
-    return StudentModule(protocol_config(**changes), images, CLASSES, labels.batch_size, MEAN, STD, **arguments)
+    return StudentModule(
+        protocol_config(**changes), images, CLASSES, labels.batch_size, MEAN, STD, compiled, **arguments
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same() -> None:
+    """In batches of 8, 8 and 4, of which the last is not compiled, with parts that move the running statistics."""
+    labels, states = soft_labels(), []
+    for compiled in (False, True):
+        network = small_network(seed=3).train().requires_grad_()
+        module = student(network, labels, compiled, epochs=3)
+        with compiling(compiled):
+            fit(module, batches(labels), 3)
+        states.append(module.network.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
+    start = small_network(seed=3).state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in states[1].items())
 
 
 @pytest.mark.parametrize(

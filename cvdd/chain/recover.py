@@ -152,7 +152,7 @@ def _optimise(
             try:
                 with (
                     enough_memory(f"stack {stack.index} of the images", _less_memory(method, stack)),
-                    compiling(engine),
+                    compiling(engine.compile),
                 ):
                     context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
                 break

@@ -1,4 +1,4 @@
-"""How images are computed: the same maths, faster."""
+"""How images and students are computed: the same maths, faster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from cvdd.schema.types import Positive
 
 
 class EngineConfig(StrictConfig):
-    """How members judge images; part of the images' identity, because it shows in their last bits."""
+    """How members judge images and students learn; part of what is made, because it shows in the last bits."""
 
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="compile the members' judgements; auto where more time is saved than a compiler takes. Only votes "
         "on BatchNorm statistics of units are compiled, and only where there is a compiler",
+    )
+    compile_students: bool = Field(
+        False, description="compile the passes of students through full batches; where there is a compiler"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the members' convolutions; auto is bf16 on a GPU that has it and fp32 elsewhere"
