@@ -73,7 +73,8 @@ class Differences:
 
 def difference_by_image(one: Tensor, other: Tensor) -> Tensor:
     """Relative Euclidean distance of each image [n, 3, size, size] from its counterpart: [n]."""
-    return (one - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
+    distance: Tensor = (one - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
+    return distance
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Case:
             "recover": "ms per image and iteration",
             "relabel": "labels per second",
             "student": "images per second",
-            "committee": "s per epoch",
+            "committee": f"s per epoch of {EPOCH.get(self.data, 0):,} images",
         }[self.kind]
 
     def shown(self, seconds: float) -> float:

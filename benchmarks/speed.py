@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
-from benchmarks.limits import Limits, measure_limits
+from benchmarks.limits import Limits, Work, measure_limits
 from benchmarks.table import markdown
 from benchmarks.timing import Samples, alternate, peak_memory, ratio, ratios
 from cvdd.provenance import code_version
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 SIDES: tuple[Side, Side] = ("reference", "engine")
 
 
-def compare(case: Case, device: torch.device, limits: Limits, repetitions: int, memory: bool) -> dict[str, Any]:
+def compare(case: Case, device: torch.device, repetitions: int, memory: bool) -> dict[str, Any]:
     """Run both sides of a case and return its row, raw samples included."""
     work = work_of(case, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +37,7 @@ def compare(case: Case, device: torch.device, limits: Limits, repetitions: int, 
             own = Path(folder) / side
             own.mkdir()
             programs.append(make_program(case, side, device, own))
-        measured = alternate(*programs, repetitions)
+        measured = alternate(programs[0], programs[1], repetitions)
     sides: dict[str, Samples] = {}
     for side, samples in zip(SIDES, measured, strict=True):
         peak, total = peak_of(case, side, device) if memory else (None, None)
@@ -55,9 +55,14 @@ def compare(case: Case, device: torch.device, limits: Limits, repetitions: int, 
         "ratio_range": [min(paired), max(paired)],
         "flops_per_unit": work.flops,
         "elements_per_unit": work.elements,
-        "seconds_at_best": work.seconds_at_best(limits),
-        "fraction_of_limit": work.seconds_at_best(limits) / engine.median,
     }
+
+
+def against_limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Return a row with the share of the machine's limit that the engine reaches."""
+    best = Work(row["flops_per_unit"], row["elements_per_unit"]).seconds_at_best(limits)
+    share = best / row["engine"]["median_seconds_per_unit"]
+    return row | {"seconds_at_best": best, "fraction_of_limit": share}
 
 
 def peak_of(case: Case, side: Side, device: torch.device) -> tuple[int, int]:
@@ -95,7 +100,12 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], device: torch.device, repetitions: int, memory: bool, minutes: float = math.inf
+    cases: Sequence[Case],
+    device: torch.device,
+    repetitions: int,
+    memory: bool,
+    minutes: float = math.inf,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
     """Compare all cases and return everything that is known about them.
 
@@ -105,32 +115,37 @@ def run(
         repetitions: of each side.
         memory: whether peak memory is measured too.
         minutes: after which no further case is begun; those left out are listed.
+        save: called with what is known after each case.
     """
     started = time.monotonic()
-    machine = machine_of(device)
-    limits = measure_limits(device)
     version = code_version()
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    for case in cases:
-        if time.monotonic() - started > 60 * minutes:
-            left_out.append(case.name)
-            continue
-        rows.append(compare(case, device, limits, repetitions, memory))
-        row = rows[-1]
-        print(f"{row['name']}: {row['ratio']:.2f} times the reference", flush=True)
-    return {
-        "machine": machine,
+    result: dict[str, Any] = {
+        "machine": machine_of(device),
         "versions": {key: value for key, value in version.items() if key not in ("commit", "changed")},
         "commit": version.get("commit"),
         "changed": version.get("changed"),
         "repetitions": repetitions,
-        "limits": limits.as_dict(),
-        "cases": rows,
-        "left_out": left_out,
+        "limits": {},
+        "cases": [],
+        "left_out": [case.name for case in cases],
         "notes": NOTES,
-        "seconds": time.monotonic() - started,
+        "seconds": 0.0,
     }
+    limits = measure_limits(device)
+    result["limits"] = limits.as_dict()
+    for case in cases:
+        if time.monotonic() - started > 60 * minutes:
+            break
+        row = compare(case, device, repetitions, memory)
+        # Measured again beside every case, because others may have used the machine the last time.
+        limits = limits.better(measure_limits(device))
+        result["limits"] = limits.as_dict()
+        result["cases"] = [against_limits(known, limits) for known in [*result["cases"], row]]
+        result["left_out"].remove(case.name)
+        result["seconds"] = time.monotonic() - started
+        save(result)
+        print(f"{row['name']}: {row['ratio']:.2f} times the reference", flush=True)
+    return result
 
 
 NOTES = [
@@ -171,14 +186,17 @@ def main() -> None:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = torch.device("cuda") if wanted.gpu else torch.device("cpu")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{wanted.out or device.type}.json"
+
+    def save(result: dict[str, Any]) -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
     minutes = wanted.minutes or (8 if wanted.gpu else math.inf)
     with tempfile.TemporaryDirectory() as compiled:
         # What was compiled before would make compilation look fast.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
-        result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{wanted.out or device.type}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, save)
     print(f"\n{markdown(result)}\n")
 
 

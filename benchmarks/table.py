@@ -1,10 +1,13 @@
-"""What ``make bench`` prints."""
+"""What ``make bench`` prints; ``python -m benchmarks.table FILE`` prints it again, also of a run that was cut short."""
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 COLUMNS = (
@@ -37,7 +40,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = [_row(case) for case in result["cases"]] + _means(result["cases"])
     if machine["load_before"] > 0.25 * machine["cores"]:
         above.append(f"The machine was not idle: its load was {machine['load_before']:.1f} before the first case.")
-    below = [f"Left out, because time was up: {', '.join(result['left_out'])}."] if result["left_out"] else []
+    below = [f"Left out for lack of time: {', '.join(result['left_out'])}."] if result["left_out"] else []
     return "\n\n".join(["\n".join(above), "\n".join(_aligned([COLUMNS, *rows])), *below, *result["notes"]])
 
 
@@ -81,3 +84,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
