@@ -44,6 +44,7 @@ class Case:
         units: in the engine's stack.
         reference_units: of these, made by the reference; one is as fast as another.
         named: whether the name says who the members are.
+        overrides: what else the configuration is told, such as how the engine computes.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Case:
     units: int = 1
     reference_units: int = 1
     named: bool = True
+    overrides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class Case:
     @property
     def config(self) -> RunConfig:
         """Settings of the stage, as published where there is something published."""
-        return settings.configuration(self.data)
+        return settings.configuration(self.data, self.overrides)
 
     @property
     def quantity(self) -> str:
@@ -168,7 +170,9 @@ def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     members = settings.random_members(config, case.members, device)
     images, targets = settings.random_units(config, case.units, case.images)
     if side == "engine":
-        return lambda: engine.recover(config, members, images, targets, case.steps, folder, device)
+        how = engine.engine_of(config, case.members, images, device)
+        voters = engine.ready(members, how)
+        return lambda: engine.recover(config, how, voters, images, targets, case.steps, folder, device)
     committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
     plain = settings.recover_settings(config, device)
     units = images[: case.reference_units].to(device), targets[: case.reference_units].to(device)

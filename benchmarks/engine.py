@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from benchmarks.timing import Stopwatch
 from cvdd.artifact import Store
 from cvdd.augment import Views
-from cvdd.classifier import ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
+from cvdd.engine import Engine, Work, choose_engine, compiling, ready_voter
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
@@ -77,39 +78,71 @@ def quieten() -> None:
 def timed_method(config: RunConfig, steps: int) -> MethodConfig:
     """Return the method without ``log_agreement``: a diagnosis that the reference does not make.
 
-    It costs one more gradient of every member at each log row, one in ``log_every`` iterations.
+    A few cosines at each log row, of gradients that are known anyhow.
     """
     return config.method.model_copy(update={"log_agreement": False, "log_every": min(config.method.log_every, steps)})
+
+
+def engine_of(config: RunConfig, members: Sequence[str], images: Tensor, device: torch.device) -> Engine:
+    """Decide as a real run of this configuration does, whose iterations are all that the method asks for.
+
+    Args:
+        config: the configuration.
+        members: names of those that vote.
+        images: [units, images, 3, size, size] of a stack.
+        device: where they vote.
+    """
+    units, count = images.shape[:2]
+    made = config.ipc.images_per_class * config.dataset.num_classes
+    work = Work(
+        tuple(config.committee.members[name].backbone for name in members),
+        made * config.method.iterations,
+        count,
+        units,
+        images.shape[-1],
+        config.dataset.num_classes,
+    )
+    return choose_engine(config.engine, config.method, work, device)
+
+
+def ready(networks: Sequence[nn.Module], engine: Engine) -> list[Voter]:
+    """Bring members into the form in which they judge, as once for every draw."""
+    return [ready_voter(f"member{index}", network, 1.0, engine) for index, network in enumerate(networks)]
 
 
 def make_module(
     config: RunConfig,
     method: MethodConfig,
-    members: Sequence[nn.Module],
+    voters: Sequence[Voter],
     images: Tensor,
     targets: Tensor,
     stage: Stage,
     views: Sequence[Views] | None = None,
+    engine: Engine | None = None,
 ) -> DistillModule:
     """Return the module that optimises a stack [units, images, 3, size, size] whose members vote alike."""
     units = [Unit(slot, 0, 0, targets.shape[1]) for slot in range(len(images))]
     drawn = [unit_views(unit, method, stage, method.seed) for unit in units] if views is None else views
+    how = engine or Engine()
     return DistillModule(
         images,
         targets,
         drawn,
-        [Voter(f"member{index}", network) for index, network in enumerate(members)],
-        torch.full((len(members), len(images)), 1 / len(members)),
+        voters,
+        torch.full((len(voters), len(images)), 1 / len(voters)),
         method,
         pixel_bounds(config.dataset.mean, config.dataset.std),
         lambda row, current: None,
         stage,
+        units_per_pass=how.units_per_pass,
+        opinion=how.opinion,
     )
 
 
 def recover(
     config: RunConfig,
-    members: Sequence[nn.Module],
+    engine: Engine,
+    voters: Sequence[Voter],
     images: Tensor,
     targets: Tensor,
     steps: int,
@@ -119,8 +152,9 @@ def recover(
     """Optimise a stack for so many iterations; return the seconds of the iterations."""
     method = timed_method(config, steps)
     stage = Stage(0, 0, steps, images.shape[-1])
-    module = make_module(config, method, members, images, targets, stage)
-    return fit(config, module, None, module.epochs, folder, device)
+    module = make_module(config, method, voters, images, targets, stage, engine=engine)
+    with compiling(engine):
+        return fit(config, module, None, module.epochs, folder, device)
 
 
 def recover_gradient(
@@ -132,11 +166,15 @@ def recover_gradient(
 ) -> tuple[float, Tensor]:
     """Loss of a stack, summed over its units, and its gradient, each unit seen through its own single view."""
     stage = Stage(0, 0, 1, images.shape[-1])
-    module = make_module(config, config.method, members, images, targets, stage, views)
+    module = make_module(config, config.method, ready(members, Engine()), images, targets, stage, views)
     rows, columns = unit_matrices(Views.cat(list(views)), images.shape[-1])
-    loss = module.to(images.device).loss((rows.to(images), columns.to(images))).loss
-    (gradient,) = torch.autograd.grad(loss, module.images)
-    return loss.item(), gradient
+    module.to(images.device)
+    # What a training step does up to the optimiser, which has no name of its own.
+    seen = module._seen((rows.to(images), columns.to(images)))
+    gradient, vote = module._vote(0, seen.detach(), False)
+    seen.backward(gradient)
+    assert module.images.grad is not None
+    return float(vote.loss), module.images.grad
 
 
 def recover_free(
@@ -151,7 +189,8 @@ def recover_free(
     """Images of a stack after as many iterations as there are views, in full precision."""
     steps = len(views[0].flips)
     method = timed_method(config, steps)
-    module = make_module(config, method, members, images, targets, Stage(0, 0, steps, images.shape[-1]), views)
+    stage = Stage(0, 0, steps, images.shape[-1])
+    module = make_module(config, method, ready(members, Engine()), images, targets, stage, views)
     fit(config, module, None, module.epochs, folder, device)
     return module.images.detach().cpu()
 
@@ -210,15 +249,8 @@ def member(
     recipe, dataset = config.recipe, config.dataset
     module = MemberModule(recipe, pixels, labels, dataset.mean, dataset.std, dataset.image_size, **_unmeasured(network))
     sampler = ShuffledBatches(len(pixels), recipe.batch_size, 0)
-    loader: DataLoader[Any] = DataLoader(sampler_indices(), sampler=sampler, batch_size=None)
+    loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
     return fit(config, module, loader, epochs, folder, device)
-
-
-def sampler_indices() -> Any:
-    """A dataset whose items are the indices that they are asked for, as members are trained from memory."""
-    from cvdd.chain.members import _Indices
-
-    return _Indices()
 
 
 def _unmeasured(network: nn.Module) -> dict[str, Any]:

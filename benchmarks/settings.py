@@ -28,14 +28,14 @@ EXPERIMENTS = {
 
 
 @cache
-def configuration(data: str) -> RunConfig:
+def configuration(data: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Compose and check the configuration of a data set; no file of it is read."""
     conf = config_directory()
     nowhere = Path(tempfile.gettempdir())
     places = [f"paths.{name}={nowhere / name}" for name in ("data", "store", "output")]
     local = ["~local"] if (conf / "local").is_dir() else []
     with initialize_config_dir(str(conf), version_base="1.3"):
-        prepared = prepare([*places, *local, *EXPERIMENTS[data]], conf)
+        prepared = prepare([*places, *local, *EXPERIMENTS[data], *overrides], conf)
         composed = compose("evaluate", prepared)
         return check(expand_rows(composed, lambda row: compose("evaluate", [*prepared, *row])))
 

@@ -50,6 +50,7 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
         "steps": case.steps,
         "units": case.units,
         "images": case.images,
+        "overrides": list(case.overrides),
         **{side: samples.as_dict() | {"shown": case.shown(samples.median)} for side, samples in sides.items()},
         "ratio": ratio(reference, engine),
         "ratio_range": [min(paired), max(paired)],
@@ -150,7 +151,7 @@ def run(
 
 NOTES = [
     "Random weights and images; both sides have the same networks.",
-    "Recover is timed without method.log_agreement, which adds one gradient of every member in log_every iterations.",
+    "Recover is timed without method.log_agreement, a few cosines of gradients at each log row.",
     "Relabelling includes writing; neither students nor members are measured on validation images.",
     "The fraction of the limit is of the larger of FLOPs at the matrix rate and bytes at the copy bandwidth, in the "
     "better of float32 and bfloat16.",
@@ -166,6 +167,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, default=5, help="of each side of each case")
     parser.add_argument("--steps", type=int, help="iterations or epochs in a repetition, instead of each case's own")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="such as engine.precision=bf16")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; one for each core if not given")
     parser.add_argument("--minutes", type=float, help="begin no further case after so many (8 with --gpu)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -180,6 +182,7 @@ def main() -> None:
     cases = chosen(gpu_cases() if wanted.gpu else cpu_cases(), wanted.only)
     if wanted.steps:
         cases = [replace(case, steps=wanted.steps) for case in cases]
+    cases = [replace(case, overrides=tuple(wanted.set)) for case in cases]
     if wanted.list:
         print("\n".join(case.name for case in cases))
         return

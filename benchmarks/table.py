@@ -37,6 +37,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Limits measured: {rates}, copy {limits['copy'] / 1e9:.3g} GB/s. Medians of {result['repetitions']} "
         "alternating repetitions; two numbers with a slash are of reference / engine.",
     ]
+    if told := sorted({override for case in result["cases"] for override in case["overrides"]}):
+        above.append(f"With {', '.join(told)}.")
     rows = [_row(case) for case in result["cases"]] + _means(result["cases"])
     if machine["load_before"] > 0.25 * machine["cores"]:
         above.append(f"The machine was not idle: its load was {machine['load_before']:.1f} before the first case.")
