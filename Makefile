@@ -15,7 +15,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare install test test-slow test-slurm test-faults lint clean
+.PHONY: help demo compare bench bench-gpu agreement install test test-slow test-slurm test-faults lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,16 @@ compare: $(STAMP) ## compare all methods on the embedded data set, in well under
 	$(BIN)/python evaluate.py experiment=compare
 	$(BIN)/python evaluate.py experiment=compare_matching ipc=1
 	$(BIN)/python evaluate.py experiment=compare_matching ipc=10
+
+# BENCH="--only recover_cifar_10 --repetitions 3" chooses; BENCH=--list shows what there is.
+bench: $(STAMP) ## compare the engine's speed with plain references on the CPU
+	$(BIN)/python -m benchmarks.speed $(BENCH)
+
+bench-gpu: $(STAMP) ## the same in full sizes on a GPU, in under 10 minutes
+	$(BIN)/python -m benchmarks.speed --gpu $(BENCH)
+
+agreement: $(STAMP) ## check that the engine and the plain references get the same numbers
+	$(BIN)/python -m benchmarks.agreement
 
 test: $(STAMP) ## run the tests with coverage
 	$(BIN)/python -m pytest $(COVERAGE)

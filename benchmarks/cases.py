@@ -1,0 +1,287 @@
+"""What is compared: names, sizes, and both programs of every case."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import engine, settings
+from benchmarks.limits import Work, count_work
+from benchmarks.reference import member as plain_member
+from benchmarks.reference import recover as plain_recover
+from benchmarks.reference import relabel as plain_relabel
+from benchmarks.reference import student as plain_student
+from benchmarks.timing import Program, Stopwatch
+from cvdd.backbones import build_network
+from cvdd.schema import RunConfig
+
+Kind = Literal["recover", "relabel", "student", "committee"]
+Side = Literal["reference", "engine"]
+
+FAMILIES = ("resnet18", "resnet50", "shufflenetv2", "mobilenetv2", "densenet121")
+EPOCH = {"digits": 5188, "cifar": 50_000}
+"""Images in an epoch of committee pretraining."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        kind: the stage.
+        data: whose settings, networks and sizes are used.
+        members: who votes or labels; of a student or a member, the network itself.
+        images: of a unit, of the labelled set, or of the real data.
+        steps: iterations, or epochs, in one repetition.
+        units: in the engine's stack.
+        reference_units: of these, made by the reference; one is as fast as another.
+        named: whether the name says who the members are.
+        overrides: what else the configuration is told, such as how the engine computes.
+    """
+
+    kind: Kind
+    data: str
+    members: tuple[str, ...]
+    images: int
+    steps: int
+    units: int = 1
+    reference_units: int = 1
+    named: bool = True
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` takes."""
+        size = [str(self.images)] if self.kind == "recover" else []
+        return "_".join([self.kind, self.data, *size, *(self.members if self.named else [])])
+
+    @property
+    def config(self) -> RunConfig:
+        """Settings of the stage, as published where there is something published."""
+        return settings.configuration(self.data, self.overrides)
+
+    @property
+    def quantity(self) -> str:
+        """What the two numbers of a row are."""
+        return {
+            "recover": "ms per image and iteration",
+            "relabel": "labels per second",
+            "student": "images per second",
+            "committee": f"s per epoch of {EPOCH.get(self.data, 0):,} images",
+        }[self.kind]
+
+    def shown(self, seconds: float) -> float:
+        """The time of one unit of work, in the case's quantity."""
+        if self.kind == "recover":
+            return 1e3 * seconds
+        return seconds * EPOCH[self.data] if self.kind == "committee" else 1 / seconds
+
+    def amount(self, side: Side) -> int:
+        """Units of work in one repetition: images times iterations, labels, or images shown."""
+        units = self.units if side == "engine" else self.reference_units
+        return self.images * self.steps * (units if self.kind == "recover" else 1)
+
+
+def cpu_cases() -> list[Case]:
+    """Cases that a small machine without a GPU gets through."""
+    light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
+    return [
+        Case("recover", "digits", light, images=10, steps=25, units=10, reference_units=10),
+        Case("recover", "cifar", light, images=10, steps=2, units=10, reference_units=5),
+        Case("recover", "cifar", dense, images=10, steps=2, units=10, reference_units=5),
+        Case("recover", "cifar", light, images=100, steps=2),
+        Case("recover", "cifar", dense, images=100, steps=2),
+        Case("recover", "imagenet", light, images=10, steps=3),
+        Case("relabel", "cifar", (*light, *dense), images=100, steps=1, named=False),
+        Case("student", "cifar", ("resnet18",), images=100, steps=1),
+        Case("committee", "digits", ("resnet18",), images=1280, steps=2),
+        Case("committee", "cifar", ("mobilenetv2",), images=512, steps=1),
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    """Full sizes, with all ten pairs of the committee; the most telling come first, in case time runs out."""
+    pairs = list(itertools.combinations(FAMILIES, 2))
+    light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
+    return [
+        *(Case("recover", "cifar", pair, images=10, steps=25, units=10) for pair in pairs),
+        *(Case("recover", "imagenet", pair, images=100, steps=5) for pair in pairs),
+        Case("relabel", "cifar", FAMILIES, images=100, steps=10, named=False),
+        Case("student", "cifar", ("resnet18",), images=100, steps=10),
+        *(Case("recover", "cifar", pair, images=100, steps=10) for pair in (light, dense)),
+        Case("recover", "digits", light, images=10, steps=50, units=10),
+        *(Case("committee", "cifar", (name,), images=10_240, steps=1) for name in FAMILIES),
+    ]
+
+
+def chosen(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
+    """Pick cases by name, or by the first words of their names; all if none is wanted.
+
+    Raises:
+        ValueError: nothing has such a name.
+    """
+    picked = []
+    for words in wanted:
+        found = [case for case in cases if f"{case.name}_".startswith(f"{words}_")]
+        if not found:
+            raise ValueError(f"no case is called {words}; there are {', '.join(case.name for case in cases)}")
+        picked += [case for case in found if case not in picked]
+    return picked if wanted else list(cases)
+
+
+def make_program(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
+    """Prepare one side of a case: networks, images and files.
+
+    Args:
+        case: the sizes.
+        side: whose program.
+        device: where it computes.
+        folder: an empty directory of its own.
+    """
+    makers: dict[Kind, Callable[[Case, Side, torch.device, Path], Program]] = {
+        "recover": _recover,
+        "relabel": _relabel,
+        "student": _student,
+        "committee": _member,
+    }
+    return makers[case.kind](case, side, device, folder)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> Program:
+    def program() -> float:
+        stopwatch = Stopwatch(device)
+        with stopwatch.running():
+            work()
+        return stopwatch.seconds
+
+    return program
+
+
+def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
+    config = case.config
+    members = settings.random_members(config, case.members, device)
+    images, targets = settings.random_units(config, case.units, case.images)
+    if side == "engine":
+        how = engine.engine_of(config, case.members, images, device)
+        voters = engine.ready(members, how)
+        return lambda: engine.recover(config, how, voters, images, targets, case.steps, folder, device)
+    committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
+    plain = settings.recover_settings(config, device)
+    units = images[: case.reference_units].to(device), targets[: case.reference_units].to(device)
+    return _timed(lambda: plain_recover.recover(committee, *units, plain, case.steps), device)
+
+
+def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
+    config = case.config
+    teachers = settings.random_members(config, case.members, device)
+    pixels = settings.random_pixels(config, case.images).to(device)
+    numbers = itertools.count()
+
+    def fresh() -> Path:
+        made = folder / f"labels{next(numbers)}"
+        made.mkdir()
+        return made
+
+    if side == "engine":
+        label = config.label.model_copy(update={"epochs": case.steps})
+        labels = engine.make_labels(config, teachers, pixels, label)
+        return lambda: engine.relabel(config, labels, fresh(), device)
+    for teacher in teachers:
+        plain_relabel.use_batch_statistics(teacher)
+    weights, plain = [1 / len(teachers)] * len(teachers), settings.relabel_settings(config)
+    return _timed(
+        lambda: plain_relabel.relabel(teachers, weights, pixels, plain, case.steps, fresh()),
+        device,
+    )
+
+
+class _Flat(nn.Module):
+    """A teacher that costs nothing: students take as long whoever labelled."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(images).square().mean(dim=(2, 3)))
+        return logits
+
+
+def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
+    config, files = case.config, folder / "labels"
+    files.mkdir()
+    start = _network(case, device)
+    pixels, teacher = settings.random_pixels(config, case.images), _Flat(config.dataset.num_classes)
+    if side == "engine":
+        label = config.label.model_copy(update={"epochs": case.steps})
+        engine.relabel(config, engine.make_labels(config, [teacher], pixels, label), files, torch.device("cpu"))
+        labels = engine.stored_labels(config, label, case.images, files)
+        return lambda: engine.student(config, copy.deepcopy(start), pixels, labels, folder, device)
+    plain = settings.student_settings(config)
+    networks = [plain_relabel.use_batch_statistics(teacher)]
+    plain_relabel.relabel(networks, [1.0], pixels, settings.relabel_settings(config), case.steps, files)
+    per_epoch = len(list(files.glob("epoch0_*")))
+    names = [f"epoch{epoch}_batch{batch}.pt" for epoch in range(case.steps) for batch in range(per_epoch)]
+    records = [plain_relabel.Record(**torch.load(files / name)) for name in names]
+    loader = plain_student.make_loader(plain_student.save_images(pixels, folder), records, plain)
+
+    def train() -> None:
+        network = copy.deepcopy(start)
+        optimizer = plain_student.make_optimizer(network, plain)
+        plain_student.train(network, optimizer, loader, records, plain, device)
+
+    return _timed(train, device)
+
+
+def _member(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
+    config, start = case.config, _network(case, device)
+    pixels = settings.random_pixels(config, case.images)
+    labels = torch.arange(case.images).remainder(config.dataset.num_classes)
+    if side == "engine":
+        return lambda: engine.member(config, copy.deepcopy(start), pixels, labels, case.steps, folder, device)
+    recipe, dataset = config.recipe, config.dataset
+    images = plain_member.Images(pixels, labels, tuple(dataset.mean), tuple(dataset.std), recipe.pad, recipe.flip)
+    loader = plain_member.make_loader(images, recipe.batch_size)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+
+    def train() -> None:
+        network = copy.deepcopy(start)
+        optimizer = kind(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        for _ in range(case.steps):
+            plain_member.train_epoch(network, optimizer, loader, device)
+
+    return _timed(train, device)
+
+
+def _network(case: Case, device: torch.device) -> nn.Module:
+    backbone = case.config.committee.members[case.members[0]].backbone.model_copy(update={"pretrained": False})
+    return build_network(backbone, case.config.dataset.num_classes, 0).to(device)
+
+
+def work_of(case: Case, device: torch.device) -> Work:
+    """Count what one unit of work needs: an image in an iteration, a label, or an image in an epoch."""
+    config = case.config
+    if case.kind == "recover":
+        members = settings.random_members(config, case.members, device)
+        committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
+        plain = settings.recover_settings(config, device)
+        images, targets = settings.random_units(config, 1, case.images)
+        unit = plain_recover.Recovery(committee, images[0].to(device), targets[0].to(device), plain)
+        return count_work(unit.step).scaled(1 / case.images)
+    count = config.label.batch_size
+    samples = torch.randn(count, 3, config.dataset.image_size, config.dataset.image_size, device=device)
+    if case.kind == "relabel":
+        teachers = settings.random_members(config, case.members, device)
+        return count_work(lambda: [teacher(samples) for teacher in teachers]).scaled(1 / count)
+    network = _network(case, device)
+    targets = torch.zeros(count, dtype=torch.long, device=device)
+    return count_work(lambda: F.cross_entropy(network(samples), targets).backward()).scaled(1 / count)

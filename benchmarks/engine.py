@@ -1,0 +1,264 @@
+"""The engine's side of every case: one adapter for each stage, to be changed when the engine changes, and nothing else.
+
+Each does what its stage in ``cvdd/chain`` does, on given networks and images, and says how long the steady work took.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.timing import Stopwatch
+from cvdd.artifact import Store
+from cvdd.augment import Views
+from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.context import Context
+from cvdd.engine import Engine, Work, choose_engine, compiling, ready_voter
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.label_store import LabelLayout, StoredLabels, write_labels
+from cvdd.labels import ComputedLabels
+from cvdd.measure import Accuracy
+from cvdd.member import MemberModule
+from cvdd.schema import LabelConfig, MethodConfig, RunConfig
+from cvdd.student import StudentModule
+from cvdd.synthesis import DistillModule, pixel_bounds
+from cvdd.teachers import Teachers
+from cvdd.units import Stage, Unit, unit_matrices, unit_views
+from cvdd.voting import Voter
+
+
+class _Clock(pl.Callback):
+    """Measures what Lightning does between the start and the end of training: all steps, and all overhead of each."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stopwatch.start()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stopwatch.stop()
+
+
+def fit(
+    config: RunConfig,
+    module: pl.LightningModule,
+    loader: DataLoader[Any] | None,
+    epochs: int,
+    folder: Path,
+    device: torch.device,
+    parts: int = 1,
+) -> float:
+    """Run Lightning as every stage does; return the seconds that training took."""
+    quieten()
+    stopwatch = Stopwatch(device)
+    module.configure_callbacks = lambda: [_Clock(stopwatch)]  # type: ignore[method-assign]
+    context = Context(config, Store(folder), device)
+    context.fit(module, loader, epochs, folder / "training.ckpt.tmp", parts)
+    return stopwatch.seconds
+
+
+def quieten() -> None:
+    """Keep Lightning from announcing the hardware in every repetition."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in ("does not have many workers", "number of training batches", "`srun` command", "LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+
+
+def timed_method(config: RunConfig, steps: int) -> MethodConfig:
+    """Return the method without ``log_agreement``: a diagnosis that the reference does not make.
+
+    A few cosines at each log row, of gradients that are known anyhow.
+    """
+    return config.method.model_copy(update={"log_agreement": False, "log_every": min(config.method.log_every, steps)})
+
+
+def engine_of(config: RunConfig, members: Sequence[str], images: Tensor, device: torch.device) -> Engine:
+    """Decide as a real run of this configuration does, whose iterations are all that the method asks for.
+
+    Args:
+        config: the configuration.
+        members: names of those that vote.
+        images: [units, images, 3, size, size] of a stack.
+        device: where they vote.
+    """
+    units, count = images.shape[:2]
+    made = config.ipc.images_per_class * config.dataset.num_classes
+    work = Work(
+        tuple(config.committee.members[name].backbone for name in members),
+        made * config.method.iterations,
+        count,
+        units,
+        images.shape[-1],
+        config.dataset.num_classes,
+    )
+    return choose_engine(config.engine, config.method, work, device)
+
+
+def ready(networks: Sequence[nn.Module], engine: Engine) -> list[Voter]:
+    """Bring members into the form in which they judge, as once for every draw."""
+    return [ready_voter(f"member{index}", network, 1.0, engine) for index, network in enumerate(networks)]
+
+
+def make_module(
+    config: RunConfig,
+    method: MethodConfig,
+    voters: Sequence[Voter],
+    images: Tensor,
+    targets: Tensor,
+    stage: Stage,
+    views: Sequence[Views] | None = None,
+    engine: Engine | None = None,
+) -> DistillModule:
+    """Return the module that optimises a stack [units, images, 3, size, size] whose members vote alike."""
+    units = [Unit(slot, 0, 0, targets.shape[1]) for slot in range(len(images))]
+    drawn = [unit_views(unit, method, stage, method.seed) for unit in units] if views is None else views
+    how = engine or Engine()
+    return DistillModule(
+        images,
+        targets,
+        drawn,
+        voters,
+        torch.full((len(voters), len(images)), 1 / len(voters)),
+        method,
+        pixel_bounds(config.dataset.mean, config.dataset.std),
+        lambda row, current: None,
+        stage,
+        units_per_pass=how.units_per_pass,
+        opinion=how.opinion,
+    )
+
+
+def recover(
+    config: RunConfig,
+    engine: Engine,
+    voters: Sequence[Voter],
+    images: Tensor,
+    targets: Tensor,
+    steps: int,
+    folder: Path,
+    device: torch.device,
+) -> float:
+    """Optimise a stack for so many iterations; return the seconds of the iterations."""
+    method = timed_method(config, steps)
+    stage = Stage(0, 0, steps, images.shape[-1])
+    module = make_module(config, method, voters, images, targets, stage, engine=engine)
+    with compiling(engine):
+        return fit(config, module, None, module.epochs, folder, device)
+
+
+def recover_gradient(
+    config: RunConfig,
+    members: Sequence[nn.Module],
+    images: Tensor,
+    targets: Tensor,
+    views: Sequence[Views],
+) -> tuple[float, Tensor]:
+    """Loss of a stack, summed over its units, and its gradient, each unit seen through its own single view."""
+    stage = Stage(0, 0, 1, images.shape[-1])
+    module = make_module(config, config.method, ready(members, Engine()), images, targets, stage, views)
+    rows, columns = unit_matrices(Views.cat(list(views)), images.shape[-1])
+    module.to(images.device)
+    # What a training step does up to the optimiser, which has no name of its own.
+    seen = module._seen((rows.to(images), columns.to(images)))
+    gradient, vote = module._vote(0, seen.detach(), False)
+    seen.backward(gradient)
+    assert module.images.grad is not None
+    return float(vote.loss), module.images.grad
+
+
+def recover_free(
+    config: RunConfig,
+    members: Sequence[nn.Module],
+    images: Tensor,
+    targets: Tensor,
+    views: Sequence[Views],
+    folder: Path,
+    device: torch.device,
+) -> Tensor:
+    """Images of a stack after as many iterations as there are views, in full precision."""
+    steps = len(views[0].flips)
+    method = timed_method(config, steps)
+    stage = Stage(0, 0, steps, images.shape[-1])
+    module = make_module(config, method, ready(members, Engine()), images, targets, stage, views)
+    fit(config, module, None, module.epochs, folder, device)
+    return module.images.detach().cpu()
+
+
+def make_labels(config: RunConfig, teachers: Sequence[nn.Module], pixels: Tensor, label: LabelConfig) -> ComputedLabels:
+    """Return labels of images [count, 3, size, size] uint8 by teachers that count alike."""
+    voting = Teachers(teachers, [1 / len(teachers)] * len(teachers), label).to(pixels.device)
+    return ComputedLabels(voting, pixels, label, 0, config.dataset.mean, config.dataset.std)
+
+
+def relabel(config: RunConfig, labels: ComputedLabels, folder: Path, device: torch.device) -> float:
+    """Compute all labels and write them into an empty folder; return the seconds."""
+    layout = LabelLayout.of(labels.label, labels.count, config.dataset.num_classes)
+    # The last epoch is kept where it was computed; a repetition must not find it there.
+    labels = replace(labels)
+    stopwatch = Stopwatch(device)
+    with stopwatch.running():
+        write_labels(folder, labels, layout, lambda epochs: None)
+    return stopwatch.seconds
+
+
+def stored_labels(config: RunConfig, label: LabelConfig, count: int, folder: Path) -> StoredLabels:
+    """Open what :func:`relabel` wrote."""
+    layout = LabelLayout.of(label, count, config.dataset.num_classes)
+    return StoredLabels(folder, layout, label, config.dataset.image_size, 0)
+
+
+def student(
+    config: RunConfig, network: nn.Module, pixels: Tensor, labels: StoredLabels, folder: Path, device: torch.device
+) -> float:
+    """Train a student on all labelled epochs, without measuring it; return the seconds."""
+    dataset = SoftLabelDataset(labels)
+    module = StudentModule(
+        config.protocol,
+        pixels,
+        torch.arange(len(pixels)).remainder(config.dataset.num_classes),
+        labels.batch_size,
+        config.dataset.mean,
+        config.dataset.std,
+        **_unmeasured(network),
+    )
+    loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
+    return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation)
+
+
+def member(
+    config: RunConfig,
+    network: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    epochs: int,
+    folder: Path,
+    device: torch.device,
+) -> float:
+    """Train a member on images in memory for so many epochs, without measuring it; return the seconds."""
+    recipe, dataset = config.recipe, config.dataset
+    module = MemberModule(recipe, pixels, labels, dataset.mean, dataset.std, dataset.image_size, **_unmeasured(network))
+    sampler = ShuffledBatches(len(pixels), recipe.batch_size, 0)
+    loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
+    return fit(config, module, loader, epochs, folder, device)
+
+
+def _unmeasured(network: nn.Module) -> dict[str, Any]:
+    return {
+        "network": network,
+        "name": "benchmark",
+        "seed": 0,
+        "measure": lambda measured: Accuracy(0.0, 0.0, 0.0),
+        "measured_at": lambda epoch: False,
+        "on_epoch": lambda epoch, row: None,
+    }

@@ -1,0 +1,207 @@
+"""The engine against plain references, in one run: ``make bench``, or ``python -m benchmarks.speed --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
+from benchmarks.limits import Limits, Work, measure_limits
+from benchmarks.table import markdown
+from benchmarks.timing import Samples, alternate, peak_memory, ratio, ratios
+from cvdd.provenance import code_version
+
+RESULTS = Path(__file__).parent / "results"
+SIDES: tuple[Side, Side] = ("reference", "engine")
+
+
+def compare(case: Case, device: torch.device, repetitions: int, memory: bool) -> dict[str, Any]:
+    """Run both sides of a case and return its row, raw samples included."""
+    work = work_of(case, device)
+    with tempfile.TemporaryDirectory() as folder:
+        programs = []
+        for side in SIDES:
+            own = Path(folder) / side
+            own.mkdir()
+            programs.append(make_program(case, side, device, own))
+        measured = alternate(programs[0], programs[1], repetitions)
+    sides: dict[str, Samples] = {}
+    for side, samples in zip(SIDES, measured, strict=True):
+        peak, total = peak_of(case, side, device) if memory else (None, None)
+        sides[side] = replace(samples, amount=case.amount(side), peak_bytes=peak, total_bytes=total)
+    reference, engine = sides["reference"], sides["engine"]
+    paired = ratios(reference, engine)
+    return {
+        "name": case.name,
+        "quantity": case.quantity,
+        "steps": case.steps,
+        "units": case.units,
+        "images": case.images,
+        "overrides": list(case.overrides),
+        **{side: samples.as_dict() | {"shown": case.shown(samples.median)} for side, samples in sides.items()},
+        "ratio": ratio(reference, engine),
+        "ratio_range": [min(paired), max(paired)],
+        "flops_per_unit": work.flops,
+        "elements_per_unit": work.elements,
+    }
+
+
+def against_limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Return a row with the share of the machine's limit that the engine reaches."""
+    best = Work(row["flops_per_unit"], row["elements_per_unit"]).seconds_at_best(limits)
+    share = best / row["engine"]["median_seconds_per_unit"]
+    return row | {"seconds_at_best": best, "fraction_of_limit": share}
+
+
+def peak_of(case: Case, side: Side, device: torch.device) -> tuple[int, int]:
+    """Most memory of one side, on the CPU in a fresh process."""
+    if device.type == "cuda":
+        return _peak_here(case, side, device)
+    # A step needs as much memory as many do.
+    short = replace(case, steps=1, reference_units=1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_here, short, side, device, torch.get_num_threads()).result()
+
+
+def _peak_here(case: Case, side: Side, device: torch.device, threads: int | None = None) -> tuple[int, int]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        return peak_memory(lambda: make_program(case, side, device, Path(folder)), device)
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, without its name."""
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        named = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        model = named[0].partition(":")[2].strip() if named else model
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
+    }
+
+
+def run(
+    cases: Sequence[Case],
+    device: torch.device,
+    repetitions: int,
+    memory: bool,
+    minutes: float = math.inf,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Compare all cases and return everything that is known about them.
+
+    Args:
+        cases: to compare.
+        device: where.
+        repetitions: of each side.
+        memory: whether peak memory is measured too.
+        minutes: after which no further case is begun; those left out are listed.
+        save: called with what is known after each case.
+    """
+    started = time.monotonic()
+    version = code_version()
+    result: dict[str, Any] = {
+        "machine": machine_of(device),
+        "versions": {key: value for key, value in version.items() if key not in ("commit", "changed")},
+        "commit": version.get("commit"),
+        "changed": version.get("changed"),
+        "repetitions": repetitions,
+        "limits": {},
+        "cases": [],
+        "left_out": [case.name for case in cases],
+        "notes": NOTES,
+        "seconds": 0.0,
+    }
+    limits = measure_limits(device)
+    result["limits"] = limits.as_dict()
+    for case in cases:
+        if time.monotonic() - started > 60 * minutes:
+            break
+        row = compare(case, device, repetitions, memory)
+        # Measured again beside every case, because others may have used the machine the last time.
+        limits = limits.better(measure_limits(device))
+        result["limits"] = limits.as_dict()
+        result["cases"] = [against_limits(known, limits) for known in [*result["cases"], row]]
+        result["left_out"].remove(case.name)
+        result["seconds"] = time.monotonic() - started
+        save(result)
+        print(f"{row['name']}: {row['ratio']:.2f} times the reference", flush=True)
+    return result
+
+
+NOTES = [
+    "Random weights and images; both sides have the same networks.",
+    "Recover is timed without method.log_agreement, a few cosines of gradients at each log row.",
+    "Relabelling includes writing; neither students nor members are measured on validation images.",
+    "The fraction of the limit is of the larger of FLOPs at the matrix rate and bytes at the copy bandwidth, in the "
+    "better of float32 and bfloat16.",
+]
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="full sizes and all pairs of the committee, on a GPU")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="CASE", help="cases, or the first words of their names"
+    )
+    parser.add_argument("--repetitions", type=int, default=5, help="of each side of each case")
+    parser.add_argument("--steps", type=int, help="iterations or epochs in a repetition, instead of each case's own")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="such as engine.precision=bf16")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; one for each core if not given")
+    parser.add_argument("--minutes", type=float, help="begin no further case after so many (8 with --gpu)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--out", default=None, metavar="NAME", help="of the file in benchmarks/results (cpu, or gpu)")
+    parser.add_argument("--list", action="store_true", help="only list the cases")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare, print a table, write a file."""
+    wanted = arguments()
+    cases = chosen(gpu_cases() if wanted.gpu else cpu_cases(), wanted.only)
+    if wanted.steps:
+        cases = [replace(case, steps=wanted.steps) for case in cases]
+    cases = [replace(case, overrides=tuple(wanted.set)) for case in cases]
+    if wanted.list:
+        print("\n".join(case.name for case in cases))
+        return
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    device = torch.device("cuda") if wanted.gpu else torch.device("cpu")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{wanted.out or device.type}.json"
+
+    def save(result: dict[str, Any]) -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    minutes = wanted.minutes or (8 if wanted.gpu else math.inf)
+    with tempfile.TemporaryDirectory() as compiled:
+        # What was compiled before would make compilation look fast.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
+        result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, save)
+    print(f"\n{markdown(result)}\n")
+
+
+if __name__ == "__main__":
+    main()
