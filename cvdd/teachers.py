@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatisticsNetwork
+from cvdd.engine import compiling
 from cvdd.methods.gvbsm import balanced_mean
 from cvdd.schema import LabelConfig
 
@@ -19,10 +20,16 @@ class Teachers:
         networks: trained networks.
         weights: their shares of the averaged logits.
         label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
+        compiled: compile passes of as many samples as the first has; others are as many shapes, each of which takes a
+            compiler a while.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], weights: Sequence[float], label: LabelConfig) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], weights: Sequence[float], label: LabelConfig, compiled: bool = False
+    ) -> None:
         self.label = label
+        self._compiled: dict[nn.Module, Callable[..., Tensor]] | None = {} if compiled else None
+        self._samples: int | None = None
         self.weights = list(weights)
         self.networks: list[nn.Module] = []
         for network in networks:
@@ -42,24 +49,33 @@ class Teachers:
         With batch statistics each batch, or each half of it (the first of ``batch_size // 2`` samples), is normalised
         by itself, however many batches share the forward pass. A balanced average is that of each batch.
         """
-        scored = (self._logits(network, samples, batch_size) for network in self.networks)
+        if self._samples is None:
+            self._samples = len(samples)
+        with compiling(self._compiled is not None):
+            scored = [self._logits(self._ready(network, samples), samples, batch_size) for network in self.networks]
         if self.label.weights == "balanced":
-            return balanced_mean(torch.stack(list(scored)), batch_size)
+            return balanced_mean(torch.stack(scored), batch_size)
         total = None
         for logits, weight in zip(scored, self.weights, strict=True):
             total = weight * logits if total is None else total + weight * logits
         assert total is not None
         return total
 
-    def _logits(self, network: nn.Module, samples: Tensor, batch_size: int) -> Tensor:
+    def _ready(self, network: nn.Module, samples: Tensor) -> Callable[..., Tensor]:
+        if self._compiled is None or len(samples) != self._samples:
+            return network
+        if network not in self._compiled:
+            self._compiled[network] = torch.compile(network.forward, dynamic=False)
+        return self._compiled[network]
+
+    def _logits(self, network: Callable[..., Tensor], samples: Tensor, batch_size: int) -> Tensor:
         if self.label.bn_mode == "running":
-            logits: Tensor = network(samples)
-            return logits
+            return network(samples)
         first = batch_size // 2
         if not self.label.halves:
-            return network(samples, batch_size)  # type: ignore[no-any-return]
+            return network(samples, batch_size)
         if 2 * first == batch_size:
-            return network(samples, first)  # type: ignore[no-any-return]
+            return network(samples, first)
         batches = samples.view(-1, batch_size, *samples.shape[1:])
         parts = [batches[:, :first], batches[:, first:]]
         scored = [network(part.flatten(0, 1), part.shape[1]).view(len(batches), part.shape[1], -1) for part in parts]

@@ -64,6 +64,15 @@ def test_several_teachers_average_their_logits() -> None:
     torch.testing.assert_close(both, 0.3 * each[0] + 0.7 * each[1])
 
 
+@pytest.mark.slow
+def test_compiled_teachers_say_the_same() -> None:
+    """Stacks of the first size are compiled, smaller ones are not."""
+    samples, networks = noise(24), [small_network(seed=1), small_network(seed=2)]
+    plain, compiled = (Teachers(networks, [0.5, 0.5], label_config(), how) for how in (False, True))
+    for part in (samples[:16], samples[16:]):
+        torch.testing.assert_close(compiled.score(part, 8), plain.score(part, 8), rtol=1e-4, atol=1e-5)
+
+
 def test_balanced_teachers_have_the_same_norm_in_every_batch() -> None:
     """Written out for each batch: both are scaled to the mean of their norms, then averaged."""
     one, two, samples = small_network(seed=1), small_network(seed=2, width=5), noise(16)

@@ -19,6 +19,7 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
+from cvdd.engine import has_compiler
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.memory import enough_memory
@@ -94,6 +95,8 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
         "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
         "seed": _seed(context),
     }
+    if _compiles(context):
+        identity["compiled"] = True
     parents = [images, *teachers.values()]
     artifact = None
     if label.store == "logits":
@@ -163,6 +166,11 @@ def _seed(context: Context) -> int:
     return derive_seed(context.config.seed, "labels")
 
 
+def _compiles(context: Context) -> bool:
+    teachers = teachers_of(context.config)
+    return bool(teachers) and context.config.engine.compile_labels and has_compiler(context.device.type)
+
+
 def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, float]) -> list[float]:
     config = context.config
     if not teachers:
@@ -184,5 +192,5 @@ def _computed(
         if config.label.bn_mode == "batch" and member.bn_scale:
             require_batchnorm(network, name)
         networks.append(network)
-    teachers = Teachers(networks, weights, config.label).to(context.device)
+    teachers = Teachers(networks, weights, config.label, _compiles(context)).to(context.device)
     return ComputedLabels(teachers, pixels.to(context.device), config.label, _seed(context), data.mean, data.std)

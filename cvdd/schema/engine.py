@@ -11,12 +11,15 @@ from cvdd.schema.types import Positive
 
 
 class EngineConfig(StrictConfig):
-    """How members judge images and students learn; part of what is made, because it shows in the last bits."""
+    """How members judge, teachers label and students learn; part of what is made, because it shows in the last bits."""
 
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="compile the members' judgements; auto where more time is saved than a compiler takes. Only votes "
         "on BatchNorm statistics of units are compiled, and only where there is a compiler",
+    )
+    compile_labels: bool = Field(
+        False, description="compile the teachers' passes over full stacks; where there is a compiler"
     )
     compile_students: bool = Field(
         False, description="compile the passes of students through full batches; where there is a compiler"
