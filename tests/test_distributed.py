@@ -41,9 +41,11 @@ SMALL = (
     "prior.values={resnet18: 40, resnet50: 30}",
     "recipe.epochs=1",
     "recipe.accumulation=2",
+    "ipc.images_per_class=4",
+    "method.units_per_stack=1",
     "trainer.threads=1",
 )
-"""The tiny chain; members with batches in two parts, so that two ranks train them together."""
+"""The tiny chain; members with batches in two parts, so that two ranks train them together, and four stacks to share."""
 
 Command = Callable[..., subprocess.Popen[str]]
 
