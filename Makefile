@@ -15,10 +15,10 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare bench bench-gpu agreement install test test-slow test-slurm test-faults lint clean
+.PHONY: help demo compare bench bench-gpu agreement install test test-slow test-ranks test-slurm test-faults lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## run the whole chain on the embedded data set
 	$(BIN)/python evaluate.py experiment=demo
@@ -43,6 +43,9 @@ test: $(STAMP) ## run the tests with coverage
 
 test-slow: $(STAMP) ## run the long tests too
 	$(BIN)/python -m pytest -m "not slurm and not faults" $(COVERAGE)
+
+test-ranks: $(STAMP) ## run commands of two processes, killed and repeated, against one process
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_distributed.py
 
 test-slurm: $(STAMP) ## run sweeps on a SLURM cluster that is started for them on this machine
 	$(BIN)/python -m pytest -m slurm tests/slurm

@@ -124,12 +124,15 @@ def test_ci_calls_only_what_users_have() -> None:
     assert re.findall(r"^make [a-z-]+", script, re.MULTILINE) == [
         "make lint",
         "make test",
+        "make test-ranks",
+        "make test-faults",
+        "make test-slurm",
     ]
 
 
 def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("demo", "compare", "test", "test-slow", "test-slurm", "test-faults", "lint", "clean"):
+    for target in ("demo", "compare", "test", "test-slow", "test-ranks", "test-slurm", "test-faults", "lint", "clean"):
         assert re.search(rf"^make {target} +\w", done.stdout, re.MULTILINE)
 
 
