@@ -9,12 +9,13 @@ from cvdd.schema import RunConfig
 
 
 def portable_config(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as JSON without ``paths``.
+    """Return a configuration as JSON without ``paths`` and ``cost``, which only asks what a run takes.
 
     A path inside one of ``paths`` is written as ``<paths.data>/...``, any other absolute one as ``<elsewhere>/NAME``;
     the results do not depend on where that is.
     """
     tree = config.model_dump(mode="json")
+    del tree["cost"]
     roots = {value: f"<paths.{name}>" for name, value in tree.pop("paths").items()}
     return {key: _replace(value, roots) for key, value in tree.items()}
 

@@ -43,6 +43,11 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
     Returns:
         the verb's main metric, or None if it has none.
     """
+    if config.cost:
+        from cvdd.cost import show_cost
+
+        show_cost(config, prepare_process(config))
+        return None
     with all_ranks(config) as world:
         return work_as(world, config, invocation)
 

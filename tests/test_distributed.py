@@ -45,7 +45,7 @@ SMALL = (
     "method.units_per_stack=1",
     "trainer.threads=1",
 )
-"""The tiny chain; members with batches in two parts, so that two ranks train them together, and four stacks to share."""
+"""The tiny chain; members with batches in two parts, which two ranks train together, and four stacks to share."""
 
 Command = Callable[..., subprocess.Popen[str]]
 

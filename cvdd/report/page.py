@@ -17,6 +17,7 @@ from cvdd.report import headline, plots
 from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
 from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
+from cvdd.report.predicted import predicted_costs
 from cvdd.report.tables import readable_bytes, readable_seconds
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
@@ -65,6 +66,7 @@ def render_page(
             term_plot=plots.term_curves(terms) if terms else None,
             votes=vote_table(summary["votes"], list(summary["members"])),
             costs=stage_costs(members, patches, distilled, results),
+            predicted=predicted_costs(context),
             artifacts=all_artifacts(members, patches, distilled, results),
             code=_code(summary["code"]),
             libraries={

@@ -16,7 +16,7 @@ from cvdd.chain.members import make_member
 from cvdd.context import Context
 from cvdd.provenance import code_version
 from cvdd.report.verdict import hold_against
-from cvdd.schema import teachers_of
+from cvdd.schema import RunConfig, teachers_of
 
 COLUMNS = (
     "row",
@@ -45,9 +45,7 @@ def summarise(
     """Collect everything about a run that is worth keeping, as JSON."""
     config = context.config
     main = distilled[0]
-    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
-    names = [name for name in config.committee.members if config.method.recovers or name in used]
-    members = {name: make_member(context, name) for name in names}
+    members = {name: make_member(context, name) for name in members_shown(config)}
     return {
         "commands": list(commands),
         "code": code_version(),
@@ -69,6 +67,12 @@ def summarise(
         "agreement": _agreement(main.images),
         "config": config.model_dump(mode="json"),
     }
+
+
+def members_shown(config: RunConfig) -> list[str]:
+    """Names of the members that a run shows; those that it did not need are made for that."""
+    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
+    return [name for name in config.committee.members if config.method.recovers or name in used]
 
 
 def _votes(images: Artifact) -> list[dict[str, Any]]:

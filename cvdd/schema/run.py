@@ -25,6 +25,9 @@ class RunConfig(StrictConfig):
     """The whole configuration; the same for all four verbs."""
 
     verb: Verb = Field(description="what the command makes; set by the script")
+    cost: bool = Field(
+        False, description="print what the command would cost, and make nothing; about ten seconds of measurement"
+    )
     seed: int = Field(ge=0, description="of everything but the students, which have protocol.seeds")
     dataset: DatasetConfig
     recipe: RecipeConfig

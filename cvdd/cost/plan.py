@@ -1,0 +1,249 @@
+"""What a configuration would make: the chain is walked with a store that makes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvdd.artifact import Artifact, Parts, Store, digest_of
+from cvdd.artifact.manifest import MANIFEST, read_manifest
+from cvdd.chain.apm_teachers import make_apm_teachers
+from cvdd.chain.compare import compare, distil
+from cvdd.chain.images import make_images
+from cvdd.chain.members import make_member
+from cvdd.chain.priors import find_priors
+from cvdd.chain.trajectories import make_trajectories
+from cvdd.context import Context
+from cvdd.cost.sizes import NotMade, sized_data
+from cvdd.data import Data
+from cvdd.report.summary import members_shown
+from cvdd.schema import RunConfig
+
+STAGES = ("members", "patches", "priors", "images", "labels", "students")
+"""In the order of the page."""
+
+_STAGE_OF = {
+    "members": "members",
+    "trajectories": "members",
+    "teachers": "members",
+    "patches": "patches",
+    "herds": "patches",
+    "labels": "labels",
+    "students": "students",
+}
+_UNKNOWN_METRIC = 50.0
+"""Stands for every accuracy that is not measured yet; equal priors give equal votes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An artefact that a run needs.
+
+    Attributes:
+        stage: to which its cost belongs.
+        artifact: the sealed one, or one of which only kind, name, digest, identity and parents are known.
+        made: whether the store holds it.
+        parents: artefacts that it is made from.
+        config: of the row of the comparison that asked first.
+        data: its data set.
+    """
+
+    stage: str
+    artifact: Artifact
+    made: bool
+    parents: tuple[Artifact, ...] = field(repr=False)
+    config: RunConfig = field(repr=False)
+    data: Data = field(repr=False)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What determines it, besides its parents."""
+        identity: Mapping[str, Any] = self.artifact.manifest["identity"]
+        return identity
+
+    @property
+    def name(self) -> str:
+        """Its kind and directory."""
+        return f"{self.artifact.kind}/{self.artifact.path.name}"
+
+
+class PlanStore(Store):
+    """A store that finds what is there, and notes what is missing instead of making it; it writes nothing.
+
+    Args:
+        root: of the real store.
+        pieces: all that was asked for so far, each once.
+        context: who asks.
+    """
+
+    def __init__(self, root: Path, pieces: dict[str, Piece], context: Planning | None = None) -> None:
+        super().__init__(root)
+        self.pieces, self.context = pieces, context
+
+    def make(
+        self,
+        kind: str,
+        name: str,
+        identity: Mapping[str, Any],
+        parents: Sequence[Artifact],
+        build: Callable[[Path], Mapping[str, Any]],
+    ) -> Artifact:
+        """Note an artefact."""
+        return self._note(kind, name, identity, parents)
+
+    def make_parts(
+        self,
+        kind: str,
+        name: str,
+        identity: Mapping[str, Any],
+        parents: Sequence[Artifact],
+        parts: Parts,
+        finish: Callable[[Path], Mapping[str, Any]],
+    ) -> Artifact:
+        """Note an artefact."""
+        return self._note(kind, name, identity, parents)
+
+    def open(self, path: Path) -> Artifact:
+        """Read a manifest; the real store would also write down who uses the artefact."""
+        return read_manifest(path)
+
+    def _note(self, kind: str, name: str, identity: Mapping[str, Any], parents: Sequence[Artifact]) -> Artifact:
+        digest = digest_of(kind, identity, parents)
+        path = self.root / kind / f"{name}-{digest}"
+        made = (path / MANIFEST).exists()
+        if made:
+            artifact = read_manifest(path)
+        elif kind == "data":
+            raise NotMade(name)
+        else:
+            manifest = {
+                "kind": kind,
+                "name": name,
+                "digest": digest,
+                "identity": json.loads(json.dumps(dict(identity))),
+                "parents": [{"kind": p.kind, "name": p.name, "digest": p.digest} for p in parents],
+                "files": {},
+                "metrics": self._metrics(kind, identity),
+            }
+            artifact = Artifact(path, manifest)
+        context = self.context
+        if context is not None and kind != "data":
+            stage = _stage(kind, name, context)
+            piece = Piece(stage, artifact, made, tuple(parents), context.config, context.data())
+            self.pieces.setdefault(piece.name, piece)
+        return artifact
+
+    def _metrics(self, kind: str, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert self.context is not None
+        config, data = self.context.config, self.context.data()
+        count = config.ipc.images_per_class * len(data.classes)
+        if kind == "images" and config.method.init == "all":
+            count = len(data.train)
+        return defaultdict(lambda: _UNKNOWN_METRIC, {"images": count})
+
+
+@dataclass(frozen=True)
+class Planning(Context):
+    """Surroundings of a walk through the chain that makes nothing.
+
+    Attributes:
+        notes: why sizes are not those of real images, each once.
+    """
+
+    notes: dict[str, None] = field(default_factory=dict, repr=False)
+
+    def data(self) -> Data:
+        """Load the data set, or describe it, once per run."""
+        key = self.config.dataset.model_dump_json()
+        if key not in self._loaded:
+            self._loaded[key], why = sized_data(self.config.dataset, PlanStore(self.store.root, {}))
+            if why is not None:
+                self.notes[why] = None
+        return self._loaded[key]
+
+    def differing(self, overrides: Mapping[str, Any], label: str) -> Planning:
+        """Return a context whose configuration differs, and whose pieces are noted with it."""
+        changed = super().differing(overrides, label)
+        assert isinstance(changed, Planning)
+        return _bound(changed)
+
+
+def planning(config: RunConfig, device: torch.device, loaded: Mapping[str, Data] | None = None) -> Planning:
+    """Return the surroundings of a walk.
+
+    Args:
+        config: of the run.
+        device: where it would run.
+        loaded: data sets that are loaded already, as a context keeps them.
+    """
+    return _bound(Planning(config, PlanStore(config.paths.store, {}), device, _loaded=dict(loaded or {})))
+
+
+def _bound(context: Planning) -> Planning:
+    assert isinstance(context.store, PlanStore)
+    store = PlanStore(context.store.root, context.store.pieces)
+    bound = replace(context, store=store)
+    store.context = bound
+    return bound
+
+
+def plan_pieces(context: Planning) -> list[Piece]:
+    """List the artefacts that a verb needs, each once: what rows of a comparison share has one identity.
+
+    Raises:
+        ConfigError: the configuration cannot run, as far as that is known before work.
+    """
+    _WALKS[context.config.verb](context)
+    assert isinstance(context.store, PlanStore)
+    return list(context.store.pieces.values())
+
+
+def _train(context: Planning) -> None:
+    method = context.config.method
+    if method.mtt is not None:
+        make_trajectories(context)
+    elif method.apm is not None:
+        make_apm_teachers(context)
+    else:
+        _members(context, context.config.committee.members)
+
+
+def _distill(context: Planning) -> None:
+    make_images(context, find_priors(context).values)
+
+
+def _relabel(context: Planning) -> None:
+    distil(context, context.config.method.name)
+
+
+def _evaluate(context: Planning) -> None:
+    compare(context)
+    _members(context, members_shown(context.config))
+
+
+def _members(context: Planning, names: Mapping[str, Any] | Sequence[str]) -> None:
+    for name in names:
+        make_member(context, name)
+
+
+_WALKS: Mapping[str, Callable[[Planning], None]] = {
+    "train": _train,
+    "distill": _distill,
+    "relabel": _relabel,
+    "evaluate": _evaluate,
+}
+
+
+def _stage(kind: str, name: str, context: Context) -> str:
+    if kind in ("images", "students") and context.label.startswith("prior of "):
+        return "priors"
+    if kind == "members" and name.startswith(f"{context.data().name}-full-"):
+        # Students of all real data are trained like members.
+        return "students"
+    return _STAGE_OF.get(kind, "images")

@@ -1,0 +1,260 @@
+"""Of what steps an artefact's making consists: pure functions of what determines it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cvdd.artifact import Artifact
+from cvdd.chain.statistics import BATCH
+from cvdd.classifier import ShuffledBatches
+from cvdd.cost.plan import Piece
+from cvdd.cost.recovering import RecoverPlan, engine_of, plan_recover
+from cvdd.cost.steps import (
+    DecodeStep,
+    MeasureStep,
+    MoveStep,
+    Network,
+    Overhead,
+    PatchStep,
+    ReplayStep,
+    ScoreStep,
+    Step,
+    StudentStep,
+    TrainStep,
+    VoteStep,
+)
+from cvdd.label_pool import LabelPool
+from cvdd.label_store import LabelLayout
+from cvdd.replay import batch_bounds
+from cvdd.schema import LabelConfig
+
+_TRAIN_BATCH = 256
+"""Images in a forward pass where a member is measured on its training images."""
+
+
+@dataclass
+class Work:
+    """What the making of an artefact costs, in steps.
+
+    Attributes:
+        uses: how often each step happens.
+        steps: optimiser steps, or for labels forward passes, as people count them.
+        parts: what it consists of, by name.
+        together: groups of steps whose memory is held at once.
+        held: bytes beside them: images that are optimised, the data set.
+        image_bytes: pixels of the distilled set.
+        label_bytes: of the stored labels.
+        other_bytes: everything else that is stored.
+        known: False where the cost model does not know how it is made.
+    """
+
+    uses: Counter[Step] = field(default_factory=Counter)
+    steps: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    together: set[tuple[Step, ...]] = field(default_factory=set)
+    held: int = 0
+    image_bytes: int = 0
+    label_bytes: int = 0
+    other_bytes: int = 0
+    known: bool = True
+
+    def use(self, step: Step, times: float) -> None:
+        """Add so many times a step, whose memory is held by itself."""
+        if times:
+            self.uses[step] += times  # type: ignore[assignment]
+            if not isinstance(step, Overhead):
+                self.together.add((step,))
+
+    def around(self, **times: float) -> None:
+        """Add what happens around steps, by name."""
+        for name, count in times.items():
+            self.uses[Overhead(name)] += count  # type: ignore[arg-type, assignment]
+
+
+def work_of(piece: Piece) -> Work:
+    """Count the steps of an artefact."""
+    work = Work()
+    _COUNTING.get(piece.artifact.kind, _unknown)(piece, work)
+    if not work.known:
+        return work
+    megabytes = (work.image_bytes + work.label_bytes + work.other_bytes) / 1e6
+    work.around(artifact=1, megabyte=megabytes)
+    return work
+
+
+def _unknown(piece: Piece, work: Work) -> None:
+    work.known = False
+
+
+def _member(piece: Piece, work: Work) -> None:
+    config, data, identity = piece.config, piece.data, piece.identity
+    network = _network(piece, identity)
+    measured = 1
+    if identity.get("recipe") is not None:
+        recipe = config.recipe
+        step = TrainStep.of(network, recipe, data.train.in_memory)
+        batches = len(ShuffledBatches(len(data.train), recipe.batch_size, 0))
+        every = max(recipe.epochs // 10, 1)
+        measured += _measurements(recipe.epochs, every)
+        work.steps = batches * recipe.epochs
+        # A last batch that is not full costs less.
+        work.use(step, recipe.epochs * min(len(data.train) / recipe.batch_size, batches))
+        work.around(fit=1, epoch=recipe.epochs, batch=work.steps)
+        work.parts["epochs"] = recipe.epochs
+        _decode(piece, work, len(data.train) * recipe.epochs)
+    _measure(piece, work, network, len(data.test) * measured, config.protocol.eval_batch)
+    if data.train.in_memory:
+        work.use(MeasureStep(network, _TRAIN_BATCH), len(data.train))
+        work.held = len(data.train) * 3 * data.image_size**2
+
+
+def _student(piece: Piece, work: Work) -> None:
+    config, data, identity = piece.config, piece.data, piece.identity
+    if config.protocol.student == "method":
+        work.known = False
+        return
+    protocol, label = config.protocol, config.label
+    network = _network(piece, identity)
+    images, *teachers = piece.parents
+    pool = LabelPool.of(label, int(images.metrics["images"]))
+    batches = len(batch_bounds(pool.shown, label.batch_size))
+    work.steps = batches * protocol.epochs
+    work.use(StudentStep.of(network, protocol, label), protocol.epochs * pool.shown / label.batch_size)
+    work.around(fit=1, epoch=protocol.epochs, batch=work.steps)
+    work.parts["epochs"] = protocol.epochs
+    if label.store == "none":
+        _score(piece, work, label, teachers, pool.shown * protocol.epochs)
+    measured = len(data.test) if identity["measured_on"] == "test" else len(data.train)
+    times = _measurements(protocol.epochs, protocol.eval_every)
+    _measure(piece, work, network, measured * times, protocol.eval_batch)
+    work.held = _pixels(piece, int(images.metrics["images"]))
+
+
+def _images(piece: Piece, work: Work) -> None:
+    config, data, identity = piece.config, piece.data, piece.identity
+    method = config.method
+    if method.brings_students:
+        work.known = False
+        return
+    count = int(piece.artifact.metrics["images"])
+    work.image_bytes = _pixels(piece, count)
+    if method.init == "all":
+        work.parts["units"] = len(data.classes)
+        work.around(part=len(data.classes))
+        return
+    plan = plan_recover(
+        method,
+        config.ipc.images_per_class,
+        len(data.classes),
+        data.image_size,
+        identity.get("draws", []),
+        identity.get("weights", []),
+        engine_of(identity),
+    )
+    work.parts.update({"units": len(plan.units), "stacks": plan.stacks})
+    work.around(part=plan.stacks)
+    if method.init == "real":
+        _decode(piece, work, count, in_workers=False)
+    _recover(piece, work, plan)
+
+
+def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
+    method, data = piece.config.method, piece.data
+    matched, engine = method.r_bn > 0, engine_of(piece.identity)
+    kinds = set[Step]()
+    for stack in plan.work:
+        move = MoveStep.of(stack.units, stack.images, stack.size, method)
+        work.use(move, stack.iterations)
+        for each in stack.passes:
+            backbone = piece.parents[each.member].manifest["identity"]["backbone"]
+            network = Network.of(backbone, len(data.classes), stack.size)
+            step = VoteStep(network, each.units, stack.images, matched, engine)
+            work.uses[step] += each.times  # type: ignore[assignment]
+            # Members judge one after the other.
+            work.together.add((move, step))
+            kinds.add(step)
+        work.steps += stack.iterations
+        work.around(fit=1, epoch=stack.epochs, batch=stack.rows)
+    if engine.compile:
+        work.around(compile=len(kinds))
+
+
+def _labels(piece: Piece, work: Work) -> None:
+    label = piece.config.label
+    images, *teachers = piece.parents
+    layout = LabelLayout.of(label, int(images.metrics["images"]), len(piece.data.classes))
+    work.label_bytes = layout.logits_bytes + layout.parameters_bytes
+    work.steps = layout.pool.stored
+    work.parts["epochs"] = layout.pool.labelled_epochs
+    work.around(part=len(layout.blocks))
+    _score(piece, work, label, teachers, layout.pool.samples)
+
+
+def _patches(piece: Piece, work: Work) -> None:
+    data, patches = piece.data, piece.config.patches
+    classes = len(data.classes)
+    candidates = min(patches.candidates, len(data.train) // classes)
+    network = _network(piece, piece.parents[0].manifest["identity"])
+    work.use(PatchStep.of(network, patches), candidates * classes)
+    work.other_bytes = _pixels(piece, patches.images_per_class * classes)
+    work.parts["candidates"] = candidates * classes
+    work.held = candidates * patches.crops * 3 * (data.image_size // patches.factor) ** 2 * 5
+    _decode(piece, work, candidates * classes, in_workers=False)
+
+
+def _herd(piece: Piece, work: Work) -> None:
+    data = piece.data
+    count = min(piece.config.patches.candidates * len(data.classes), len(data.train))
+    for member in piece.parents:
+        work.use(MeasureStep(_network(piece, member.manifest["identity"]), BATCH), count)
+    work.other_bytes = _pixels(piece, piece.config.ipc.images_per_class * len(data.classes))
+    _decode(piece, work, count, in_workers=False)
+
+
+def _statistics(piece: Piece, work: Work) -> None:
+    network = _network(piece, piece.parents[0].manifest["identity"])
+    _measure(piece, work, network, len(piece.data.train), BATCH)
+
+
+_COUNTING = {
+    "members": _member,
+    "students": _student,
+    "images": _images,
+    "labels": _labels,
+    "patches": _patches,
+    "herds": _herd,
+    "statistics": _statistics,
+}
+
+
+def _network(piece: Piece, identity: Mapping[str, Any]) -> Network:
+    return Network.of(identity["backbone"], len(piece.data.classes), piece.data.image_size)
+
+
+def _pixels(piece: Piece, images: int) -> int:
+    return images * 3 * piece.data.image_size**2
+
+
+def _measurements(epochs: int, every: int) -> int:
+    return sum(1 for epoch in range(1, epochs + 1) if epoch % every == 0 or epoch == epochs)
+
+
+def _measure(piece: Piece, work: Work, network: Network, images: int, batch: int) -> None:
+    work.use(MeasureStep(network, batch), images)
+    _decode(piece, work, images)
+
+
+def _score(piece: Piece, work: Work, label: LabelConfig, teachers: list[Artifact], samples: int) -> None:
+    size = piece.data.image_size
+    for teacher in teachers:
+        work.use(ScoreStep.of(_network(piece, teacher.manifest["identity"]), label), samples)
+    work.use(ReplayStep.of(label, size), samples)
+
+
+def _decode(piece: Piece, work: Work, images: int, *, in_workers: bool = True) -> None:
+    if not piece.data.train.in_memory:
+        workers = piece.config.trainer.workers if in_workers else 0
+        work.use(DecodeStep(piece.data.image_size), images / max(workers, 1))

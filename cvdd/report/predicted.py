@@ -1,0 +1,41 @@
+"""What a run was predicted to cost, beside what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cvdd.context import Context
+from cvdd.cost import load_prediction, measured_seconds, plan_pieces, planning
+
+
+@dataclass(frozen=True)
+class PredictedCost:
+    """One stage of a run that ``cost=true`` was asked about before.
+
+    Attributes:
+        stage: members, patches, priors, images, labels or students.
+        predicted: seconds; None where the way in which something is made is not known to the prediction.
+        measured: seconds of the artefacts that were missing then.
+    """
+
+    stage: str
+    predicted: float | None
+    measured: float
+
+
+def predicted_costs(context: Context) -> tuple[str, list[PredictedCost]] | None:
+    """Return the machine of the prediction and its stages, if the same configuration was asked about.
+
+    Args:
+        context: of the finished run.
+    """
+    found = load_prediction(context.config)
+    if found is None:
+        return None
+    machine, stages = found
+    config = context.config
+    # The same walk as before the run names the same artefacts, all of which are there now.
+    walk = planning(config, context.device, {config.dataset.model_dump_json(): context.data()})
+    pieces = plan_pieces(walk)
+    costs = [PredictedCost(stage.stage, stage.seconds, measured_seconds(pieces, stage)) for stage in stages]
+    return machine, [cost for cost in costs if cost.predicted or cost.measured]
