@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mtt_helpers import mtt_context
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from cvdd.artifact import Artifact
+import cvdd.backbones.convnet
+from cvdd.artifact import Artifact, Store
 from cvdd.chain.images import load_history
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.trajectories import make_trajectories, mtt_of
@@ -107,9 +111,8 @@ def test_matched_images_beat_the_real_ones(base: Context, gradient: str) -> None
     """The specification measured 72.1 (71.1 to 73.9) before and 91.6 (91.2 to 91.9) after 100 iterations.
 
     Measured here: 69.9 and 87.3, step size 0.0360 (there 0.037), loss 0.388 (there 0.37), the same with both gradients.
-    The gain comes back, the level is lower, outside the spread. Its images have one channel, and these three, which
-    learn colours that no real digit has; that this is the reason was not shown. With values in [0, 1] it is 72.7 and
-    87.9, with three times the rate (which three channels share) 87.7 and, with another seed, 67.9 and 89.4.
+    The level is lower because these images have three channels, which learn colours that no real digit has:
+    :func:`test_one_channel_reaches_the_level_of_the_specification`.
     """
     real = make_mtt_images(with_settings(base, iterations=0))
     images = make_mtt_images(with_settings(base, gradient=gradient))
@@ -124,6 +127,46 @@ def test_matched_images_beat_the_real_ones(base: Context, gradient: str) -> None
     assert last_loss(images) < 0.5
     assert math.isfinite(learned)
     assert learned > 0
+
+
+class Grey(nn.Module):
+    """A network of one channel that sees the mean of three, so that three equal ones stay equal."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images [n, 3, h, w]."""
+        return self.network(images.mean(dim=1, keepdim=True))
+
+
+@pytest.fixture
+def one_channel(base: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """The same with networks of one channel, in a store of their own, which cannot know that they are others."""
+
+    def convnet(num_classes: int, width: int, **arguments: Any) -> nn.Module:
+        network = build(num_classes, width=width, **arguments)
+        network.features[0] = nn.Conv2d(1, width, 3, padding=1)
+        return Grey(network)
+
+    build = cvdd.backbones.convnet.convnet
+    monkeypatch.setattr(cvdd.backbones.convnet, "convnet", convnet)
+    return replace(base, store=Store(tmp_path / "store"))
+
+
+def test_one_channel_reaches_the_level_of_the_specification(one_channel: Context) -> None:
+    """There 72.1 (71.1 to 73.9) and 91.6 (91.2 to 91.9), loss 0.37, step size 0.037.
+
+    Measured here with two choices of real images: 73.5 and 66.7 before, 91.1 both after, losses 0.364 and 0.348, step
+    sizes 0.0372 and 0.0367. Each channel gets a third of the gradient, so the rate is three times theirs.
+    """
+    images = make_mtt_images(with_settings(one_channel, lr_images=300.0))
+    reached = accuracy(one_channel, images)
+    print(f"matched {reached:.1f}, loss {last_loss(images):.3f}, step size {load_matched(images).step_size:.4f}")
+    assert reached >= 90
+    assert last_loss(images) == pytest.approx(0.37, abs=0.03)
+    assert load_matched(images).step_size == pytest.approx(0.037, abs=0.001)
 
 
 def test_images_matter_and_not_the_step_size_alone(base: Context) -> None:
