@@ -8,6 +8,8 @@ STAMP := .venv/installed
 EXTRAS := dev,wandb,tensorboard,slurm
 COVERAGE := --cov=cvdd --cov-report=term --cov-fail-under=85
 FAULTS ?= faults
+# Small networks gain nothing from threads of their own, and wait for each other's.
+PARALLEL := OMP_NUM_THREADS=1
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # The first supported Python on the path. A name alone proves nothing: a version manager's shim may refuse to run.
@@ -41,7 +43,7 @@ agreement: $(STAMP) ## check that the engine and the plain references get the sa
 	$(BIN)/python -m benchmarks.agreement
 
 test: $(STAMP) ## run the tests with coverage
-	$(BIN)/python -m pytest $(COVERAGE)
+	$(PARALLEL) $(BIN)/python -m pytest -n auto --maxprocesses=4 $(COVERAGE)
 
 test-slow: $(STAMP) ## run the long tests too
 	$(BIN)/python -m pytest -m "not slurm and not faults" $(COVERAGE)

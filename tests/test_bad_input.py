@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from cvdd.chain.labels import make_labels, open_labels
 from cvdd.chain.members import load_network, make_member
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.engine import Engine
 from cvdd.outcome import INTERRUPTED
 from cvdd.runtime import find_device
 from cvdd.synthesis import NonFiniteLoss
+from cvdd.voting import Voter
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -162,10 +165,10 @@ def test_a_member_whose_loss_is_not_finite(
     monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original = cvdd.chain.images.load_voter
 
-    def breaking(context: Context, name: str, artifact: Artifact) -> nn.Module:
-        network = original(context, name, artifact)
-        # Its fourth pass is the vote of iteration 3; the next is for the agreement that is logged after iteration 4.
-        return BreaksLater(network, 4) if name == "shufflenetv2" else network
+    def breaking(context: Context, name: str, artifact: Artifact, engine: Engine) -> Voter:
+        voter = original(context, name, artifact, engine)
+        # One pass an iteration.
+        return replace(voter, network=BreaksLater(voter.network, 3)) if name == "shufflenetv2" else voter
 
     with monkeypatch.context() as patched:
         patched.setattr(cvdd.chain.images, "load_voter", breaking)
