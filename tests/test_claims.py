@@ -17,6 +17,7 @@ from benchmarks.claims import Simulation, simulate
 from cvdd.artifact import MANIFEST, Artifact, Maker, Parts, Store, StoreError
 from cvdd.artifact.claims import Claims, Leases, Locks, claims_for, held, locks_are_local
 from cvdd.artifact.parts import FINISHED, OPEN, TAKEN, Table
+from cvdd.artifact.sessions import Session
 from cvdd.config_base import ConfigError
 from cvdd.label_store import SAMPLES_OF_A_BLOCK, LabelLayout
 
@@ -243,6 +244,51 @@ def test_an_interrupted_part_goes_on_where_it_was(tmp_path: Path) -> None:
     assert passed == [0, 1]
     assert artifact.manifest["cost"]["sessions"] == 2
     assert "checkpoint.tmp" not in artifact.manifest["files"]
+
+
+class Watched(Locks):
+    """Locks that know what they hold."""
+
+    def __init__(self) -> None:
+        self.held: list[Path] = []
+
+    def take(self, path: Path) -> Any:
+        claim = super().take(path)
+        if claim is None:
+            return None
+        self.held.append(path)
+        release = claim.release
+
+        def forget(forget: bool = False) -> None:
+            self.held.remove(path)
+            release(forget)
+
+        claim.release = forget  # type: ignore[method-assign]
+        return claim
+
+
+@pytest.mark.parametrize("stop", [-1, 0, 2])
+def test_seconds_are_noted_only_while_nobody_can_seal(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that seals removes the notes, and must not meet a new one while it does."""
+    store, claims = Store(tmp_path), Watched()
+    store.claims = claims
+    noted: list[bool] = []
+    note = Session.note
+
+    def watched(session: Session, last: bool = False) -> None:
+        noted.append(bool(claims.held))
+        note(session, last)
+
+    monkeypatch.setattr(Session, "note", watched)
+    with contextlib.suppress(Stopped):
+        make(store, parts_of(stopping_at(stop, [])))
+    artifact = make(store, parts_of(stopping_at(-1, [])))
+    assert noted
+    assert all(noted)
+    assert artifact.manifest["cost"]["sessions"] == (1 if stop == -1 else 2)
+    assert not claims.held
 
 
 def dies_at(root: Path, index: int) -> None:

@@ -152,6 +152,8 @@ def make_open_parts(parts: Parts, work: Path, claims: Claims, folder: Path, sess
                     finished = True
             finally:
                 if not finished:
+                    # While the part is open and held, nobody seals what this writes to.
+                    session.note(last=True)
                     with contextlib.suppress(OSError):
                         table.mark(index, OPEN)
                 claim.release(forget=finished)

@@ -127,11 +127,12 @@ class Store:
                         raise
                     # Others finished it between two looks of this process, and seal it.
                     continue
-                finally:
-                    if work.exists():
-                        session.note(last=True)
                 with self._lock(path):
-                    if (path / MANIFEST).exists() or reopen_missing(parts, work):
+                    if (path / MANIFEST).exists():
+                        continue
+                    # Not without the lock: another process may be sealing the directory that it is written to.
+                    session.note(last=True)
+                    if reopen_missing(parts, work):
                         continue
                     seal(work, path, making.manifest(work, finish(work)))
                     shutil.rmtree(folder, ignore_errors=True)
