@@ -84,6 +84,7 @@ class Work:
         units: of the largest stack.
         size: side of the images in pixels.
         classes: of the data set.
+        split: whether ranks share each unit: their sums are made between the layers, where nothing is compiled.
     """
 
     backbones: tuple[BackboneConfig, ...]
@@ -92,6 +93,7 @@ class Work:
     units: int
     size: int
     classes: int
+    split: bool = False
 
     def seconds(self, device: torch.device) -> float:
         """Estimate how long all of it takes without a compiler."""
@@ -112,7 +114,7 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
     Warns once if there is no compiler where one is wanted.
     """
     by_unit = judges_by_unit(method)
-    compiled = by_unit and config.compile is not False
+    compiled = by_unit and not work.split and config.compile is not False
     if compiled and config.compile == "auto":
         compiled = work.seconds(device) > SECONDS_WORTH_COMPILING
     if compiled and not has_compiler(device.type):
@@ -178,7 +180,7 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
         bn_scale: factor on its statistics term.
         engine: how it judges.
     """
-    if engine == Engine(False, "fp32", engine.units_per_pass):
+    if not engine.compile and engine.precision == "fp32":
         return Voter(name, network, bn_scale)
     dtype = torch.float32
     if engine.precision == "bf16":

@@ -13,6 +13,9 @@ from cvdd.seeds import generator
 
 SQUARE = (1.0, 1.0)
 
+SCORED_AT_ONCE = 500
+"""Crops that the observer is shown in one forward pass."""
+
 
 def make_patches(
     data: Data, observer: nn.Module, config: PatchesConfig, label: int, seed: int
@@ -91,7 +94,7 @@ def _cut(images: Tensor, side: int, scale: tuple[float, float], random: torch.Ge
 
 
 @torch.no_grad()
-def score_crops(observer: nn.Module, crops: Tensor, label: int, data: Data, batch: int = 500) -> Tensor:
+def score_crops(observer: nn.Module, crops: Tensor, label: int, data: Data, batch: int = SCORED_AT_ONCE) -> Tensor:
     """Cross-entropy of the true class for each crop [n, 3, s, s], padded with the mean colour to the image's size."""
     device = next(observer.parameters()).device
     before = (data.image_size - crops.shape[-1] + 1) // 2

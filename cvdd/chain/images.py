@@ -20,8 +20,9 @@ from cvdd.chain.apm import make_apm_images
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.mtt import make_mtt_images
-from cvdd.chain.recover import UNITS, load_voter, recover_stack, require_splittable, save_unit, splits_units
+from cvdd.chain.recover import UNITS, load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
+from cvdd.chain.unit_files import write_unit
 from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -67,8 +68,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         "seed": method.seed,
     }
     engine = _engine(context, stacks) if method.iterations else Engine()
+    identity |= engine.identity
     if method.iterations:
-        identity |= engine.identity
         # Members are known by their artefacts, the parents, in this order; their names are for people.
         identity["draws"] = [[voting.index(index) for index in vote.draw] for vote in votes]
         identity["weights"] = [list(vote.weights) for vote in votes]
@@ -145,10 +146,9 @@ def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:
         max(len(stack.units) for stack in stacks),
         data.image_size,
         len(data.classes),
+        splits_units(context),
     )
-    chosen = choose_engine(config.engine, config.method, work, context.device)
-    # Sums over ranks are made between the layers, where nothing is compiled.
-    return replace(chosen, compile=False) if splits_units(context) else chosen
+    return choose_engine(config.engine, config.method, work, context.device)
 
 
 def _join_stacks(context: Context, maker: Callable[[Path], AbstractContextManager[Maker]]) -> None:
@@ -181,7 +181,7 @@ def _all_images(context: Context) -> Artifact:
         for label, count in enumerate(counts):
             chosen = (data.train.labels == label).nonzero()[:, 0]
             pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, chosen)
-            save_unit(work / UNITS, Unit(0, label, label, label + 1, count), pixels, [], {})
+            write_unit(work / UNITS, Unit(0, label, label, label + 1, count), pixels, [], {})
         return {"units": len(counts), "stacks": 0, "images": sum(counts)}
 
     identity = {"data": data.identity, "classes": list(data.classes), "method": {"init": "all"}}

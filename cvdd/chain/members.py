@@ -29,6 +29,9 @@ from cvdd.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
+MEASURED_AT_ONCE = 256
+"""Training images in a forward pass that measures a member on them."""
+
 
 def make_member(context: Context, name: str) -> Artifact:
     """Return a member: imported if it has a checkpoint, trained with the recipe otherwise."""
@@ -183,7 +186,7 @@ def _finish(context: Context, network: nn.Module, curve: Sequence[dict[str, floa
     data = context.data()
     metrics: dict[str, Any] = {f"test_{key}": value for key, value in test.as_dict().items()}
     if data.train.in_memory:
-        on_train = Evaluator(data, 256, context.device, part="train", test_resize=None)(network)
+        on_train = Evaluator(data, MEASURED_AT_ONCE, context.device, part="train", test_resize=None)(network)
         metrics |= {f"train_{key}": value for key, value in on_train.as_dict().items()}
     metrics["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     metrics["batchnorm_layers"] = len(batchnorm_layers(network))

@@ -94,7 +94,7 @@ def recover_stack(
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
     for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):
         shares = dict(zip(names, unit_weights.tolist(), strict=True))
-        save_unit(work / UNITS, unit, unit_pixels, rows, shares)
+        write_unit(work / UNITS, unit, unit_pixels, [asdict(row) for row in rows], shares)
     for leftover in work.glob(f"stack{stack.index:05d}.*.tmp"):
         leftover.unlink()
     return engine
@@ -273,11 +273,6 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
         grid = image_grid(denormalise(images[0], data.mean, data.std))
         context.log_images("distill/images", grid, step)
         context.save_picture(f"stack{stack.index:05d}", grid)
-
-
-def save_unit(folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[LogRow], weights: Mapping[str, float]) -> None:
-    """Write a unit's images [images, 3, size, size] uint8, its classes and its history, atomically."""
-    write_unit(folder, unit, pixels, [asdict(row) for row in rows], weights)
 
 
 def jpeg_round_trip(image: Tensor) -> Tensor:

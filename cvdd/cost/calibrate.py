@@ -34,6 +34,7 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.distributed import World
+from cvdd.patches import SCORED_AT_ONCE
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _whole(step: Step, scale: Scale) -> int:
         return step.batch
     if isinstance(step, PatchStep):
         # As many as are scored in one forward pass.
-        return max(500 // step.settings.crops, step.settings.factor**2)
+        return max(SCORED_AT_ONCE // step.settings.crops, step.settings.factor**2)
     return scale.size
 
 

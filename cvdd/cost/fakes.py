@@ -33,7 +33,7 @@ from cvdd.data import Data, TensorSource, resize_and_crop
 from cvdd.label_batches import LabelledBatch
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule
-from cvdd.patches import make_patches
+from cvdd.patches import SCORED_AT_ONCE, make_patches
 from cvdd.replay import draw_epoch, replay
 from cvdd.student import StudentModule
 from cvdd.teachers import Teachers
@@ -100,7 +100,7 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         return Scale(1, 1, one.flops, one.activations * step.batch + one.weights)
     if isinstance(step, PatchStep):
         one, patches = profiles(step.network, "forward"), step.settings
-        return Scale(1, patches.factor**2, one.flops * patches.crops, one.activations * 500 + one.weights)
+        return Scale(1, patches.factor**2, one.flops * patches.crops, one.activations * SCORED_AT_ONCE + one.weights)
     if isinstance(step, ReplayStep):
         label = step.settings
         held = label.batch_size * label.stack * 3 * step.size**2 * 4 * 3

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cvdd.artifact import Artifact
+from cvdd.chain.members import MEASURED_AT_ONCE
 from cvdd.chain.statistics import BATCH
+from cvdd.chain.training import every, ten_times
 from cvdd.classifier import ShuffledBatches
 from cvdd.cost.plan import Piece
 from cvdd.cost.recovering import RecoverPlan, engine_of, plan_recover
@@ -30,9 +32,6 @@ from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
-
-_TRAIN_BATCH = 256
-"""Images in a forward pass where a member is measured on its training images."""
 
 
 @dataclass
@@ -97,8 +96,7 @@ def _member(piece: Piece, work: Work) -> None:
         recipe = config.recipe
         step = TrainStep.of(network, recipe, data.train.in_memory)
         batches = len(ShuffledBatches(len(data.train), recipe.batch_size, 0))
-        every = max(recipe.epochs // 10, 1)
-        measured += _measurements(recipe.epochs, every)
+        measured += sum(map(ten_times(recipe.epochs), range(recipe.epochs)))
         work.steps = batches * recipe.epochs
         # A last batch that is not full costs less.
         work.use(step, recipe.epochs * min(len(data.train) / recipe.batch_size, batches))
@@ -107,7 +105,7 @@ def _member(piece: Piece, work: Work) -> None:
         _decode(piece, work, len(data.train) * recipe.epochs)
     _measure(piece, work, network, len(data.test) * measured, config.protocol.eval_batch)
     if data.train.in_memory:
-        work.use(MeasureStep(network, _TRAIN_BATCH), len(data.train))
+        work.use(MeasureStep(network, MEASURED_AT_ONCE), len(data.train))
         work.held = len(data.train) * 3 * data.image_size**2
 
 
@@ -128,7 +126,7 @@ def _student(piece: Piece, work: Work) -> None:
     if label.store == "none":
         _score(piece, work, label, teachers, pool.shown * protocol.epochs)
     measured = len(data.test) if identity["measured_on"] == "test" else len(data.train)
-    times = _measurements(protocol.epochs, protocol.eval_every)
+    times = sum(map(every(protocol.eval_every, protocol.epochs), range(protocol.epochs)))
     _measure(piece, work, network, measured * times, protocol.eval_batch)
     work.held = _pixels(piece, int(images.metrics["images"]))
 
@@ -236,10 +234,6 @@ def _network(piece: Piece, identity: Mapping[str, Any]) -> Network:
 
 def _pixels(piece: Piece, images: int) -> int:
     return images * 3 * piece.data.image_size**2
-
-
-def _measurements(epochs: int, every: int) -> int:
-    return sum(1 for epoch in range(1, epochs + 1) if epoch % every == 0 or epoch == epochs)
 
 
 def _measure(piece: Piece, work: Work, network: Network, images: int, batch: int) -> None:

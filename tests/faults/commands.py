@@ -70,7 +70,7 @@ def note_work(notes: Path) -> None:
     import cvdd.artifact.store
     import cvdd.chain.recover
 
-    seal, save_unit = cvdd.artifact.store.seal, cvdd.chain.recover.save_unit
+    seal, write_unit = cvdd.artifact.store.seal, cvdd.chain.recover.write_unit
 
     def note(what: str) -> None:
         descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -82,10 +82,10 @@ def note_work(notes: Path) -> None:
         note(f"{path.parent.name}/{path.name}")
 
     def noting_unit(folder: Path, unit: Any, *rest: Any) -> None:
-        save_unit(folder, unit, *rest)
+        write_unit(folder, unit, *rest)
         note(f"{folder.parent.name}/{unit.name}")
 
-    cvdd.artifact.store.seal, cvdd.chain.recover.save_unit = noting_seal, noting_unit
+    cvdd.artifact.store.seal, cvdd.chain.recover.write_unit = noting_seal, noting_unit
 
 
 class Command:
