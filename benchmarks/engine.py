@@ -22,7 +22,7 @@ from cvdd.artifact import Store
 from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
-from cvdd.engine import Engine, Work, choose_engine, compiling, ready_voter
+from cvdd.engine import Engine, Work, choose_engine, compiles, compiling, has_compiler, ready_voter, uncompiled_seconds
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
@@ -153,7 +153,7 @@ def recover(
     method = timed_method(config, steps)
     stage = Stage(0, 0, steps, images.shape[-1])
     module = make_module(config, method, voters, images, targets, stage, engine=engine)
-    with compiling(engine):
+    with compiling(engine.compile):
         return fit(config, module, None, module.epochs, folder, device)
 
 
@@ -195,9 +195,29 @@ def recover_free(
     return module.images.detach().cpu()
 
 
-def make_labels(config: RunConfig, teachers: Sequence[nn.Module], pixels: Tensor, label: LabelConfig) -> ComputedLabels:
+def compiles_labels(config: RunConfig, members: Sequence[str], device: torch.device) -> bool:
+    """Decide as a real run of this configuration does, which labels all images for all epochs."""
+    backbones = [config.committee.members[name].backbone for name in members]
+    classes, size = config.dataset.num_classes, config.dataset.image_size
+    shown = config.ipc.images_per_class * classes * config.label.epochs
+
+    def seconds() -> float:
+        return uncompiled_seconds(backbones, shown, 1, classes, size, device)
+
+    return compiles(config.engine.compile_labels, seconds, device)
+
+
+def compiles_students(config: RunConfig, device: torch.device) -> bool:
+    """Likewise for a student."""
+    return config.engine.compile_students and has_compiler(device.type)
+
+
+def make_labels(
+    config: RunConfig, teachers: Sequence[nn.Module], pixels: Tensor, label: LabelConfig, compiled: bool
+) -> ComputedLabels:
     """Return labels of images [count, 3, size, size] uint8 by teachers that count alike."""
-    voting = Teachers(teachers, [1 / len(teachers)] * len(teachers), label).to(pixels.device)
+    weights = [1 / len(teachers)] * len(teachers)
+    voting = Teachers(teachers, weights, label, compiled).to(pixels.device)
     return ComputedLabels(voting, pixels, label, 0, config.dataset.mean, config.dataset.std)
 
 
@@ -219,7 +239,13 @@ def stored_labels(config: RunConfig, label: LabelConfig, count: int, folder: Pat
 
 
 def student(
-    config: RunConfig, network: nn.Module, pixels: Tensor, labels: StoredLabels, folder: Path, device: torch.device
+    config: RunConfig,
+    network: nn.Module,
+    pixels: Tensor,
+    labels: StoredLabels,
+    folder: Path,
+    device: torch.device,
+    compiled: bool,
 ) -> float:
     """Train a student on all labelled epochs, without measuring it; return the seconds."""
     dataset = SoftLabelDataset(labels)
@@ -230,10 +256,12 @@ def student(
         labels.batch_size,
         config.dataset.mean,
         config.dataset.std,
+        compiled,
         **_unmeasured(network),
     )
     loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
-    return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation)
+    with compiling(compiled):
+        return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation)
 
 
 def member(

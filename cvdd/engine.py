@@ -7,7 +7,7 @@ import copy
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -97,10 +97,38 @@ class Work:
 
     def seconds(self, device: torch.device) -> float:
         """Estimate how long all of it takes without a compiler."""
-        rate, overhead = RATES["cuda" if device.type == "cuda" else "cpu"]
         # Forward, and backward to the images alone.
-        each = [2 * forward_flops(one, self.classes, self.size) / rate + overhead for one in self.backbones]
-        return self.image_passes * sum(each)
+        return uncompiled_seconds(self.backbones, self.image_passes, 2, self.classes, self.size, device)
+
+
+def uncompiled_seconds(
+    backbones: Sequence[BackboneConfig], images: int, passes: int, classes: int, size: int, device: torch.device
+) -> float:
+    """Estimate how long networks take for so many images without a compiler.
+
+    Args:
+        backbones: of the networks; each is shown all images.
+        images: shown to each of them.
+        passes: 1 for forward alone, 2 with the gradient of the images, 3 with that of the parameters as well.
+        classes: of the data set.
+        size: side of the images in pixels.
+        device: kind of device.
+    """
+    rate, overhead = RATES["cuda" if device.type == "cuda" else "cpu"]
+    return images * sum(passes * forward_flops(one, classes, size) / rate + overhead for one in backbones)
+
+
+def compiles(wanted: Literal["auto"] | bool, seconds: Callable[[], float], device: torch.device) -> bool:
+    """Decide whether to compile: if there is a compiler, and if wanted, or automatic and so much work that it pays.
+
+    Args:
+        wanted: what the configuration says.
+        seconds: estimates the work without a compiler; only called where that matters.
+        device: kind of device.
+    """
+    if wanted == "auto":
+        wanted = seconds() > SECONDS_WORTH_COMPILING
+    return wanted and has_compiler(device.type)
 
 
 def judges_by_unit(method: MethodConfig) -> bool:
@@ -114,11 +142,7 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
     Warns once if there is no compiler where one is wanted.
     """
     by_unit = judges_by_unit(method)
-    compiled = by_unit and not work.split and config.compile is not False
-    if compiled and config.compile == "auto":
-        compiled = work.seconds(device) > SECONDS_WORTH_COMPILING
-    if compiled and not has_compiler(device.type):
-        compiled = False
+    compiled = by_unit and not work.split and compiles(config.compile, lambda: work.seconds(device), device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

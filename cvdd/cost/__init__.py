@@ -90,11 +90,8 @@ def _notes(config: RunConfig, needed: list[Step]) -> list[str]:
         notes.append("method.statistics and method.density cost more than is counted here")
     if Overhead("compile") in needed:
         notes.append(
-            "compiled judgements are not timed: they are taken as a third of plain ones, and 30 s each to compile"
-        )
-    if config.engine.compile_labels or config.engine.compile_students:
-        notes.append(
-            "labels and students are timed uncompiled, whatever engine.compile_labels and compile_students say"
+            "what is compiled is not timed: judgements are taken as a third of plain ones, labels and students as long "
+            "as plain ones, and 30 s for each to be compiled"
         )
     if config.method.brings_students:
         notes.append(f"how method={config.method.name} makes images and students is unknown to the prediction")

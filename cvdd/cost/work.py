@@ -123,6 +123,8 @@ def _student(piece: Piece, work: Work) -> None:
     work.use(StudentStep.of(network, protocol, label), protocol.epochs * pool.shown / label.batch_size)
     work.around(fit=1, epoch=protocol.epochs, batch=work.steps)
     work.parts["epochs"] = protocol.epochs
+    if identity.get("compiled"):
+        work.around(compile=1)
     if label.store == "none":
         _score(piece, work, label, teachers, pool.shown * protocol.epochs)
     measured = len(data.test) if identity["measured_on"] == "test" else len(data.train)
@@ -187,6 +189,8 @@ def _labels(piece: Piece, work: Work) -> None:
     work.label_bytes = layout.logits_bytes + layout.parameters_bytes
     work.steps = layout.pool.stored
     work.parts["epochs"] = layout.pool.labelled_epochs
+    if piece.identity.get("compiled"):
+        work.around(compile=len(teachers))
     work.around(part=len(layout.blocks))
     _score(piece, work, label, teachers, layout.pool.samples)
 

@@ -18,11 +18,13 @@ class EngineConfig(StrictConfig):
         description="compile the members' judgements; auto where more time is saved than a compiler takes. Only votes "
         "on BatchNorm statistics of units are compiled, and only where there is a compiler",
     )
-    compile_labels: bool = Field(
-        False, description="compile the teachers' passes over full stacks; where there is a compiler"
+    compile_labels: Literal["auto"] | bool = Field(
+        "auto", description="compile the teachers' passes over full stacks; likewise, where there is a compiler"
     )
     compile_students: bool = Field(
-        False, description="compile the passes of students through full batches; where there is a compiler"
+        False,
+        description="compile the passes of students through full batches, where there is a compiler. Narrow networks "
+        "gain by it, wide ones do not",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the members' convolutions; auto is bf16 on a GPU that has it and fp32 elsewhere"
