@@ -175,12 +175,24 @@ def test_dropout_is_off_unless_asked_for() -> None:
     assert not torch.equal(noisy(images), noisy(images))
 
 
-def test_layers_without_scale_and_shift() -> None:
-    layer = nn.BatchNorm2d(3, affine=False)
+@pytest.mark.parametrize("grad", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [False, True], ids=["bare", "scale and shift"])
+def test_groups_are_normalised_like_batches_of_their_own(grad: bool, memory: torch.memory_format, affine: bool) -> None:
+    layer = nn.BatchNorm2d(3, affine=affine)
+    if affine:
+        nn.init.uniform_(layer.weight)
+        nn.init.uniform_(layer.bias)
     mine = GroupBatchNorm(layer)
     mine.group_size = 2
-    expected = torch.cat([layer.train()(part) for part in noise(6).split(2)])
-    torch.testing.assert_close(mine(noise(6)), expected)
+    images = noise(6).to(memory_format=memory)
+    with torch.set_grad_enabled(grad):
+        found = mine(images)
+    expected = torch.cat([layer.train()(part) for part in images.split(2)])
+    torch.testing.assert_close(found, expected)
+    if not grad:
+        # Labels are those of passes of one half-batch each, to the last bit.
+        assert torch.equal(found, expected)
 
 
 def test_a_network_without_batchnorm_is_refused_by_name() -> None:
