@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare compare-matching bench bench-gpu agreement install test test-slow test-ranks test-slurm test-faults lint clean
+.PHONY: help demo compare compare-matching bench bench-gpu agreement install test coverage test-slow test-ranks test-slurm test-faults lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,7 +42,10 @@ bench-gpu: $(STAMP) ## the same in full sizes on a GPU, in under 10 minutes
 agreement: $(STAMP) ## check that the engine and the plain references get the same numbers
 	$(BIN)/python -m benchmarks.agreement
 
-test: $(STAMP) ## run the tests with coverage
+test: $(STAMP) ## run the tests
+	$(PARALLEL) $(BIN)/python -m pytest -n auto --maxprocesses=4
+
+coverage: $(STAMP) ## run the tests and see which lines they reach, which takes half as long again
 	$(PARALLEL) $(BIN)/python -m pytest -n auto --maxprocesses=4 $(COVERAGE)
 
 test-slow: $(STAMP) ## run the long tests too
