@@ -192,8 +192,8 @@ def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
 
     if side == "engine":
         label = config.label.model_copy(update={"epochs": case.steps})
-        compiled = engine.compiles_labels(config, case.members, device)
-        labels = engine.make_labels(config, teachers, pixels, label, compiled)
+        passes = engine.passes_of_labels(config, case.members, device)
+        labels = engine.make_labels(config, teachers, pixels, label, passes)
         return lambda: engine.relabel(config, labels, fresh(), device)
     for teacher in teachers:
         plain_relabel.use_batch_statistics(teacher)
@@ -224,10 +224,12 @@ def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     pixels, teacher = settings.random_pixels(config, case.images), _Flat(config.dataset.num_classes)
     if side == "engine":
         label = config.label.model_copy(update={"epochs": case.steps})
-        engine.relabel(config, engine.make_labels(config, [teacher], pixels, label, False), files, torch.device("cpu"))
+        engine.relabel(
+            config, engine.make_labels(config, [teacher], pixels, label, engine.Passes()), files, torch.device("cpu")
+        )
         labels = engine.stored_labels(config, label, case.images, files)
-        compiled = engine.compiles_students(config, device)
-        return lambda: engine.student(config, copy.deepcopy(start), pixels, labels, folder, device, compiled)
+        passes = engine.passes_of_students(config, device)
+        return lambda: engine.student(config, copy.deepcopy(start), pixels, labels, folder, device, passes)
     plain = settings.student_settings(config)
     networks = [plain_relabel.use_batch_statistics(teacher)]
     plain_relabel.relabel(networks, [1.0], pixels, settings.relabel_settings(config), case.steps, files)

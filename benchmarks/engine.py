@@ -22,7 +22,18 @@ from cvdd.artifact import Store
 from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
-from cvdd.engine import Engine, Work, choose_engine, compiles, compiling, has_compiler, ready_voter, uncompiled_seconds
+from cvdd.engine import (
+    Engine,
+    Passes,
+    Work,
+    choose_engine,
+    compiles,
+    compiling,
+    has_compiler,
+    precision_of,
+    ready_voter,
+    uncompiled_seconds,
+)
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
@@ -195,7 +206,7 @@ def recover_free(
     return module.images.detach().cpu()
 
 
-def compiles_labels(config: RunConfig, members: Sequence[str], device: torch.device) -> bool:
+def passes_of_labels(config: RunConfig, members: Sequence[str], device: torch.device) -> Passes:
     """Decide as a real run of this configuration does, which labels all images for all epochs."""
     backbones = [config.committee.members[name].backbone for name in members]
     classes, size = config.dataset.num_classes, config.dataset.image_size
@@ -204,20 +215,21 @@ def compiles_labels(config: RunConfig, members: Sequence[str], device: torch.dev
     def seconds() -> float:
         return uncompiled_seconds(backbones, shown, 1, classes, size, device)
 
-    return compiles(config.engine.compile_labels, seconds, device)
+    return Passes(compiles(config.engine.compile_labels, seconds, device), config.engine.precision_labels)
 
 
-def compiles_students(config: RunConfig, device: torch.device) -> bool:
+def passes_of_students(config: RunConfig, device: torch.device) -> Passes:
     """Likewise for a student."""
-    return config.engine.compile_students and has_compiler(device.type)
+    compiled = config.engine.compile_students and has_compiler(device.type)
+    return Passes(compiled, precision_of(config.engine.precision_students, device))
 
 
 def make_labels(
-    config: RunConfig, teachers: Sequence[nn.Module], pixels: Tensor, label: LabelConfig, compiled: bool
+    config: RunConfig, teachers: Sequence[nn.Module], pixels: Tensor, label: LabelConfig, passes: Passes
 ) -> ComputedLabels:
     """Return labels of images [count, 3, size, size] uint8 by teachers that count alike."""
     weights = [1 / len(teachers)] * len(teachers)
-    voting = Teachers(teachers, weights, label, compiled).to(pixels.device)
+    voting = Teachers(teachers, weights, label, passes).to(pixels.device)
     return ComputedLabels(voting, pixels, label, 0, config.dataset.mean, config.dataset.std)
 
 
@@ -245,7 +257,7 @@ def student(
     labels: StoredLabels,
     folder: Path,
     device: torch.device,
-    compiled: bool,
+    passes: Passes,
 ) -> float:
     """Train a student on all labelled epochs, without measuring it; return the seconds."""
     dataset = SoftLabelDataset(labels)
@@ -256,11 +268,11 @@ def student(
         labels.batch_size,
         config.dataset.mean,
         config.dataset.std,
-        compiled,
+        passes,
         **_unmeasured(network),
     )
     loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
-    with compiling(compiled):
+    with compiling(passes.compile):
         return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation)
 
 

@@ -152,7 +152,8 @@ class GroupBatchNorm(nn.Module):
     def _one_by_one(self, x: Tensor, groups: int) -> Tensor:
         # On a CPU a call costs nothing, but copies that bring groups together cost as much as normalising.
         out = torch.empty_like(x)
-        mean, scale = (x.new_empty(x.shape[1]) for _ in range(2))
+        kind = x.dtype if self.weight is None else self.weight.dtype
+        mean, scale = (x.new_empty(x.shape[1], dtype=kind) for _ in range(2))
         for part, place in zip(x.chunk(groups), out.chunk(groups), strict=True):
             torch.native_batch_norm(
                 part, self.weight, self.bias, None, None, True, 0.0, self.eps, out=(place, mean, scale)

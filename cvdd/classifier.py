@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cvdd.distributed import gather_parts
 from cvdd.measure import Accuracy
-from cvdd.seeds import derive_seed, generator
+from cvdd.seeds import derive_seed, generator, seed_networks
 
 Measure = Callable[[nn.Module], Accuracy]
 EpochLog = Callable[[int, dict[str, float]], None]
@@ -131,7 +131,7 @@ class Classifier(pl.LightningModule):
     ) -> Iterator[Tensor]:
         """Loss, gradient and statistics of each of this rank's parts, one after the other in one tensor."""
         for part in self.own_parts(len(losses)):
-            torch.manual_seed(derive_seed(self.seed, "network", self.current_epoch, batch_index, part))
+            seed_networks(derive_seed(self.seed, "network", self.current_epoch, batch_index, part), self.device)
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -159,7 +159,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Make the network's own draws depend on (seed, epoch) alone, also after an interruption."""
-        torch.manual_seed(derive_seed(self.seed, "network", self.current_epoch))
+        seed_networks(derive_seed(self.seed, "network", self.current_epoch), self.device)
 
     def on_train_epoch_end(self) -> None:
         """Add a row to the curve."""

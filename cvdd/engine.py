@@ -8,6 +8,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -118,6 +119,38 @@ def uncompiled_seconds(
     return images * sum(passes * forward_flops(one, classes, size) / rate + overhead for one in backbones)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the networks that label and those that learn compute.
+
+    Attributes:
+        compile: whether their passes are compiled.
+        precision: of their convolutions and matrix products; all else, parameters included, is in fp32.
+    """
+
+    compile: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it belongs to the identity of labels and students; nothing for PyTorch's plain kernels."""
+        compiled = {"compiled": True} if self.compile else {}
+        return compiled | ({"precision": self.precision} if self.precision != "fp32" else {})
+
+    def around(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return what a forward pass is made inside."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+
+def precision_of(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """Decide what is automatic: bf16 on a GPU that has it."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def compiles(wanted: Literal["auto"] | bool, seconds: Callable[[], float], device: torch.device) -> bool:
     """Decide whether to compile: if there is a compiler, and if wanted, or automatic and so much work that it pays.
 
@@ -143,9 +176,7 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
     """
     by_unit = judges_by_unit(method)
     compiled = by_unit and not work.split and compiles(config.compile, lambda: work.seconds(device), device)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = precision_of(config.precision, device)
     units: int | None = None
     if by_unit:
         most = max(PIXELS_PER_PASS // (work.unit_images * work.size**2), 1)

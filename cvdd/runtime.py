@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -91,6 +92,9 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
         ConfigError: the device that is asked for is not there.
     """
     _quiet_libraries()
+    if not torch.cuda.is_available():
+        # PyTorch's optimisers look for a GPU at every step, and open a library for it each time.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     return find_device(config, local_rank)

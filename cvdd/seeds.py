@@ -20,3 +20,11 @@ def derive_seed(seed: int, *names: str | int) -> int:
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator seeded with :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def seed_networks(seed: int, device: torch.device) -> None:
+    """Seed what networks on a device draw by themselves (dropout)."""
+    # torch.manual_seed remembers each seed, with the stack, for every kind of device that is not there.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cvdd.classifier import Classifier, parts_of
+from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
 from cvdd.replay import replay
@@ -28,7 +29,8 @@ class StudentModule(Classifier):
         batch_size: images per full label batch; parts of it are forwarded separately.
         mean: of the normalisation.
         std: of the normalisation.
-        compiled: compile the passes of full parts; others are as many shapes, each of which takes a compiler a while.
+        passes: how the network computes. Only those of full parts are compiled; others are as many shapes, each of
+            which takes a compiler a while.
         shared: arguments of :class:`Classifier`.
     """
 
@@ -40,7 +42,7 @@ class StudentModule(Classifier):
         batch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        compiled: bool = False,
+        passes: Passes | None = None,
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
@@ -48,8 +50,9 @@ class StudentModule(Classifier):
         self.register_buffer("images", images, persistent=False)
         self.register_buffer("classes", classes, persistent=False)
         self.part = max(batch_size // protocol.accumulation, 1)
+        self._passes = passes or Passes()
         # A function and not a module, so that the network's parameters are not found twice.
-        self._compiled = torch.compile(self.network.forward, dynamic=False) if compiled else None
+        self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
@@ -64,7 +67,9 @@ class StudentModule(Classifier):
     def _part_loss(self, samples: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         shown = samples[part]
         forward = self.network if self._compiled is None or len(shown) != self.part else self._compiled
-        return self._loss(forward(shown), batch, part) / self.protocol.accumulation
+        with self._passes.around(shown.device):
+            logits = forward(shown)
+        return self._loss(logits.float(), batch, part) / self.protocol.accumulation
 
     def _loss(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         assert isinstance(self.images, Tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatisticsNetwork
-from cvdd.engine import compiling
+from cvdd.engine import Passes, compiling
 from cvdd.methods.gvbsm import balanced_mean
 from cvdd.schema import LabelConfig
 
@@ -20,15 +20,16 @@ class Teachers:
         networks: trained networks.
         weights: their shares of the averaged logits.
         label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
-        compiled: compile passes of as many samples as the first has; others are as many shapes, each of which takes a
-            compiler a while.
+        passes: how they compute. Only passes of as many samples as the first has are compiled; others are as many
+            shapes, each of which takes a compiler a while.
     """
 
     def __init__(
-        self, networks: Sequence[nn.Module], weights: Sequence[float], label: LabelConfig, compiled: bool = False
+        self, networks: Sequence[nn.Module], weights: Sequence[float], label: LabelConfig, passes: Passes | None = None
     ) -> None:
         self.label = label
-        self._compiled: dict[nn.Module, Callable[..., Tensor]] | None = {} if compiled else None
+        self._passes = passes or Passes()
+        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         self._samples: int | None = None
         self.weights = list(weights)
         self.networks: list[nn.Module] = []
@@ -51,8 +52,9 @@ class Teachers:
         """
         if self._samples is None:
             self._samples = len(samples)
-        with compiling(self._compiled is not None):
+        with compiling(self._passes.compile), self._passes.around(samples.device):
             scored = [self._logits(self._ready(network, samples), samples, batch_size) for network in self.networks]
+        scored = [logits.float() for logits in scored]
         if self.label.weights == "balanced":
             return balanced_mean(torch.stack(scored), batch_size)
         total = None
@@ -62,7 +64,7 @@ class Teachers:
         return total
 
     def _ready(self, network: nn.Module, samples: Tensor) -> Callable[..., Tensor]:
-        if self._compiled is None or len(samples) != self._samples:
+        if not self._passes.compile or len(samples) != self._samples:
             return network
         if network not in self._compiled:
             self._compiled[network] = torch.compile(network.forward, dynamic=False)

@@ -88,7 +88,7 @@ def test_labels_are_those_of_the_engine_for_the_same_views() -> None:
     label = config.label.model_copy(update={"epochs": 1, "batch_size": 8, "dtype": "float32"})
     networks = [small_network(classes=10, seed=1, dropout=0.5), small_network(classes=10, seed=2)]
     pixels = random_pixels(16, size=32)
-    plan, expected = engine.make_labels(config, networks, pixels, label, False).epoch(0)
+    plan, expected = engine.make_labels(config, networks, pixels, label, engine.Passes()).epoch(0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.dataset.mean, config.dataset.std))
     plain = [relabel.use_batch_statistics(copy.deepcopy(network)) for network in networks]
     for start in (0, 8):

@@ -10,6 +10,7 @@ from helpers import MEAN, STD, label_config, random_pixels, small_network
 from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
+from cvdd.engine import Passes
 from cvdd.labels import ComputedLabels, HardLabels, check_batches
 from cvdd.replay import batch_bounds, draw_epoch, replay
 from cvdd.schema import LabelConfig
@@ -68,9 +69,20 @@ def test_several_teachers_average_their_logits() -> None:
 def test_compiled_teachers_say_the_same() -> None:
     """Stacks of the first size are compiled, smaller ones are not."""
     samples, networks = noise(24), [small_network(seed=1), small_network(seed=2)]
-    plain, compiled = (Teachers(networks, [0.5, 0.5], label_config(), how) for how in (False, True))
+    plain, compiled = (Teachers(networks, [0.5, 0.5], label_config(), Passes(how)) for how in (False, True))
     for part in (samples[:16], samples[16:]):
         torch.testing.assert_close(compiled.score(part, 8), plain.score(part, 8), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bn_mode", ["batch", "running"])
+def test_teachers_in_half_precision_say_nearly_the_same(bn_mode: str) -> None:
+    samples, networks = noise(24), [small_network(seed=1), small_network(seed=2)]
+    label = label_config(bn_mode=bn_mode)
+    full, half = (Teachers(networks, [0.5, 0.5], label, Passes(precision=how)) for how in ("fp32", "bf16"))
+    expected, said = full.score(samples, 8), half.score(samples, 8)
+    assert said.dtype == torch.float32
+    assert not torch.equal(said, expected)
+    torch.testing.assert_close(said, expected, rtol=0.05, atol=0.05)
 
 
 def test_balanced_teachers_have_the_same_norm_in_every_batch() -> None:

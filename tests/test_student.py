@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cvdd.context
-from cvdd.engine import compiling
+from cvdd.engine import Passes, compiling
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
 from cvdd.losses import soft_label_loss
@@ -60,14 +60,12 @@ def soft_labels(count: int = 20, batch_size: int = 8) -> ComputedLabels:
 
 
 def student(
-    network: nn.Module, labels: ComputedLabels | HardLabels, compiled: bool = False, **changes: Any
+    network: nn.Module, labels: ComputedLabels | HardLabels, passes: Passes | None = None, **changes: Any
 ) -> StudentModule:
     extra = {key: changes.pop(key) for key in ("measure", "measured_at") if key in changes}
     arguments = training_arguments(network, **extra)
     images = random_pixels(20, SIZE)
-    return StudentModule(
-        protocol_config(**changes), images, CLASSES, labels.batch_size, MEAN, STD, compiled, **arguments
-    )
+    return StudentModule(protocol_config(**changes), images, CLASSES, labels.batch_size, MEAN, STD, passes, **arguments)
 
 
 @pytest.mark.slow
@@ -76,7 +74,7 @@ def test_a_compiled_student_learns_the_same() -> None:
     labels, states = soft_labels(), []
     for compiled in (False, True):
         network = small_network(seed=3).train().requires_grad_()
-        module = student(network, labels, compiled, epochs=3)
+        module = student(network, labels, Passes(compiled), epochs=3)
         with compiling(compiled):
             fit(module, batches(labels), 3)
         states.append(module.network.state_dict())
@@ -84,6 +82,20 @@ def test_a_compiled_student_learns_the_same() -> None:
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
     start = small_network(seed=3).state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in states[1].items())
+
+
+def test_a_student_in_half_precision_learns_nearly_the_same_with_full_parameters() -> None:
+    labels, modules = soft_labels(), []
+    for precision in ("fp32", "bf16"):
+        network = small_network(seed=3).train().requires_grad_()
+        module = student(network, labels, Passes(precision=precision), epochs=3, loss="mse")
+        fit(module, batches(labels), 3)
+        modules.append(module)
+    full, half = (module.network.state_dict() for module in modules)
+    assert all(value.dtype == full[name].dtype for name, value in half.items())
+    assert any(not torch.equal(value, full[name]) for name, value in half.items())
+    losses = [[row["train_loss"] for row in module.curve] for module in modules]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.engine import compiles, uncompiled_seconds
+from cvdd.engine import Passes, compiles, uncompiled_seconds
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
@@ -96,8 +96,7 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
         "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
         "seed": _seed(context),
     }
-    if _compiles(context, count):
-        identity["compiled"] = True
+    identity |= _passes(context, count).identity if names else {}
     parents = [images, *teachers.values()]
     artifact = None
     if label.store == "logits":
@@ -167,7 +166,7 @@ def _seed(context: Context) -> int:
     return derive_seed(context.config.seed, "labels")
 
 
-def _compiles(context: Context, count: int) -> bool:
+def _passes(context: Context, count: int) -> Passes:
     config, data = context.config, context.data()
     backbones = [config.committee.members[name].backbone for name in teachers_of(config)]
 
@@ -175,7 +174,7 @@ def _compiles(context: Context, count: int) -> bool:
         samples = LabelPool.of(config.label, count).samples
         return uncompiled_seconds(backbones, samples, 1, len(data.classes), data.image_size, context.device)
 
-    return bool(backbones) and compiles(config.engine.compile_labels, seconds, context.device)
+    return Passes(compiles(config.engine.compile_labels, seconds, context.device), config.engine.precision_labels)
 
 
 def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, float]) -> list[float]:
@@ -199,5 +198,5 @@ def _computed(
         if config.label.bn_mode == "batch" and member.bn_scale:
             require_batchnorm(network, name)
         networks.append(network)
-    teachers = Teachers(networks, weights, config.label, _compiles(context, len(pixels))).to(context.device)
+    teachers = Teachers(networks, weights, config.label, _passes(context, len(pixels))).to(context.device)
     return ComputedLabels(teachers, pixels.to(context.device), config.label, _seed(context), data.mean, data.std)

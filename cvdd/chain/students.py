@@ -13,7 +13,7 @@ from cvdd.chain.images import load_images
 from cvdd.chain.labels import Labels
 from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
 from cvdd.context import Context
-from cvdd.engine import compiling, has_compiler
+from cvdd.engine import Passes, compiling, has_compiler, precision_of
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.memory import enough_memory
 from cvdd.seeds import derive_seed
@@ -49,9 +49,11 @@ def make_student(
         "measured_on": part,
     }
 
-    compiled = config.engine.compile_students and has_compiler(context.device.type)
-    if compiled:
-        identity["compiled"] = True
+    passes = Passes(
+        config.engine.compile_students and has_compiler(context.device.type),
+        precision_of(config.engine.precision_students, context.device),
+    )
+    identity |= passes.identity
 
     def train(work: Path) -> StudentModule:
         evaluator = evaluator_of(context, part)
@@ -67,7 +69,7 @@ def make_student(
                 dataset.labels.batch_size,
                 data.mean,
                 data.std,
-                compiled,
+                passes,
                 network=build_network(backbone, len(data.classes), derive_seed(seed, "student")),
                 name=title,
                 seed=derive_seed(seed, "student"),
@@ -81,7 +83,7 @@ def make_student(
                 f"label.batch_size={config.label.batch_size}; where it is measured, lower "
                 f"protocol.eval_batch={protocol.eval_batch}"
             )
-            with enough_memory(title, advice), compiling(compiled):
+            with enough_memory(title, advice), compiling(passes.compile):
                 context.fit(module, loader, protocol.epochs, work / "training.ckpt.tmp", protocol.accumulation)
         return module
 
