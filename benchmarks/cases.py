@@ -61,7 +61,8 @@ class Case:
     def name(self) -> str:
         """What ``--only`` takes."""
         size = [str(self.images)] if self.kind == "recover" else []
-        return "_".join([self.kind, self.data, *size, *(self.members if self.named else [])])
+        half = ["bf16"] if any(override.endswith("=bf16") for override in self.overrides) else []
+        return "_".join([self.kind, self.data, *size, *(self.members if self.named else []), *half])
 
     @property
     def config(self) -> RunConfig:
@@ -93,15 +94,27 @@ class Case:
 def cpu_cases() -> list[Case]:
     """Cases that a small machine without a GPU gets through."""
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
+    once, half = ("engine=compiled",), ("engine.precision=bf16",)
     return [
-        Case("recover", "digits", light, images=10, steps=25, units=10, reference_units=10),
+        Case("recover", "digits", light, images=10, steps=25, units=10, reference_units=10, overrides=once),
         Case("recover", "cifar", light, images=10, steps=2, units=10, reference_units=5),
-        Case("recover", "cifar", dense, images=10, steps=2, units=10, reference_units=5),
-        Case("recover", "cifar", light, images=100, steps=2),
-        Case("recover", "cifar", dense, images=100, steps=2),
-        Case("recover", "imagenet", light, images=10, steps=3),
+        Case("recover", "cifar", light, images=10, steps=2, units=10, reference_units=5, overrides=half),
+        Case("recover", "cifar", dense, images=10, steps=2, units=10, reference_units=5, overrides=half),
+        Case("recover", "cifar", light, images=100, steps=2, overrides=half),
+        Case("recover", "cifar", dense, images=100, steps=2, overrides=half),
+        Case("recover", "imagenet", light, images=10, steps=3, overrides=half),
         Case("relabel", "cifar", (*light, *dense), images=100, steps=1, named=False),
+        Case(
+            "relabel",
+            "cifar",
+            (*light, *dense),
+            images=100,
+            steps=1,
+            named=False,
+            overrides=("engine.precision_labels=bf16",),
+        ),
         Case("student", "cifar", ("resnet18",), images=100, steps=1),
+        Case("student", "cifar", ("resnet18",), images=100, steps=1, overrides=("engine.precision_students=bf16",)),
         Case("committee", "digits", ("resnet18",), images=1280, steps=2),
         Case("committee", "cifar", ("mobilenetv2",), images=512, steps=1),
     ]

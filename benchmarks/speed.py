@@ -182,10 +182,13 @@ def main() -> None:
     cases = chosen(gpu_cases() if wanted.gpu else cpu_cases(), wanted.only)
     if wanted.steps:
         cases = [replace(case, steps=wanted.steps) for case in cases]
-    cases = [replace(case, overrides=tuple(wanted.set)) for case in cases]
+    cases = [replace(case, overrides=(*case.overrides, *wanted.set)) for case in cases]
     if wanted.list:
         print("\n".join(case.name for case in cases))
         return
+    if not torch.cuda.is_available():
+        # As in every command, and for both sides: PyTorch's optimisers look for a GPU at every step.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = torch.device("cuda") if wanted.gpu else torch.device("cpu")

@@ -37,13 +37,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Limits measured: {rates}, copy {limits['copy'] / 1e9:.3g} GB/s. Medians of {result['repetitions']} "
         "alternating repetitions; two numbers with a slash are of reference / engine.",
     ]
-    if told := sorted({override for case in result["cases"] for override in case["overrides"]}):
-        above.append(f"With {', '.join(told)}.")
+    above += _told(result["cases"])
     rows = [_row(case) for case in result["cases"]] + _means(result["cases"])
     if machine["load_before"] > 0.25 * machine["cores"]:
         above.append(f"The machine was not idle: its load was {machine['load_before']:.1f} before the first case.")
     below = [f"Left out for lack of time: {', '.join(result['left_out'])}."] if result["left_out"] else []
     return "\n\n".join(["\n".join(above), "\n".join(_aligned([COLUMNS, *rows])), *below, *result["notes"]])
+
+
+def _told(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what the configuration was told beside each case's own recipe."""
+    told: dict[str, list[str]] = {}
+    for case in cases:
+        for override in case["overrides"]:
+            told.setdefault(override, []).append(case["name"])
+    return [
+        f"With {override}" + ("." if len(names) == len(cases) else f": {', '.join(names)}.")
+        for override, names in sorted(told.items())
+    ]
 
 
 def _row(case: Mapping[str, Any]) -> Sequence[str]:
@@ -64,12 +75,13 @@ def _row(case: Mapping[str, Any]) -> Sequence[str]:
 
 def _means(cases: Sequence[Mapping[str, Any]]) -> list[Sequence[str]]:
     """Means over all pairs of members, where several were compared at the same size."""
-    sizes: dict[str, list[Mapping[str, Any]]] = {}
+    sizes: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for case in cases:
         if found := re.match(r"recover_[a-z]+_[0-9]+", case["name"]):
-            sizes.setdefault(found[0], []).append(case)
+            # What is computed in another way is no further pair of the same.
+            sizes.setdefault((found[0], *case["overrides"]), []).append(case)
     rows = []
-    for name, group in sizes.items():
+    for (name, *_), group in sizes.items():
         if len(group) > 1:
             reference, engine = (statistics.mean(case[side]["shown"] for case in group) for side in SIDES)
             shown = f"{reference:.3g}", f"{engine:.3g}", f"{reference / engine:.2f}"

@@ -256,7 +256,7 @@ def test_cases_have_names_of_their_own() -> None:
     for cases in (cpu_cases(), gpu_cases()):
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
-    assert [case.images for case in chosen(cpu_cases(), ["recover_cifar_10"])] == [10, 10]
+    assert [case.images for case in chosen(cpu_cases(), ["recover_cifar_10"])] == [10, 10, 10]
     assert len(chosen(gpu_cases(), ["recover_imagenet"])) == 10
     assert chosen(cpu_cases(), []) == cpu_cases()
     with pytest.raises(ValueError, match=r"no case is called recover_cif; there are recover_digits"):
@@ -316,6 +316,16 @@ def test_pairs_have_a_mean_and_what_was_left_out_is_named(result: dict[str, obje
     shown = markdown({**result, "cases": pairs, "left_out": ["student_cifar_resnet18"]})
     assert "mean of 2: recover_cifar_10 " in shown
     assert "Left out for lack of time: student_cifar_resnet18." in shown
+
+
+def test_what_was_told_to_some_cases_is_said_of_them(result: dict[str, object]) -> None:
+    case = result["cases"][0]  # type: ignore[index]
+    half = {**case, "name": "recover_cifar_10_a_b_bf16", "overrides": ["engine.precision=bf16"]}
+    both = {**case, "name": "recover_cifar_10_a_b", "overrides": []}
+    shown = markdown({**result, "cases": [both, half]})
+    assert "With engine.precision=bf16: recover_cifar_10_a_b_bf16." in shown
+    assert "mean of" not in shown
+    assert "With engine.precision=bf16.\n" in markdown({**result, "cases": [half]})
 
 
 def test_when_time_is_up_the_rest_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
