@@ -11,7 +11,19 @@ from torch import Tensor
 
 import cvdd.engine
 from cvdd.backbones import BackboneConfig
-from cvdd.engine import Engine, Work, choose_engine, compiling, forward_flops, has_compiler, ready_voter
+from cvdd.engine import (
+    Engine,
+    Passes,
+    Work,
+    choose_engine,
+    compiles,
+    compiling,
+    forward_flops,
+    has_compiler,
+    precision_of,
+    ready_voter,
+    uncompiled_seconds,
+)
 from cvdd.schema import EngineConfig
 from cvdd.synthesis import DistillModule
 from cvdd.units import Stage, Unit, unit_views
@@ -78,6 +90,23 @@ def test_only_what_differs_from_plain_kernels_is_in_the_identity() -> None:
     assert Engine(precision="bf16").identity == {
         "engine": {"compile": False, "precision": "bf16", "units_per_pass": None}
     }
+    assert Passes().identity == {}
+    assert Passes(True, "bf16").identity == {"compiled": True, "precision": "bf16"}
+
+
+def test_labels_are_compiled_for_much_work_and_half_precision_is_for_gpus() -> None:
+    many, few = (uncompiled_seconds([CONVNET, CONVNET], images, 1, 10, 32, CPU) for images in (200_000, 100_000))
+    # Two networks, a millisecond an image each.
+    assert many == pytest.approx(400, rel=0.1)
+    assert few == pytest.approx(many / 2)
+    assert compiles("auto", lambda: many, CPU)
+    assert not compiles("auto", lambda: few, CPU)
+    assert compiles(True, lambda: pytest.fail("not asked"), CPU)
+    assert not compiles(False, lambda: pytest.fail("not asked"), CPU)
+    assert [precision_of(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with Passes(precision=precision).around(CPU):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_without_a_compiler_there_is_one_warning(
