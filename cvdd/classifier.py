@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.data import Dataset, Sampler
 
 from cvdd.distributed import gather_parts
@@ -135,8 +137,9 @@ class Classifier(pl.LightningModule):
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            flat = [gradient.flatten() for gradient in gradients]
-            yield torch.cat([loss.detach().view(1), *flat, statistics.measured()])
+            known = [loss.detach().view(1), _flatten_dense_tensors(gradients)]
+            # Without BatchNorm there are none, on no device.
+            yield torch.cat([*known, statistics.measured()] if statistics.length else known)
 
     def backward(self, loss: Tensor, *arguments: object, **options: object) -> None:
         """Hand out the gradient of a batch in parts; that of any other is computed as usual."""
@@ -144,9 +147,9 @@ class Classifier(pl.LightningModule):
             loss.backward()
             return
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        pieces = self._gradient.split([parameter.numel() for parameter in parameters])
+        pieces = _unflatten_dense_tensors(self._gradient, parameters)
         for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = piece
         self._gradient = None
 
     def _note(self, loss: Tensor) -> Tensor:
@@ -202,24 +205,25 @@ class RunningStatistics:
             and layer.training
         ]
         self._counts = [layer.num_batches_tracked.clone() for layer in self._layers]  # type: ignore[union-attr]
+        # Those of one momentum together: one call for all of them costs no more than for one.
+        self._buffers: dict[float, list[Tensor]] = {}
+        for layer in self._layers:
+            assert layer.momentum is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            self._buffers.setdefault(layer.momentum, []).extend([layer.running_mean, layer.running_var])
+        self._all = [buffer for buffers in self._buffers.values() for buffer in buffers]
         self._part = torch.empty(0)
 
     @property
     def length(self) -> int:
         """Number of statistics."""
-        return sum(buffer.numel() for buffer, _ in self._buffers())
-
-    def _buffers(self) -> Iterator[tuple[Tensor, float]]:
-        for layer in self._layers:
-            for buffer in (layer.running_mean, layer.running_var):
-                assert buffer is not None
-                assert layer.momentum is not None
-                yield buffer, layer.momentum
+        return sum(buffer.numel() for buffer in self._all)
 
     @contextlib.contextmanager
     def of_one_part(self) -> Iterator[None]:
         """Measure the statistics of what is forwarded and differentiated inside; the running ones stay as they are."""
-        before = [buffer.clone() for buffer, _ in self._buffers()]
+        before = _flat(self._all)
         momenta = [layer.momentum for layer in self._layers]
         for layer in self._layers:
             layer.momentum = 1.0
@@ -228,10 +232,9 @@ class RunningStatistics:
         finally:
             for layer, momentum in zip(self._layers, momenta, strict=True):
                 layer.momentum = momentum
-            empty = next((buffer.new_empty(0) for buffer in before), torch.empty(0))
-            self._part = torch.cat([empty, *(buffer.flatten() for buffer, _ in self._buffers())])
-            for (buffer, _), value in zip(self._buffers(), before, strict=True):
-                buffer.copy_(value)
+            self._part = _flat(self._all)
+            if self._all:
+                torch._foreach_copy_(self._all, _unflatten_dense_tensors(before, self._all))
 
     def measured(self) -> Tensor:
         """Statistics of the last part, [length]."""
@@ -239,15 +242,20 @@ class RunningStatistics:
 
     def update(self, part: Tensor) -> None:
         """Move the running statistics by those of a part, [length]."""
-        pieces = part.split([buffer.numel() for buffer, _ in self._buffers()])
-        for (buffer, momentum), piece in zip(self._buffers(), pieces, strict=True):
-            buffer.lerp_(piece, momentum)
+        pieces = iter(_unflatten_dense_tensors(part, self._all) if self._all else ())
+        for momentum, buffers in self._buffers.items():
+            torch._foreach_lerp_(buffers, list(itertools.islice(pieces, len(buffers))), momentum)
 
     def count(self, parts: int) -> None:
         """Let every layer have seen so many batches more than when this was made."""
         for layer, before in zip(self._layers, self._counts, strict=True):
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.copy_(before + parts)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = _flatten_dense_tensors(tensors) if tensors else torch.empty(0)
+    return flat
 
 
 def _length(parameters: Sequence[Tensor], statistics: RunningStatistics) -> int:
