@@ -68,10 +68,21 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def rotated(items: Sequence[Item], index: int, total: int) -> list[Item]:
-    """The same items from another place: worker ``index`` of ``total`` begins at its share of the way."""
-    first = index * len(items) // total
-    return [*items[first:], *items[:first]]
+def own_way(items: Sequence[Item], index: int, total: int) -> list[Item]:
+    """The same items from another place: every second worker goes backward, towards the one before it.
+
+    Two that go the same way would stay together once they met, one always waiting for what the other makes.
+
+    Args:
+        items: all of them.
+        index: of the worker; worker 0 begins at the first item.
+        total: workers.
+    """
+    if index % 2 == 0:
+        first = index * len(items) // total
+        return [*items[first:], *items[:first]]
+    last = min(index + 1, total) * len(items) // total
+    return [*reversed(items[:last]), *reversed(items[last:])]
 
 
 def assist(config: RunConfig, index: int, total: int) -> None:
@@ -92,14 +103,14 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     context = Context(config, Store(config.paths.store), prepare_process(config))
     if priors_needed(config) and config.prior.source == "measured":
         members = list(config.committee.members)
-        for name in rotated(members, index, total):
+        for name in own_way(members, index, total):
             make_member(context, name)
-        for name in rotated(members, index, total):
+        for name in own_way(members, index, total):
             measure_prior(context, name)
     priors = find_priors(context)
     rows = list(rows_of(context))
     seeds = sorted({seed for _, row in rows for seed in row.config.protocol.seeds})
-    for (row, row_context), seed in rotated(list(itertools.product(rows, seeds)), index, total):
+    for (row, row_context), seed in own_way(list(itertools.product(rows, seeds)), index, total):
         if seed not in row_context.config.protocol.seeds:
             continue
         made = make_sets(row_context, row, priors, [seed])[seed]

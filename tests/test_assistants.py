@@ -13,7 +13,7 @@ import pytest
 from helpers import tiny_context
 
 import cvdd.assistants
-from cvdd.assistants import assist, assisted, rotated
+from cvdd.assistants import assist, assisted, own_way
 from cvdd.chain.compare import compare
 
 pytest_plugins = ["chain_fixtures"]
@@ -21,11 +21,23 @@ pytest_plugins = ["chain_fixtures"]
 ROWS = "+compare.real={method.name: real, method.init: real, method.iterations: 0}"
 
 
-def test_workers_begin_at_different_places() -> None:
+def test_workers_begin_at_different_places_and_every_second_goes_backward() -> None:
     items = list("abcdefg")
-    starts = [rotated(items, index, 3)[0] for index in range(3)]
-    assert starts == ["a", "c", "e"]
-    assert rotated(items, 1, 3) == list("cdefgab")
+    assert ["".join(own_way(items, index, 3)) for index in range(3)] == ["abcdefg", "dcbagfe", "efgabcd"]
+    assert ["".join(own_way(items, index, 2)) for index in range(2)] == ["abcdefg", "gfedcba"]
+    for total in range(1, 9):
+        assert all(sorted(own_way(items, index, total)) == items for index in range(total))
+
+
+def test_two_workers_meet_once_and_wait_for_one_item_at_most() -> None:
+    """Each makes what it finds open, in steps that take as long; nobody waits more than a step."""
+    ways = [own_way(list(range(20)), index, 2) for index in range(2)]
+    made: set[int] = set()
+    steps = 0
+    while len(made) < 20:
+        steps += 1
+        made |= {next(item for item in way if item not in made) for way in ways if len(made) < 20}
+    assert steps == 10
 
 
 @pytest.mark.parametrize("images", ["once", "per_seed"])
