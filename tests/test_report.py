@@ -15,8 +15,9 @@ from PIL import Image
 from report_helpers import CLASSES, HOSTILE, Maker, Page, pair
 from rich.console import Console
 
-from cvdd.artifact import Store
+from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import FULL_DATA
+from cvdd.chain.unit_files import write_unit
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
 from cvdd.report import tables
@@ -26,6 +27,7 @@ from cvdd.report.page import portable_yaml
 from cvdd.report.tables import print_results, readable_seconds
 from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table
+from cvdd.units import Unit
 from cvdd.validation import check
 
 OVERRIDES = (
@@ -349,3 +351,16 @@ def test_the_terminal_table_fits_80_columns(maker: Maker, monkeypatch: pytest.Mo
 )
 def test_durations_are_readable(seconds: float | None, shown: str) -> None:
     assert readable_seconds(seconds) == shown
+
+
+def test_images_of_a_unit_that_has_several_of_a_class(tmp_path: Path) -> None:
+    """EDC and G-VBSM optimise all images of a class together; image i of a class is shown as that of slot i."""
+    (tmp_path / "units").mkdir()
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 2, 2)
+    write_unit(tmp_path / "units", Unit(0, 0, 0, 2, 3), pixels, [], {})
+    artifact = Artifact(tmp_path, {})
+    targets = Unit(0, 0, 0, 2, 3).targets
+    for slots in (1, 2, 3):
+        shown = read_images(artifact, [1, 0], slots)
+        for row, label in zip(shown, (1, 0), strict=True):
+            assert torch.equal(row[:, 0, 0, 0], pixels[targets == label][:slots, 0, 0, 0])

@@ -91,17 +91,18 @@ def make_gallery(distilled: Distilled) -> Gallery:
 
 def read_images(images: Artifact, labels: Sequence[int], slots: int) -> Tensor:
     """Read some images of a distilled set without those around them: [labels, slots, 3, h, w] uint8."""
-    found: dict[tuple[int, int], Tensor] = {}
+    found: dict[int, list[Tensor]] = {label: [] for label in labels}
     for path in sorted((images.path / UNITS).glob("*.safetensors")):
-        slot = re.match(r"slot(\d+)", path.stem)
-        if slot is None or int(slot[1]) >= slots:
+        first = re.match(r"slot(\d+)", path.stem)
+        if first is None or int(first[1]) >= slots:
             continue
         with safe_open(path, "pt") as file:
             pixels = file.get_slice("images")
+            # A unit has one image of a class, or several: the i-th of a class is that of slot i, as for students.
             for index, label in enumerate(file.get_tensor("labels").tolist()):
-                if label in labels:
-                    found[label, int(slot[1])] = pixels[index : index + 1][0]
-    return torch.stack([torch.stack([found[label, slot] for slot in range(slots)]) for label in labels])
+                if label in found and len(found[label]) < slots:
+                    found[label].append(pixels[index : index + 1][0])
+    return torch.stack([torch.stack(found[label]) for label in labels])
 
 
 def data_uri(image: Tensor) -> str:
