@@ -223,7 +223,9 @@ class DistillModule(pl.LightningModule):
         if method.density:
             crowded = seen.requires_grad_()
             crowding = densification(crowded, self.targets, method.density_scale).sum()
-            gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
+            # Images that are alone in their class crowd nobody.
+            if crowding.requires_grad:
+                gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
             density = crowding.detach()
             loss = loss + method.density * density
         vote = _Vote(tuple(judging), loss, ce, bn, density, torch.stack(own) if own else None)

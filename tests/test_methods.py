@@ -56,6 +56,12 @@ def test_a_method_makes_all_images_with_its_voters(
     assert bool(history["rows"]) == bool(voters)
 
 
+def test_images_alone_in_their_class_crowd_nobody(chain_home: Path) -> None:
+    artifact = images_of(chain_home, "method=gvbsm", FOUR, "method.crop_scale=null", "ipc.images_per_class=1")
+    assert len(load_images(artifact)[0]) == 10
+    assert {row["density"] for row in next(iter(load_history(artifact).values()))["rows"]} == {0.0}
+
+
 def test_all_real_images(chain_home: Path) -> None:
     context = tiny_context(chain_home, "method=full", "method.iterations=0")
     images, labels = load_images(make_images(context, {}))
