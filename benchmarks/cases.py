@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from benchmarks.reference import relabel as plain_relabel
 from benchmarks.reference import student as plain_student
 from benchmarks.timing import Program, Stopwatch
 from cvdd.backbones import build_network
+from cvdd.engine import Passes, passes_of_students
 from cvdd.schema import RunConfig
 
 Kind = Literal["recover", "relabel", "student", "committee"]
@@ -95,6 +96,8 @@ def cpu_cases() -> list[Case]:
     """Cases that a small machine without a GPU gets through."""
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
     once, half = ("engine=compiled",), ("engine.precision=bf16",)
+    relabel = Case("relabel", "cifar", (*light, *dense), images=100, steps=1, named=False)
+    student = Case("student", "cifar", ("resnet18",), images=100, steps=1)
     return [
         Case("recover", "digits", light, images=10, steps=25, units=10, reference_units=10, overrides=once),
         Case("recover", "cifar", light, images=10, steps=2, units=10, reference_units=5),
@@ -103,18 +106,10 @@ def cpu_cases() -> list[Case]:
         Case("recover", "cifar", light, images=100, steps=2, overrides=half),
         Case("recover", "cifar", dense, images=100, steps=2, overrides=half),
         Case("recover", "imagenet", light, images=10, steps=3, overrides=half),
-        Case("relabel", "cifar", (*light, *dense), images=100, steps=1, named=False),
-        Case(
-            "relabel",
-            "cifar",
-            (*light, *dense),
-            images=100,
-            steps=1,
-            named=False,
-            overrides=("engine.precision_labels=bf16",),
-        ),
-        Case("student", "cifar", ("resnet18",), images=100, steps=1),
-        Case("student", "cifar", ("resnet18",), images=100, steps=1, overrides=("engine.precision_students=bf16",)),
+        relabel,
+        replace(relabel, overrides=("engine.precision_labels=bf16",)),
+        student,
+        replace(student, overrides=("engine.precision_students=bf16",)),
         Case("committee", "digits", ("resnet18",), images=1280, steps=2),
         Case("committee", "cifar", ("mobilenetv2",), images=512, steps=1),
     ]
@@ -205,7 +200,7 @@ def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
 
     if side == "engine":
         label = config.label.model_copy(update={"epochs": case.steps})
-        passes = engine.passes_of_labels(config, case.members, device)
+        passes = engine.real_passes_of_labels(config, case.members, device)
         labels = engine.make_labels(config, teachers, pixels, label, passes)
         return lambda: engine.relabel(config, labels, fresh(), device)
     for teacher in teachers:
@@ -238,10 +233,10 @@ def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     if side == "engine":
         label = config.label.model_copy(update={"epochs": case.steps})
         engine.relabel(
-            config, engine.make_labels(config, [teacher], pixels, label, engine.Passes()), files, torch.device("cpu")
+            config, engine.make_labels(config, [teacher], pixels, label, Passes()), files, torch.device("cpu")
         )
         labels = engine.stored_labels(config, label, case.images, files)
-        passes = engine.passes_of_students(config, device)
+        passes = passes_of_students(config.engine, device)
         return lambda: engine.student(config, copy.deepcopy(start), pixels, labels, folder, device, passes)
     plain = settings.student_settings(config)
     networks = [plain_relabel.use_batch_statistics(teacher)]

@@ -22,19 +22,9 @@ from cvdd.artifact import Store
 from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
-from cvdd.engine import (
-    Engine,
-    Passes,
-    Work,
-    choose_engine,
-    compiles,
-    compiling,
-    has_compiler,
-    precision_of,
-    ready_voter,
-    uncompiled_seconds,
-)
+from cvdd.engine import Engine, Passes, Work, choose_engine, compiling, passes_of_labels, ready_voter
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
 from cvdd.measure import Accuracy
@@ -206,22 +196,12 @@ def recover_free(
     return module.images.detach().cpu()
 
 
-def passes_of_labels(config: RunConfig, members: Sequence[str], device: torch.device) -> Passes:
+def real_passes_of_labels(config: RunConfig, members: Sequence[str], device: torch.device) -> Passes:
     """Decide as a real run of this configuration does, which labels all images for all epochs."""
     backbones = [config.committee.members[name].backbone for name in members]
     classes, size = config.dataset.num_classes, config.dataset.image_size
-    shown = config.ipc.images_per_class * classes * config.label.epochs
-
-    def seconds() -> float:
-        return uncompiled_seconds(backbones, shown, 1, classes, size, device)
-
-    return Passes(compiles(config.engine.compile_labels, seconds, device), config.engine.precision_labels)
-
-
-def passes_of_students(config: RunConfig, device: torch.device) -> Passes:
-    """Likewise for a student."""
-    compiled = config.engine.compile_students and has_compiler(device.type)
-    return Passes(compiled, precision_of(config.engine.precision_students, device))
+    samples = LabelPool.of(config.label, config.ipc.images_per_class * classes).samples
+    return passes_of_labels(config.engine, backbones, samples, classes, size, device)
 
 
 def make_labels(

@@ -23,6 +23,7 @@ from benchmarks.limits import Limits, Work, measure_limits
 from benchmarks.table import markdown
 from benchmarks.timing import Samples, alternate, peak_memory, ratio, ratios
 from cvdd.provenance import code_version
+from cvdd.runtime import hide_absent_gpus
 
 RESULTS = Path(__file__).parent / "results"
 SIDES: tuple[Side, Side] = ("reference", "engine")
@@ -186,9 +187,8 @@ def main() -> None:
     if wanted.list:
         print("\n".join(case.name for case in cases))
         return
-    if not torch.cuda.is_available():
-        # As in every command, and for both sides: PyTorch's optimisers look for a GPU at every step.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    # As in every command, and for both sides.
+    hide_absent_gpus()
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = torch.device("cuda") if wanted.gpu else torch.device("cpu")

@@ -164,6 +164,36 @@ def compiles(wanted: Literal["auto"] | bool, seconds: Callable[[], float], devic
     return wanted and has_compiler(device.type)
 
 
+def passes_of_labels(
+    config: EngineConfig,
+    backbones: Sequence[BackboneConfig],
+    samples: int,
+    classes: int,
+    size: int,
+    device: torch.device,
+) -> Passes:
+    """Decide how teachers compute.
+
+    Args:
+        config: what is wanted.
+        backbones: of the teachers.
+        samples: that each of them labels.
+        classes: of the data set.
+        size: side of the images in pixels.
+        device: kind of device.
+    """
+    compiled = compiles(
+        config.compile_labels, lambda: uncompiled_seconds(backbones, samples, 1, classes, size, device), device
+    )
+    return Passes(compiled, config.precision_labels)
+
+
+def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:
+    """Decide how students compute."""
+    compiled = config.compile_students and has_compiler(device.type)
+    return Passes(compiled, precision_of(config.precision_students, device))
+
+
 def judges_by_unit(method: MethodConfig) -> bool:
     """Whether units of a stack can be judged apart: not with statistics of a stack, nor with moving averages."""
     return method.statistics == StatisticsConfig() and method.statistics_of == "unit"

@@ -92,9 +92,7 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
         ConfigError: the device that is asked for is not there.
     """
     _quiet_libraries()
-    if not torch.cuda.is_available():
-        # PyTorch's optimisers look for a GPU at every step, and open a library for it each time.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    hide_absent_gpus()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     return find_device(config, local_rank)
@@ -142,6 +140,12 @@ def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def hide_absent_gpus() -> None:
+    """Spare PyTorch's optimisers the look for a GPU at every step, for which they open a library each time."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def _quiet_libraries() -> None:

@@ -20,6 +20,7 @@ from benchmarks.limits import Limits, Work, count_work, measure_limits
 from benchmarks.reference import recover, relabel, student
 from benchmarks.table import markdown
 from cvdd.augment import Views, apply_matrices
+from cvdd.engine import Passes
 from cvdd.losses import soft_label_loss
 from cvdd.replay import replay
 from cvdd.synthesis import pixel_bounds
@@ -88,7 +89,7 @@ def test_labels_are_those_of_the_engine_for_the_same_views() -> None:
     label = config.label.model_copy(update={"epochs": 1, "batch_size": 8, "dtype": "float32"})
     networks = [small_network(classes=10, seed=1, dropout=0.5), small_network(classes=10, seed=2)]
     pixels = random_pixels(16, size=32)
-    plan, expected = engine.make_labels(config, networks, pixels, label, engine.Passes()).epoch(0)
+    plan, expected = engine.make_labels(config, networks, pixels, label, Passes()).epoch(0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.dataset.mean, config.dataset.std))
     plain = [relabel.use_batch_statistics(copy.deepcopy(network)) for network in networks]
     for start in (0, 8):

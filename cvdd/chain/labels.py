@@ -19,7 +19,7 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.engine import Passes, compiles, uncompiled_seconds
+from cvdd.engine import Passes, passes_of_labels
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
@@ -169,12 +169,8 @@ def _seed(context: Context) -> int:
 def _passes(context: Context, count: int) -> Passes:
     config, data = context.config, context.data()
     backbones = [config.committee.members[name].backbone for name in teachers_of(config)]
-
-    def seconds() -> float:
-        samples = LabelPool.of(config.label, count).samples
-        return uncompiled_seconds(backbones, samples, 1, len(data.classes), data.image_size, context.device)
-
-    return Passes(compiles(config.engine.compile_labels, seconds, context.device), config.engine.precision_labels)
+    samples = LabelPool.of(config.label, count).samples
+    return passes_of_labels(config.engine, backbones, samples, len(data.classes), data.image_size, context.device)
 
 
 def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, float]) -> list[float]:

@@ -13,7 +13,7 @@ from cvdd.chain.images import load_images
 from cvdd.chain.labels import Labels
 from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
 from cvdd.context import Context
-from cvdd.engine import Passes, compiling, has_compiler, precision_of
+from cvdd.engine import compiling, passes_of_students
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.memory import enough_memory
 from cvdd.seeds import derive_seed
@@ -49,10 +49,7 @@ def make_student(
         "measured_on": part,
     }
 
-    passes = Passes(
-        config.engine.compile_students and has_compiler(context.device.type),
-        precision_of(config.engine.precision_students, context.device),
-    )
+    passes = passes_of_students(config.engine, context.device)
     identity |= passes.identity
 
     def train(work: Path) -> StudentModule:
