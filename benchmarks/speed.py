@@ -22,6 +22,7 @@ from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_prog
 from benchmarks.limits import Limits, Work, measure_limits
 from benchmarks.table import markdown
 from benchmarks.timing import Samples, alternate, peak_memory, ratio, ratios
+from cvdd.allocator import keep_freed_memory
 from cvdd.provenance import code_version
 from cvdd.runtime import hide_absent_gpus
 
@@ -189,6 +190,8 @@ def main() -> None:
         return
     # As in every command, and for both sides.
     hide_absent_gpus()
+    if not wanted.gpu:
+        keep_freed_memory()
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = torch.device("cuda") if wanted.gpu else torch.device("cpu")

@@ -107,6 +107,23 @@ def require_batchnorm(network: nn.Module, name: str) -> None:
         )
 
 
+def extras_after(layer: nn.BatchNorm2d) -> nn.Module:
+    """Return what timm's BatchNorm layers do after normalising (dropout, activation); nothing for PyTorch's own.
+
+    Raises:
+        ConfigError: the layer is another kind of BatchNorm, which does something unknown besides normalising.
+    """
+    if type(layer).forward is nn.BatchNorm2d.forward:
+        return nn.Identity()
+    extras = [getattr(layer, "drop", None), getattr(layer, "act", None)]
+    then = [extra for extra in extras if isinstance(extra, nn.Module)]
+    if len(then) < len(extras):
+        raise ConfigError(
+            f"{type(layer).__name__} layers cannot use statistics of the batch; set label.bn_mode=running"
+        )
+    return nn.Sequential(*then)
+
+
 class GroupBatchNorm(nn.Module):
     """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
 
@@ -121,14 +138,7 @@ class GroupBatchNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
         self.group_size: int | None = None
-        self.after: nn.Module = nn.Identity()
-        if type(layer).forward is not nn.BatchNorm2d.forward:
-            extras = [getattr(layer, "drop", None), getattr(layer, "act", None)]
-            then = [extra for extra in extras if isinstance(extra, nn.Module)]
-            if len(then) < len(extras):
-                kind = type(layer).__name__
-                raise ConfigError(f"{kind} layers cannot use statistics of the batch; set label.bn_mode=running")
-            self.after = nn.Sequential(*then)
+        self.after = extras_after(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w]; ``n`` is a multiple of ``group_size``, or one group if that is None."""

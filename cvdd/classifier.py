@@ -20,6 +20,9 @@ from cvdd.seeds import derive_seed, generator, seed_networks
 Measure = Callable[[nn.Module], Accuracy]
 EpochLog = Callable[[int, dict[str, float]], None]
 
+Part = tuple[list[Tensor], Tensor]
+"""Loss and gradients of a part of a batch, and the statistics of its BatchNorm layers."""
+
 
 class NonFiniteTraining(ValueError):
     """The loss of a classifier became NaN or infinite."""
@@ -89,7 +92,7 @@ class Classifier(pl.LightningModule):
         self._measure, self._measured_at, self._on_epoch = measure, measured_at, on_epoch
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
-        self._gradient: Tensor | None = None
+        self._gradient: list[Tensor] | None = None
 
     def own_parts(self, count: int) -> list[int]:
         """Indices of the parts of a batch that this rank forwards, of ``count``."""
@@ -109,37 +112,44 @@ class Classifier(pl.LightningModule):
         """
         statistics = RunningStatistics(self.network)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        rows = self._rows(losses, batch_index, parameters, statistics)
+        parts = self._differentiated(losses, batch_index, parameters, statistics)
         if self._ranks[1] > 1:
-            own = list(rows)
-            empty = torch.zeros(_length(parameters, statistics), device=self.device)
-            rows = iter(gather_parts(own or [empty], len(losses)))
-        total: Tensor | None = None
-        ends = 1 + sum(parameter.numel() for parameter in parameters)
-        for row in rows:
-            total = row[:ends].clone() if total is None else total.add_(row[:ends])
-            statistics.update(row[ends:])
+            parts = self._of_all_ranks(list(parts), len(losses), parameters, statistics)
+        total: list[Tensor] | None = None
+        for known, measured in parts:
+            # Not in place: two parameters may have got the same tensor.
+            total = known if total is None else list(torch._foreach_add(total, known))
+            statistics.update(measured)
         statistics.count(len(losses))
         assert total is not None
         self._gradient = total[1:]
         return total[0].detach().requires_grad_()
 
-    def _rows(
+    def _differentiated(
         self,
         losses: Sequence[Callable[[], Tensor]],
         batch_index: int,
         parameters: list[nn.Parameter],
         statistics: RunningStatistics,
-    ) -> Iterator[Tensor]:
-        """Loss, gradient and statistics of each of this rank's parts, one after the other in one tensor."""
+    ) -> Iterator[Part]:
+        """Loss and gradient of each of this rank's parts, one after the other, and the statistics of each."""
         for part in self.own_parts(len(losses)):
             seed_networks(derive_seed(self.seed, "network", self.current_epoch, batch_index, part), self.device)
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            known = [loss.detach().view(1), _flatten_dense_tensors(gradients)]
-            # Without BatchNorm there are none, on no device.
-            yield torch.cat([*known, statistics.measured()] if statistics.length else known)
+            yield [loss.detach(), *gradients], statistics.measured()
+
+    def _of_all_ranks(
+        self, own: Sequence[Part], count: int, parameters: list[nn.Parameter], statistics: RunningStatistics
+    ) -> Iterator[Part]:
+        """All parts in their order, gathered in one tensor for each."""
+        shapes = [torch.zeros((), device=self.device), *parameters]
+        ends = sum(shape.numel() for shape in shapes)
+        rows = [torch.cat([_flat(known), measured.to(self.device)]) for known, measured in own]
+        empty = torch.zeros(ends + statistics.length, device=self.device)
+        for row in gather_parts(rows or [empty], count):
+            yield list(_unflatten_dense_tensors(row[:ends], shapes)), row[ends:]
 
     def backward(self, loss: Tensor, *arguments: object, **options: object) -> None:
         """Hand out the gradient of a batch in parts; that of any other is computed as usual."""
@@ -147,9 +157,8 @@ class Classifier(pl.LightningModule):
             loss.backward()
             return
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        pieces = _unflatten_dense_tensors(self._gradient, parameters)
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece
+        for parameter, gradient in zip(parameters, self._gradient, strict=True):
+            parameter.grad = gradient
         self._gradient = None
 
     def _note(self, loss: Tensor) -> Tensor:
@@ -256,10 +265,6 @@ class RunningStatistics:
 def _flat(tensors: list[Tensor]) -> Tensor:
     flat: Tensor = _flatten_dense_tensors(tensors) if tensors else torch.empty(0)
     return flat
-
-
-def _length(parameters: Sequence[Tensor], statistics: RunningStatistics) -> int:
-    return 1 + sum(parameter.numel() for parameter in parameters) + statistics.length
 
 
 def parts_of(count: int, part: int) -> list[slice]:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.bn import BatchStatistics
+from cvdd.depthwise import without_strided_depthwise
+from cvdd.fused_bn import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.voting import Judgement, Voter, judge
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 PIXELS_PER_PASS = 100 * 256 * 256
 """The most that a member is shown at once; more fills no device better and costs memory."""
 
-IMAGES_PER_COMPILED_PASS = 10
-"""On a CPU compiled code gains little from more images, and every other number of units would be compiled anew."""
+PIXELS_PER_COMPILED_PASS = 100 * 32 * 32
+"""On a CPU compiled code gains little from more, and memory grows."""
 
 SECONDS_WORTH_COMPILING = 300.0
 """Of uncompiled work. A compiler takes up to a minute for a pair of members, and leaves a third or less of the time."""
@@ -211,7 +212,7 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
     if by_unit:
         most = max(PIXELS_PER_PASS // (work.unit_images * work.size**2), 1)
         if compiled and device.type == "cpu":
-            most = max(min(most, IMAGES_PER_COMPILED_PASS // work.unit_images), 1)
+            most = max(min(most, PIXELS_PER_COMPILED_PASS // (work.unit_images * work.size**2)), 1)
         units = most if config.units_per_pass == "auto" else config.units_per_pass
         units = None if units >= work.units else units
     return Engine(compiled, precision, units)
@@ -273,14 +274,12 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     network = network.to(memory_format=torch.channels_last)
     watch = None
     if engine.compile:
-        # The hooks must be there when the network is compiled, and stay.
-        watch = BatchStatistics(network, 1)
-        watch.__enter__()
+        network, watch = fuse_statistics(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
 
 def _in_half_precision(network: nn.Module) -> nn.Module:
-    cast = copy.deepcopy(network).to(torch.bfloat16)
+    cast = without_strided_depthwise(copy.deepcopy(network)).to(torch.bfloat16)
     for original, module in zip(network.modules(), cast.modules(), strict=True):
         if isinstance(original, nn.BatchNorm2d):
             # Its statistics are what the images are matched to.

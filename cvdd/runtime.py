@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cvdd.allocator import keep_freed_memory
 from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -95,7 +96,10 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
     hide_absent_gpus()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    return find_device(config, local_rank)
+    device = find_device(config, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:

@@ -159,6 +159,8 @@ def _look(
         images = images.contiguous(memory_format=torch.channels_last)
     precision, images = images.dtype, images.to(voter.dtype or images.dtype)
     if not matched:
+        if voter.watch is not None:
+            voter.watch.groups = 0
         return voter.network(images).to(precision), None
     if voter.matcher is not None:
         with voter.matcher:

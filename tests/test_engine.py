@@ -57,14 +57,17 @@ def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_work_is_not_compiled_and_much_is() -> None:
     assert choose_engine(EngineConfig(), method_config(), work(), CPU) == Engine()
     # 400,000 images at a millisecond each, and more for their operations, exceed five minutes.
-    assert choose_engine(EngineConfig(), method_config(), work(image_passes=400_000), CPU) == Engine(True, "fp32", 1)
+    assert choose_engine(EngineConfig(), method_config(), work(image_passes=400_000), CPU) == Engine(True)
     assert not choose_engine(EngineConfig(compile=False), method_config(), work(image_passes=400_000), CPU).compile
 
 
 def test_units_of_a_pass_fit_their_size() -> None:
     wanted = EngineConfig(compile=True)
-    assert choose_engine(wanted, method_config(), work(unit_images=5), CPU).units_per_pass == 2
-    assert choose_engine(wanted, method_config(), work(unit_images=5, units=2), CPU).units_per_pass is None
+    # Compiled, a hundred images of 32 pixels.
+    assert choose_engine(wanted, method_config(), work(units=20), CPU).units_per_pass == 10
+    assert choose_engine(wanted, method_config(), work(units=10), CPU).units_per_pass is None
+    assert choose_engine(wanted, method_config(), work(size=64), CPU).units_per_pass == 2
+    assert choose_engine(wanted, method_config(), work(size=224), CPU).units_per_pass == 1
     assert choose_engine(EngineConfig(units_per_pass=3), method_config(), work(), CPU).units_per_pass == 3
     # A hundred images of 224 pixels are 5.0 million, and 6.6 million are shown at most.
     large = work(unit_images=100, size=224)

@@ -1,0 +1,140 @@
+"""BatchNorm that normalises and measures in one pass over the images, for judgements that are compiled.
+
+A hook before each layer says the same in three passes, and leaves to the compiler the sum of three gradients of one
+map, which it writes out in full precision. Here the map's gradient is one expression.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvdd.backbones import batchnorm_layers
+from cvdd.bn import BatchStatistics, extras_after, running_moments
+from cvdd.config_base import ConfigError
+from cvdd.layer_statistics import HALVES, Moments
+
+
+class _NormaliseAndMeasure(torch.autograd.Function):
+    """Return the normalised map, and mean and biased variance of each group's channels."""
+
+    @staticmethod
+    def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
+        deviation = _full(x) - _by_channel(centre)
+        normalised = deviation * _by_channel(scale) + _by_channel(shift)
+        offset = _group_mean(deviation, groups)
+        variance = _group_mean(deviation.square(), groups) - offset.square()
+        return normalised.to(x.dtype), offset + centre, variance
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, scale, _, _ = inputs
+        ctx.save_for_backward(x, scale, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, mean = ctx.saved_tensors
+        of_map, of_mean, of_variance = gradients
+        groups = len(mean)
+        count = x.numel() / mean.numel()
+        slope, constant = 2 / count * of_variance, of_mean / count
+        grouped = _full(x).unflatten(0, (groups, -1))
+        own = (grouped - _by_group(mean)) * _by_group(slope) + _by_group(constant)
+        gradient = _full(of_map) * _by_channel(scale) + own.flatten(0, 1)
+        return gradient.to(x.dtype), None, None, None, None
+
+
+def _group_mean(x: Tensor, groups: int) -> Tensor:
+    # Image by image, whose values are near each other in memory.
+    mean: Tensor = x.mean(dim=(2, 3)).unflatten(0, (groups, -1)).mean(dim=1)
+    return mean
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALVES else x
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
+
+
+def _by_group(values: Tensor) -> Tensor:
+    return values[:, None, :, None, None]
+
+
+class FusedBatchNorm(nn.BatchNorm2d):
+    """A frozen BatchNorm layer in evaluation mode that tells a watch the statistics of what it normalises.
+
+    Args:
+        name: of the layer.
+        layer: with running statistics; parameters and buffers are shared.
+        watch: who is told; while it has no groups, the layer only normalises.
+    """
+
+    def __init__(self, name: str, layer: nn.BatchNorm2d, watch: FusedStatistics) -> None:
+        super().__init__(layer.num_features, layer.eps, affine=False)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.running_mean, self.running_var = layer.running_mean, layer.running_var
+        self.name, self.watch, self.after = name, watch, extras_after(layer)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [n, c, h, w] with the running statistics."""
+        mean, variance = running_moments(self)
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight
+        shift = torch.zeros_like(scale) if self.bias is None else self.bias
+        if self.watch.groups == 0:
+            out = ((_full(x) - _by_channel(mean)) * _by_channel(scale) + _by_channel(shift)).to(x.dtype)
+        else:
+            out, *moments = _NormaliseAndMeasure.apply(x, mean, scale, shift, self.watch.groups)
+            self.watch.note(self.name, Moments(*moments))
+        normalised: Tensor = self.after(out)
+        return normalised
+
+
+class FusedStatistics(BatchStatistics):
+    """What fused layers measure in a pass; used like the hooks that it stands for, but never entered.
+
+    Args:
+        network: whose BatchNorm layers are replaced.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, 0)
+        for name, layer in batchnorm_layers(network):
+            parent, _, child = name.rpartition(".")
+            self._batchnorm[name] = FusedBatchNorm(name, layer, self)
+            setattr(network.get_submodule(parent), child, self._batchnorm[name])
+
+    def note(self, name: str, moments: Moments) -> None:
+        """Take down what a layer measured."""
+        self._measured[name] = moments
+
+
+def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
+    """Return a copy of a frozen network, with parameters shared, whose BatchNorm layers measure what they normalise.
+
+    A network with another kind of BatchNorm, or with layers that keep no running statistics, stays as it is and has
+    hooks.
+    """
+    if not all(_is_known(layer) for _, layer in batchnorm_layers(network)):
+        watch = BatchStatistics(network, 1)
+        watch.__enter__()
+        return network, watch
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    fused = copy.deepcopy(network, shared)
+    return fused, FusedStatistics(fused)
+
+
+def _is_known(layer: nn.BatchNorm2d) -> bool:
+    try:
+        running_moments(layer)
+        extras_after(layer)
+    except ConfigError:
+        return False
+    return True

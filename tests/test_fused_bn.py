@@ -1,0 +1,113 @@
+"""Layers that normalise and measure in one pass, against hooks and PyTorch's own BatchNorm."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from cvdd.bn import BatchStatistics
+from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure, fuse_statistics
+from cvdd.voting import Judgement, Voter, judge
+from tests.helpers import small_network
+
+
+class Unknown(nn.BatchNorm2d):
+    """Does something besides normalising."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and scale."""
+        return 2 * super().forward(x)
+
+
+def judged(voter: Voter, images: Tensor, r_bn: float = 0.3) -> tuple[Judgement, Tensor]:
+    """Judge three units of four images."""
+    leaf = images.clone().requires_grad_()
+    said = judge(leaf, torch.arange(4).expand(3, 4), voter, r_bn=r_bn)
+    return said, torch.autograd.grad(said.value.sum(), leaf)[0]
+
+
+def activated_network() -> nn.Module:
+    """A network with timm's BatchNorm, which activates too."""
+    layer = BatchNormAct2d(6).double()
+    layer.running_mean, layer.running_var = torch.randn(6).double(), torch.rand(6).double() + 0.5
+    body = nn.Sequential(
+        nn.Conv2d(3, 6, 3).double(), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4).double()
+    )
+    return body.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("r_bn", [0.3, 0.0])
+@pytest.mark.parametrize("network", [small_network(seed=3).double(), activated_network()], ids=["torch", "timm"])
+def test_a_fused_network_says_what_hooks_say(network: nn.Module, r_bn: float) -> None:
+    images = 3 * torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double() + 1
+    fused, watch = fuse_statistics(network)
+    assert isinstance(watch, FusedStatistics)
+    for _ in range(2):
+        expected, slope = judged(Voter("a", network), images, r_bn)
+        found, gradient = judged(Voter("a", fused, watch=watch), images, r_bn)
+        torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-14)
+    assert not watch.measured
+
+
+def test_its_gradient_is_that_of_finite_differences() -> None:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 2, 5, generator=source, dtype=torch.float64, requires_grad=True)
+    mean, scale, shift = (torch.randn(3, generator=source, dtype=torch.float64) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda x: _NormaliseAndMeasure.apply(x, mean, scale, shift, 2), (x,))
+
+
+def test_a_mean_far_from_the_running_one_costs_little_precision() -> None:
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 30
+    zero, one = torch.zeros(3), torch.ones(3)
+    _, mean, variance = _NormaliseAndMeasure.apply(x, zero, one, zero, 1)
+    exact = x.double()
+    torch.testing.assert_close(mean[0].double(), exact.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance[0].double(), exact.var(dim=(0, 2, 3), unbiased=False), rtol=1e-3, atol=0)
+
+
+def test_parameters_are_shared_and_the_original_stays() -> None:
+    network = small_network()
+    fused, _ = fuse_statistics(network)
+    assert type(network[1]) is nn.BatchNorm2d
+    assert [id(one) for one in fused.parameters()] == [id(one) for one in network.parameters()]
+    assert list(fused.state_dict()) == list(network.state_dict())
+
+
+def test_half_precision_is_measured_in_full() -> None:
+    network = small_network()
+    fused, watch = fuse_statistics(network)
+    images = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = fused.get_submodule("1")
+    watch.groups = 1
+    out = layer(images.new_ones(4, 6, 5, 5) / 3)
+    assert out.dtype == torch.bfloat16
+    assert watch.means[0].dtype == watch.variances[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [Unknown(6), nn.BatchNorm2d(6, track_running_stats=False)], ids=["unknown", "none"])
+def test_other_layers_keep_hooks(layer: nn.Module) -> None:
+    network = small_network()
+    network[1] = layer.eval().requires_grad_(False)
+    fused, watch = fuse_statistics(network)
+    assert fused is network
+    assert type(watch) is BatchStatistics
+    fused(torch.randn(4, 3, 12, 12))
+    assert list(watch.measured) == ["1", "4"]
+
+
+def test_a_network_of_timm_as_a_whole() -> None:
+    network = (
+        timm.create_model("efficientnet_b0", pretrained=False, num_classes=4).double().eval().requires_grad_(False)
+    )
+    images = torch.randn(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    fused, watch = fuse_statistics(network)
+    assert isinstance(watch, FusedStatistics)
+    targets = torch.arange(4)[None]
+    one, two = (
+        judge(images, targets, voter, r_bn=0.1) for voter in (Voter("a", network), Voter("a", fused, watch=watch))
+    )
+    torch.testing.assert_close(tuple(two), tuple(one), rtol=1e-10, atol=1e-10)
