@@ -19,7 +19,9 @@ class EngineConfig(StrictConfig):
         "on BatchNorm statistics of units are compiled, and only where there is a compiler",
     )
     compile_labels: Literal["auto"] | bool = Field(
-        "auto", description="compile the teachers' passes over full stacks; likewise, where there is a compiler"
+        "auto",
+        description="compile the teachers' passes over full stacks, where there is a compiler; auto only on a GPU and "
+        "for as much work, because forward passes on a CPU gain little",
     )
     compile_students: bool = Field(
         False,
