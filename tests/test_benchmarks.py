@@ -14,18 +14,20 @@ import torch
 from helpers import MEAN, STD, random_pixels, small_network
 from torch import Tensor, nn
 
-from benchmarks import agreement, engine, settings, speed, timing
+from benchmarks import agreement, engine, precision, settings, speed, timing
 from benchmarks.cases import Case, chosen, cpu_cases, gpu_cases, make_program, work_of
 from benchmarks.limits import Limits, Work, count_work, measure_limits
 from benchmarks.reference import recover, relabel, student
 from benchmarks.table import markdown
+from cvdd.artifact.manifest import manifest_checksum
 from cvdd.augment import Views, apply_matrices
+from cvdd.chain.unit_files import write_unit
 from cvdd.engine import Passes
 from cvdd.losses import soft_label_loss
 from cvdd.replay import replay
 from cvdd.synthesis import pixel_bounds
 from cvdd.teachers import Teachers
-from cvdd.units import unit_matrices
+from cvdd.units import Unit, unit_matrices
 from cvdd.voting import Voter, voting_loss
 
 CPU = torch.device("cpu")
@@ -360,3 +362,32 @@ def test_a_repetition_of_labels_computes_them_anew(tmp_path: Path, monkeypatch: 
 
 def test_work_of_every_stage_is_counted() -> None:
     assert all(work_of(case, CPU).flops > 0 for case in TINY)
+
+
+def test_precisions_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def artefact(kind: str, digest: str, parents: list[dict[str, str]]) -> Path:
+        folder = tmp_path / kind / f"a-{digest}"
+        (folder / "units").mkdir(parents=True)
+        manifest = {"format": 1, "kind": kind, "name": "a", "digest": digest, "parents": parents, "files": {}}
+        manifest |= {"identity": {}, "metrics": {}, "code": {}, "cost": {}}
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+        return folder
+
+    # Losses of two units at one log row, for each of three seeds and both precisions.
+    for kind, extra in (("full", 0.0), ("half", 0.5)):
+        for seed in range(3):
+            digest = f"{kind}{seed}"
+            images = artefact("images", digest, [])
+            for slot, loss in enumerate((1.0 + seed + extra, 3.0 + seed + extra)):
+                rows = [{"iteration": 20, "loss": loss}]
+                write_unit(images / "units", Unit(slot, 0, 0, 2), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows, {})
+            artefact("students", digest, [{"kind": "images", "name": "a", "digest": digest}])
+    results = [
+        {"row": "cvdd", "n": 3, "top1_by_seed": [80.0, 82.0, 84.0], "students": [f"a-full{seed}" for seed in range(3)]},
+        {"row": "bf16", "n": 3, "top1_by_seed": [81.0, 82.0, 85.0], "students": [f"a-half{seed}" for seed in range(3)]},
+    ]
+    precision.show(tmp_path, results)
+    shown = capsys.readouterr().out
+    assert "| fp32 | 3 | 82 +- 1.2 |  |" in shown
+    assert "| bf16 | 3 | 82.67 +- 1.2 | +0.67 +- 0.33 |" in shown
+    assert "| 20 | 3 +- 0.58 | 3.5 +- 0.58 | +0.5 +- 0 | +0.87 |" in shown
