@@ -197,6 +197,11 @@ def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:
     return Passes(compiled, precision_of(config.precision_students, device))
 
 
+def passes_of_members(config: EngineConfig, device: torch.device) -> Passes:
+    """Decide how members compute while they are trained; nothing is compiled."""
+    return Passes(precision=precision_of(config.precision_members, device))
+
+
 def judges_by_unit(method: MethodConfig) -> bool:
     """Whether units of a stack can be judged apart: not with statistics of a stack, nor with moving averages."""
     return method.statistics == StatisticsConfig() and method.statistics_of == "unit"

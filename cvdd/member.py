@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cvdd.augment import Views, apply_views, draw_views, normalise
 from cvdd.classifier import Classifier, parts_of
+from cvdd.engine import Passes
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
 
@@ -25,6 +26,7 @@ class MemberModule(Classifier):
         mean: of the normalisation.
         std: of the normalisation.
         size: side of the network's input.
+        passes: how the network computes; nothing of it is compiled.
         shared: arguments of :class:`Classifier`.
     """
 
@@ -36,11 +38,13 @@ class MemberModule(Classifier):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         size: int,
+        passes: Passes | None = None,
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
         self.recipe, self.mean, self.std, self.size = recipe, mean, std, size
         self._pixels, self._labels = pixels, labels
+        self._passes = passes or Passes()
 
     def on_fit_start(self) -> None:
         """Bring the images to the device."""
@@ -84,8 +88,9 @@ class MemberModule(Classifier):
     def _part_loss(self, pixels: Tensor, labels: Tensor, batch_index: int, part: slice) -> Tensor:
         source = generator(self.seed, "augment", self.current_epoch, batch_index)
         shown = augment(pixels, self.recipe, self.size, source, len(labels), part)
-        logits: Tensor = self.network(normalise(shown, self.mean, self.std))
-        return nn.functional.cross_entropy(logits, labels[part], label_smoothing=self.recipe.label_smoothing)
+        with self._passes.around(shown.device):
+            logits: Tensor = self.network(normalise(shown, self.mean, self.std))
+        return nn.functional.cross_entropy(logits.float(), labels[part], label_smoothing=self.recipe.label_smoothing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule of the recipe."""
@@ -102,7 +107,11 @@ class MemberModule(Classifier):
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if recipe.schedule == "onecycle":
             steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+            # SGD keeps the recipe's momentum.
+            cycled = recipe.optimizer != "sgd"
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, recipe.lr, total_steps=steps, cycle_momentum=cycled
+            )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         period = recipe.cosine_period or recipe.epochs
         shape = (lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / period))) if recipe.schedule == "cosine" else _one

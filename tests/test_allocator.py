@@ -28,5 +28,5 @@ def test_a_block_that_is_allocated_again_has_no_new_pages() -> None:
         )
         return int(done.stdout)
 
-    assert faults("") > 1000
-    assert faults("assert keep_freed_memory()") < 100
+    # Pages may be small or huge.
+    assert 4 * faults("assert keep_freed_memory()") < faults("")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import MEAN, STD, as_files, fit, random_pixels, small_network, tiny_context, training_arguments
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -111,6 +112,30 @@ def test_a_member_learns() -> None:
     fit(module, member_loader(), 12)
     assert module.curve[-1]["train_loss"] < 0.2 < module.curve[0]["train_loss"]
     assert [row["epoch"] for row in module.curve] == list(range(1, 13))
+
+
+def test_a_member_in_half_precision_learns_with_full_parameters(tmp_path: Path) -> None:
+    half = "engine.precision_members=bf16"
+    plain, other = (tiny_context(tmp_path / name, *more) for name, more in (("a", []), ("b", [half])))
+    made = [make_member(context, "resnet18") for context in (plain, other)]
+    assert "precision" not in made[0].manifest["identity"]
+    assert made[1].manifest["identity"]["precision"] == "bf16"
+    weights = [load_file(artifact.path / "weights.safetensors") for artifact in made]
+    for name, one in weights[0].items():
+        assert weights[1][name].dtype == one.dtype
+    first = next(name for name, one in weights[0].items() if one.ndim == 4)
+    assert not torch.equal(weights[0][first], weights[1][first])
+    assert float(torch.cosine_similarity(weights[1][first].flatten(), weights[0][first].flatten(), dim=0)) > 0.95
+
+
+def test_one_cycle_keeps_the_momentum_of_sgd() -> None:
+    module = member(schedule="onecycle", optimizer="sgd", momentum=0.8, epochs=2)
+    seen = []
+    module.on_train_batch_end = lambda *arguments: seen.append(  # type: ignore[method-assign]
+        module.optimizers(use_pl_optimizer=False).param_groups[0]["momentum"]  # type: ignore[union-attr]
+    )
+    fit(module, member_loader(), 2)
+    assert seen == [0.8] * 6
 
 
 @pytest.mark.parametrize(

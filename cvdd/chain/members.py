@@ -21,6 +21,7 @@ from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
+from cvdd.engine import passes_of_members
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
 from cvdd.memory import enough_memory
@@ -57,6 +58,7 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
         # An undivided batch is what every recipe had before batches could be divided.
         "recipe": None if ready else recipe.model_dump(mode="json", exclude=_undivided(recipe)),
         "seed": seed,
+        **({} if ready else passes_of_members(context.config.engine, context.device).identity),
     }
 
     def train(work: Path) -> MemberModule:
@@ -162,6 +164,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             data.mean,
             data.std,
             data.image_size,
+            passes_of_members(config.engine, context.device),
             network=network,
             name=f"member {name}",
             seed=seed,

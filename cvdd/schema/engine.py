@@ -32,6 +32,9 @@ class EngineConfig(StrictConfig):
         "auto",
         description="of the members' convolutions as they vote; auto is bf16 on a GPU that has it and fp32 elsewhere",
     )
+    precision_members: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the members' convolutions while they are trained; auto as for precision"
+    )
     precision_labels: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the teachers' convolutions; in bf16 logits have errors of about a hundredth"
     )
