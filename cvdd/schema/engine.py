@@ -40,8 +40,8 @@ class EngineConfig(StrictConfig):
     )
     precision_students: Literal["auto", "fp32", "bf16"] = Field(
         "fp32",
-        description="of the students' convolutions while they learn; auto as for precision. In bf16 students learn less "
-        "in few epochs",
+        description="of the students' convolutions while they learn; auto as for precision. In bf16 students learn "
+        "less in few epochs",
     )
     units_per_pass: Literal["auto"] | Positive = Field(
         "auto", description="units of a stack that a member judges in one forward pass; auto by their size"
