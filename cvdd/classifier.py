@@ -138,7 +138,8 @@ class Classifier(pl.LightningModule):
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            yield [loss.detach(), *gradients], statistics.measured()
+            # As ranks send them: an optimiser's last bits depend on how a gradient lies in memory.
+            yield [loss.detach(), *(gradient.contiguous() for gradient in gradients)], statistics.measured()
 
     def _of_all_ranks(
         self, own: Sequence[Part], count: int, parameters: list[nn.Parameter], statistics: RunningStatistics
