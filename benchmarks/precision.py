@@ -14,20 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import read_manifest
-from cvdd.chain.recover import UNITS
+from cvdd.chain.images import load_history
 
 FULL = "fp32"
 
 
-def loss_curve(images: Path) -> dict[int, float]:
+def loss_curve(images: Artifact) -> dict[int, float]:
     """Mean loss over the units of a set of images, by iteration."""
     losses: dict[int, list[float]] = {}
-    for path in sorted((images / UNITS).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            history = json.loads(file.metadata()["history"])
+    for history in load_history(images).values():
         for row in history["rows"]:
             losses.setdefault(row["iteration"], []).append(row["loss"])
     return {iteration: statistics.mean(values) for iteration, values in losses.items()}
@@ -39,19 +36,24 @@ def curves_of(store: Path, students: Sequence[str]) -> list[dict[int, float]]:
     for name in students:
         parents = read_manifest(store / "students" / name).manifest["parents"]
         (images,) = [f"{parent['name']}-{parent['digest']}" for parent in parents if parent["kind"] == "images"]
-        curves.append(loss_curve(store / "images" / images))
+        curves.append(loss_curve(read_manifest(store / "images" / images)))
     return curves
+
+
+def error_of(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Mean difference of two samples that belong together pair by pair, and its standard error."""
     differences = [first - second for first, second in zip(one, other, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), error_of(differences)
 
 
 def with_error(values: Sequence[float]) -> str:
     """Mean +- standard error."""
-    return f"{statistics.mean(values):.4g} +- {statistics.stdev(values) / len(values) ** 0.5:.2g}"
+    return f"{statistics.mean(values):.4g} +- {error_of(values):.2g}"
 
 
 def show(store: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -73,8 +75,9 @@ def show(store: Path, results: Sequence[Mapping[str, Any]]) -> None:
             one = [curve[iteration] for curve in curves]
             other = [curve[iteration] for curve in reference]
             mean, error = paired(one, other)
-            spread = statistics.stdev(other) / len(other) ** 0.5
-            shown = f"{with_error(other)} | {with_error(one)} | {mean:+.3g} +- {error:.2g} | {mean / spread:+.2f}"
+            shown = (
+                f"{with_error(other)} | {with_error(one)} | {mean:+.3g} +- {error:.2g} | {mean / error_of(other):+.2f}"
+            )
             print(f"| {iteration} | {shown} |")
 
 

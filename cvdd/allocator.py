@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees, for the next step, instead of giving it back to the system.
 
     glibc returns every large block at once, and the system then clears each page again before it is used: on a CPU a
-    third of the time of a network's step with many images. Peak memory stays; what is free in between is not given to
-    others. Without glibc nothing happens.
+    fifth to a third of the time of a compiled step with many images. Peak memory stays; what is free in between is not
+    given to others. Without glibc nothing happens.
 
     Returns:
         Whether the C library took it.

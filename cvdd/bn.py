@@ -186,7 +186,7 @@ class BatchStatisticsNetwork(nn.Module):
     def __init__(self, network: nn.Module, dropout: bool = False) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.layers = [_replace(self.network, name) for name, _ in batchnorm_layers(self.network)]
+        self.layers = [_replace(self.network, name, layer) for name, layer in batchnorm_layers(self.network)]
         if dropout:
             for module in self.network.modules():
                 if isinstance(module, nn.Dropout):
@@ -201,10 +201,7 @@ class BatchStatisticsNetwork(nn.Module):
         return logits
 
 
-def _replace(network: nn.Module, name: str) -> GroupBatchNorm:
-    parent_name, _, child = name.rpartition(".")
-    parent = network.get_submodule(parent_name)
-    layer = getattr(parent, child)
+def _replace(network: nn.Module, name: str, layer: nn.BatchNorm2d) -> GroupBatchNorm:
     replacement = GroupBatchNorm(layer)
-    setattr(parent, child, replacement)
+    network.set_submodule(name, replacement)
     return replacement

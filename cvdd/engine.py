@@ -32,7 +32,7 @@ PIXELS_PER_COMPILED_PASS = 100 * 32 * 32
 """On a CPU compiled code gains little from more, and memory grows."""
 
 SECONDS_WORTH_COMPILING = 300.0
-"""Of uncompiled work. A compiler takes up to a minute for a pair of members, and leaves a third or less of the time."""
+"""Of uncompiled work. A compiler takes one to three minutes for a pair of members, and leaves about half of it."""
 
 RATES = {"cpu": (60e9, 1e-3), "cuda": (20e12, 1e-4)}
 """Roughly, of uncompiled networks: operations per second, and seconds that each image takes besides."""

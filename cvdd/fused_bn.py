@@ -107,9 +107,8 @@ class FusedStatistics(BatchStatistics):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, 0)
         for name, layer in batchnorm_layers(network):
-            parent, _, child = name.rpartition(".")
             self._batchnorm[name] = FusedBatchNorm(name, layer, self)
-            setattr(network.get_submodule(parent), child, self._batchnorm[name])
+            network.set_submodule(name, self._batchnorm[name])
 
     def note(self, name: str, moments: Moments) -> None:
         """Take down what a layer measured."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from helpers import small_network
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatistics
 from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure, fuse_statistics
 from cvdd.voting import Judgement, Voter, judge
-from tests.helpers import small_network
 
 
 class Unknown(nn.BatchNorm2d):
