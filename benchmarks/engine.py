@@ -240,7 +240,7 @@ def student(
     passes: Passes,
 ) -> float:
     """Train a student on all labelled epochs, without measuring it; return the seconds."""
-    dataset = SoftLabelDataset(labels)
+    dataset = SoftLabelDataset(labels, device)
     module = StudentModule(
         config.protocol,
         pixels,

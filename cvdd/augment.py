@@ -43,6 +43,10 @@ class Views:
     def __getitem__(self, index: Tensor | slice) -> Views:
         return Views(self.boxes[index], self.flips[index], self.shifts[index])
 
+    def to(self, device: torch.device) -> Views:
+        """Copy to a device."""
+        return Views(self.boxes.to(device), self.flips.to(device), self.shifts.to(device))
+
     @staticmethod
     def cat(views: Sequence[Views]) -> Views:
         """Join views of several groups of images."""
@@ -242,11 +246,11 @@ def swap_halves(images: Tensor, swap: Tensor) -> Tensor:
     return images
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """Map uint8 or 0..255 pixels [..., c, h, w] to normalised float32 values."""
     shape = (-1, 1, 1)
-    mean_t = torch.tensor(mean, device=pixels.device).view(shape)
-    std_t = torch.tensor(std, device=pixels.device).view(shape)
+    mean_t = torch.as_tensor(mean, device=pixels.device).view(shape)
+    std_t = torch.as_tensor(std, device=pixels.device).view(shape)
     return (pixels.float() / 255 - mean_t) / std_t
 
 

@@ -14,6 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.data import Dataset, Sampler
 
 from cvdd.distributed import gather_parts
+from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.measure import Accuracy
 from cvdd.seeds import derive_seed, generator, seed_networks
 
@@ -93,6 +94,47 @@ class Classifier(pl.LightningModule):
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._gradient: list[Tensor] | None = None
+        self._recorded: Recorded | None = None
+
+    def record(self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool) -> None:
+        """Make ready to record loss and gradient of a batch as CUDA graphs, for :meth:`recorded_loss`.
+
+        Nothing is recorded on a CPU, where ranks share the parts of a batch, and where a network with dropout needs a
+        seed for each part.
+
+        Args:
+            losses: from the tensors of a batch to the share of each part in its loss; it waits for nothing.
+            divided: whether BatchNorm normalises each part with its own statistics, as :meth:`loss_in_parts` does.
+        """
+        alone = self._ranks[1] == 1 and not (divided and draws_by_itself(self.network))
+        if self.device.type != "cuda" or not alone:
+            return
+
+        def loss_and_gradient(*tensors: Tensor) -> list[Tensor]:
+            parameters = self._parameters_to_train()
+            if divided:
+                return self._sum_of_parts(losses(*tensors), None, parameters)
+            (loss,) = (share() for share in losses(*tensors))
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return [loss.detach(), *map(_laid_out_as, gradients, parameters)]
+
+        self._recorded = Recorded(loss_and_gradient, self.device, f"a step of {self._name}")
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether :meth:`recorded_loss` is to be used."""
+        return self._recorded is not None
+
+    def recorded_loss(self, *tensors: Tensor) -> Tensor:
+        """Loss of a batch from its tensors on the device; its gradient is known then, as in :meth:`loss_in_parts`."""
+        assert self._recorded is not None
+        loss: Tensor
+        loss, *self._gradient = self._recorded(*tensors)
+        # The next call overwrites it.
+        return loss.clone().requires_grad_()
+
+    def _parameters_to_train(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def own_parts(self, count: int) -> list[int]:
         """Indices of the parts of a batch that this rank forwards, of ``count``."""
@@ -110,8 +152,14 @@ class Classifier(pl.LightningModule):
             losses: the share of each part in the loss; those of :meth:`own_parts` are called.
             batch_index: of the batch in its epoch.
         """
+        loss, *self._gradient = self._sum_of_parts(losses, batch_index, self._parameters_to_train())
+        return loss.detach().requires_grad_()
+
+    def _sum_of_parts(
+        self, losses: Sequence[Callable[[], Tensor]], batch_index: int | None, parameters: list[nn.Parameter]
+    ) -> list[Tensor]:
+        """Loss and gradient of a batch; the running statistics move on. Without an index nobody is seeded."""
         statistics = RunningStatistics(self.network)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         parts = self._differentiated(losses, batch_index, parameters, statistics)
         if self._ranks[1] > 1:
             parts = self._of_all_ranks(list(parts), len(losses), parameters, statistics)
@@ -122,24 +170,23 @@ class Classifier(pl.LightningModule):
             statistics.update(measured)
         statistics.count(len(losses))
         assert total is not None
-        self._gradient = total[1:]
-        return total[0].detach().requires_grad_()
+        return total
 
     def _differentiated(
         self,
         losses: Sequence[Callable[[], Tensor]],
-        batch_index: int,
+        batch_index: int | None,
         parameters: list[nn.Parameter],
         statistics: RunningStatistics,
     ) -> Iterator[Part]:
         """Loss and gradient of each of this rank's parts, one after the other, and the statistics of each."""
         for part in self.own_parts(len(losses)):
-            seed_networks(derive_seed(self.seed, "network", self.current_epoch, batch_index, part), self.device)
+            if batch_index is not None:
+                seed_networks(derive_seed(self.seed, "network", self.current_epoch, batch_index, part), self.device)
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            # As ranks send them: an optimiser's last bits depend on how a gradient lies in memory.
-            yield [loss.detach(), *(gradient.contiguous() for gradient in gradients)], statistics.measured()
+            yield [loss.detach(), *map(_laid_out_as, gradients, parameters)], statistics.measured()
 
     def _of_all_ranks(
         self, own: Sequence[Part], count: int, parameters: list[nn.Parameter], statistics: RunningStatistics
@@ -157,9 +204,8 @@ class Classifier(pl.LightningModule):
         if self._gradient is None:
             loss.backward()
             return
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        for parameter, gradient in zip(parameters, self._gradient, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient in zip(self._parameters_to_train(), self._gradient, strict=True):
+            parameter.grad = _laid_out_as(gradient, parameter)
         self._gradient = None
 
     def _note(self, loss: Tensor) -> Tensor:
@@ -261,6 +307,13 @@ class RunningStatistics:
         for layer, before in zip(self._layers, self._counts, strict=True):
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.copy_(before + parts)
+
+
+def _laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    # Optimisers take both side by side, and their last bits depend on how a gradient lies in memory.
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.depthwise import without_strided_depthwise
+from cvdd.config_base import ConfigError
+from cvdd.depthwise import with_stencils, without_strided_depthwise
 from cvdd.fused_bn import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
@@ -49,16 +50,19 @@ class Engine:
         compile: whether judgements are compiled.
         precision: of the members' convolutions.
         units_per_pass: units that a member judges in one forward pass; None is all of a stack.
+        record: whether iterations are recorded as CUDA graphs, which launches the same kernels at once.
     """
 
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     units_per_pass: int | None = None
+    record: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What of it belongs to the identity of images; nothing for PyTorch's plain kernels."""
-        return {} if self == Engine() else {"engine": asdict(self)}
+        shown = {key: value for key, value in asdict(self).items() if key != "record"}
+        return {} if replace(self, record=False) == Engine() else {"engine": shown}
 
     @property
     def opinion(self) -> Callable[..., Judgement]:
@@ -127,10 +131,12 @@ class Passes:
     Attributes:
         compile: whether their passes are compiled.
         precision: of their convolutions and matrix products; all else, parameters included, is in fp32.
+        record: whether passes are recorded as CUDA graphs, which launches the same kernels at once.
     """
 
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    record: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -150,6 +156,20 @@ def precision_of(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) 
     if wanted != "auto":
         return wanted
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def records(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
+    """Decide whether steps are recorded as CUDA graphs: on a GPU, unless it is not wanted.
+
+    Raises:
+        ConfigError: it is wanted where there is no GPU.
+    """
+    if wanted is True and device.type != "cuda":
+        raise ConfigError(
+            "engine.cuda_graphs=true needs a GPU, and this command computes on the CPU. Set engine.cuda_graphs=auto, "
+            "which records on GPUs alone"
+        )
+    return wanted is not False and device.type == "cuda"
 
 
 def compiles(wanted: Literal["auto"] | bool, seconds: Callable[[], float], device: torch.device) -> bool:
@@ -188,18 +208,28 @@ def passes_of_labels(
         # Forward alone there is a tenth to win, with some networks nothing, and a minute a network to lose.
         wanted = False
     compiled = compiles(wanted, lambda: uncompiled_seconds(backbones, samples, 1, classes, size, device), device)
-    return Passes(compiled, config.precision_labels)
+    return Passes(compiled, config.precision_labels, records(config.cuda_graphs, device))
 
 
 def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:
     """Decide how students compute."""
     compiled = config.compile_students and has_compiler(device.type)
-    return Passes(compiled, precision_of(config.precision_students, device))
+    return Passes(compiled, precision_of(config.precision_students, device), records(config.cuda_graphs, device))
 
 
 def passes_of_members(config: EngineConfig, device: torch.device) -> Passes:
     """Decide how members compute while they are trained; nothing is compiled."""
-    return Passes(precision=precision_of(config.precision_members, device))
+    return Passes(False, precision_of(config.precision_members, device), records(config.cuda_graphs, device))
+
+
+def can_be_recorded(method: MethodConfig, split: bool) -> bool:
+    """Whether an iteration of a method is the same for the device every time.
+
+    Args:
+        method: the method.
+        split: whether ranks share each unit.
+    """
+    return method.turns == "all" and method.statistics == StatisticsConfig() and not method.density and not split
 
 
 def judges_by_unit(method: MethodConfig) -> bool:
@@ -222,7 +252,8 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
             most = max(min(most, PIXELS_PER_COMPILED_PASS // (work.unit_images * work.size**2)), 1)
         units = most if config.units_per_pass == "auto" else config.units_per_pass
         units = None if units >= work.units else units
-    return Engine(compiled, precision, units)
+    recorded = records(config.cuda_graphs, device) and can_be_recorded(method, work.split)
+    return Engine(compiled, precision, units, recorded)
 
 
 @functools.cache
@@ -275,18 +306,25 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     """
     if not engine.compile and engine.precision == "fp32":
         return Voter(name, network, bn_scale)
+    on_gpu = next(network.parameters()).device.type == "cuda"
     dtype = torch.float32
     if engine.precision == "bf16":
-        network, dtype = _in_half_precision(network), torch.bfloat16
+        cast = _in_half_precision(network)
+        network, dtype = cast if on_gpu else without_strided_depthwise(cast), torch.bfloat16
     network = network.to(memory_format=torch.channels_last)
     watch = None
     if engine.compile:
-        network, watch = fuse_statistics(network)
+        network, watch = fuse_statistics(with_stencils(_sharing(network)) if on_gpu else network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
 
+def _sharing(network: nn.Module) -> nn.Module:
+    """A copy whose layers can be replaced, with the same parameters and buffers."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+
+
 def _in_half_precision(network: nn.Module) -> nn.Module:
-    cast = without_strided_depthwise(copy.deepcopy(network)).to(torch.bfloat16)
+    cast = copy.deepcopy(network).to(torch.bfloat16)
     for original, module in zip(network.modules(), cast.modules(), strict=True):
         if isinstance(original, nn.BatchNorm2d):
             # Its statistics are what the images are matched to.

@@ -37,10 +37,11 @@ class SoftLabelDataset(Dataset[LabelledBatch]):
 
     Args:
         labels: stored or computed labels.
+        device: where the epoch at hand is kept.
     """
 
-    def __init__(self, labels: SoftLabels) -> None:
-        self.labels = labels
+    def __init__(self, labels: SoftLabels, device: torch.device | None = None) -> None:
+        self.labels, self.device = labels, device or torch.device("cpu")
         self.bounds = batch_bounds(labels.count, labels.batch_size)
         self._last: tuple[int, Replay, Tensor] | None = None
 
@@ -50,7 +51,8 @@ class SoftLabelDataset(Dataset[LabelledBatch]):
     def __getitem__(self, index: int) -> LabelledBatch:
         epoch, batch = divmod(index, len(self.bounds))
         if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, *self.labels.epoch(epoch))
+            plan, logits = self.labels.epoch(epoch)
+            self._last = (epoch, plan.to(self.device), logits.to(self.device))
         start, stop = self.bounds[batch]
         return LabelledBatch(self._last[1].batch(start, stop), self._last[2][start:stop])
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -30,6 +32,9 @@ class MemberModule(Classifier):
         shared: arguments of :class:`Classifier`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         recipe: RecipeConfig,
@@ -42,55 +47,76 @@ class MemberModule(Classifier):
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
-        self.recipe, self.mean, self.std, self.size = recipe, mean, std, size
+        self.recipe, self.size = recipe, size
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
         self._pixels, self._labels = pixels, labels
         self._passes = passes or Passes()
 
     def on_fit_start(self) -> None:
-        """Bring the images to the device."""
+        """Bring the images to the device, and make ready to record steps there."""
         self._labels = self._labels.to(self.device)
+        if self.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)
         if self._pixels is not None:
             self._pixels = self._pixels.to(self.device)
+            if self._passes.record:
+                self.record(self._losses_of, self.recipe.accumulation > 1)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels).
 
         Of a batch in parts, pixels are those of this rank's parts alone.
         """
-        if self._pixels is not None:
-            assert isinstance(batch, Tensor)
-            indices, labels = batch, self._labels[batch]
-        else:
-            labels = batch[1]
-        count = len(labels)
+        source = generator(self.seed, "augment", self.current_epoch, batch_index)
+        count = len(batch) if isinstance(batch, Tensor) else len(batch[1])
+        shape = self._pixels.shape[2:] if self._pixels is not None else batch[0].shape[2:]
+        drawn = draw_augmentation(self.recipe, count, shape[0], shape[1], source)
+        if isinstance(batch, Tensor) and self.is_recorded:
+            tensors = (values.to(self.device, non_blocking=True) for values in drawn)
+            return self._note(self.recorded_loss(batch, *tensors))
+        losses = self._losses_by_part(batch, drawn)
         if self.recipe.accumulation == 1:
-            pixels = batch[0] if self._pixels is None else self._pixels[indices]
-            return self._note(self._part_loss(pixels, labels, batch_index, slice(0, count)))
-        parts = parts_of(count, part_size(self.recipe))
+            return self._note(losses[0]())
+        return self._note(self.loss_in_parts(losses, batch_index))
+
+    def _losses_of(self, indices: Tensor, *drawn: Tensor) -> list[Callable[[], Tensor]]:
+        return self._losses_by_part(indices, Augmentation(*drawn))
+
+    def _losses_by_part(self, batch: Tensor | tuple[Tensor, Tensor], drawn: Augmentation) -> list[Callable[[], Tensor]]:
+        """Share of each part of a batch in its loss; of those that other ranks forward nothing can be called."""
+        labels = self._labels[batch] if isinstance(batch, Tensor) else batch[1]
+        count = len(labels)
+        undivided = self.recipe.accumulation == 1
+        parts = [slice(0, count)] if undivided else parts_of(count, part_size(self.recipe))
+        own = range(len(parts)) if undivided else self.own_parts(len(parts))
         pixels_of: dict[int, Tensor] = {}
         first = 0
-        for index in self.own_parts(len(parts)):
+        for index in own:
             part = parts[index]
             length = part.stop - part.start
-            if self._pixels is None:
-                pixels_of[index] = batch[0][first : first + length]
+            if isinstance(batch, Tensor):
+                assert self._pixels is not None
+                pixels_of[index] = self._pixels[batch[part]]
             else:
-                pixels_of[index] = self._pixels[indices[part]]
+                pixels_of[index] = batch[0][first : first + length]
             first += length
 
         def loss(index: int) -> Tensor:
             part = parts[index]
             share = (part.stop - part.start) / count
-            return self._part_loss(pixels_of[index], labels, batch_index, part).mul(share)
+            whole = self._part_loss(pixels_of[index], labels[part], drawn.of(part))
+            return whole if undivided else whole.mul(share)
 
-        return self._note(self.loss_in_parts([partial(loss, index) for index in range(len(parts))], batch_index))
+        return [partial(loss, index) for index in range(len(parts))]
 
-    def _part_loss(self, pixels: Tensor, labels: Tensor, batch_index: int, part: slice) -> Tensor:
-        source = generator(self.seed, "augment", self.current_epoch, batch_index)
-        shown = augment(pixels, self.recipe, self.size, source, len(labels), part)
+    def _part_loss(self, pixels: Tensor, labels: Tensor, drawn: Augmentation) -> Tensor:
+        shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
+        if shown.device.type == "cuda":
+            shown = shown.contiguous(memory_format=torch.channels_last)
         with self._passes.around(shown.device):
-            logits: Tensor = self.network(normalise(shown, self.mean, self.std))
-        return nn.functional.cross_entropy(logits.float(), labels[part], label_smoothing=self.recipe.label_smoothing)
+            logits: Tensor = self.network(shown)
+        return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule of the recipe."""
@@ -136,14 +162,64 @@ def own_images(index: Tensor, part: int, rank: int, ranks: int) -> Tensor:
     return torch.cat([index[:0], *(index[rows] for rows in parts_of(len(index), part)[rank::ranks])])
 
 
-def augment(
-    pixels: Tensor,
-    recipe: RecipeConfig,
-    size: int,
-    source: torch.Generator,
-    count: int | None = None,
-    part: slice = slice(None),
-) -> Tensor:
+class Augmentation(NamedTuple):
+    """How each image of a batch is shown.
+
+    Attributes:
+        boxes: [n, 4] of the crops that are resized: top, left, height, width in pixels.
+        flips: [n] bool.
+        offsets: [n, 2] of the crops of padded images: down, right.
+    """
+
+    boxes: Tensor
+    flips: Tensor
+    offsets: Tensor
+
+    def of(self, part: slice) -> Augmentation:
+        """That of some of the images."""
+        return Augmentation(*(values[part] for values in self))
+
+
+def draw_augmentation(
+    recipe: RecipeConfig, count: int, height: int, width: int, source: torch.Generator
+) -> Augmentation:
+    """Draw crop and flip of each image, as members are trained.
+
+    Args:
+        recipe: kind and range of the crops, and whether to flip.
+        count: images.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        source: of the draws.
+    """
+    if recipe.crop == "resized":
+        views = draw_views(count, height, width, recipe.crop_scale, recipe.flip, 0, source)
+        return Augmentation(views.boxes, views.flips, torch.zeros(count, 2, dtype=torch.long))
+    views = draw_views(count, height, width, None, recipe.flip, 0, source)
+    pad = recipe.pad if recipe.crop == "pad" else 0
+    return Augmentation(views.boxes, views.flips, torch.randint(0, 2 * pad + 1, (count, 2), generator=source))
+
+
+def apply_augmentation(pixels: Tensor, recipe: RecipeConfig, size: int, drawn: Augmentation) -> Tensor:
+    """Show images as it was drawn.
+
+    Args:
+        pixels: [n, 3, h, w] uint8.
+        recipe: kind of the crops.
+        size: side of a resized crop.
+        drawn: for the n images.
+
+    Returns:
+        [n, 3, size, size] float 0..255.
+    """
+    if recipe.crop == "resized":
+        views = Views(drawn.boxes, drawn.flips, torch.zeros_like(drawn.offsets))
+        return apply_views(pixels.float(), views, size)
+    device = pixels.device
+    return _shifted(pixels, drawn.flips.to(device), drawn.offsets.to(device), recipe.pad if recipe.crop == "pad" else 0)
+
+
+def augment(pixels: Tensor, recipe: RecipeConfig, size: int, source: torch.Generator) -> Tensor:
     """Crop and flip each image by itself, as members are trained.
 
     Args:
@@ -151,32 +227,23 @@ def augment(
         recipe: kind and range of the crops, and whether to flip.
         size: side of a resized crop.
         source: of the draws.
-        count: images for which draws are made; None is n.
-        part: of these the n that are shown here.
 
     Returns:
         [n, 3, size, size] float 0..255.
     """
     n, _, height, width = pixels.shape
-    drawn = n if count is None else count
-    if recipe.crop == "resized":
-        views = draw_views(drawn, height, width, recipe.crop_scale, recipe.flip, 0, source)
-        return apply_views(pixels.float(), views[part], size)
-    views = draw_views(drawn, height, width, None, recipe.flip, 0, source)
-    pad = recipe.pad if recipe.crop == "pad" else 0
-    offsets = torch.randint(0, 2 * pad + 1, (drawn, 2), generator=source)[part].to(pixels.device)
-    return _shifted(pixels, views[part], offsets, pad)
+    return apply_augmentation(pixels, recipe, size, draw_augmentation(recipe, n, height, width, source))
 
 
 def _one(epoch: int) -> float:
     return 1.0
 
 
-def _shifted(pixels: Tensor, views: Views, offsets: Tensor, pad: int) -> Tensor:
+def _shifted(pixels: Tensor, flips: Tensor, offsets: Tensor, pad: int) -> Tensor:
     n, _, height, width = pixels.shape
     device = pixels.device
     columns = torch.arange(width, device=device)
-    columns = torch.where(views.flips.to(device)[:, None], width - 1 - columns, columns)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns)
     rows = torch.arange(height, device=device)[None] + offsets[:, :1]
     columns = columns + offsets[:, 1:]
     padded = nn.functional.pad(pixels.float(), (pad, pad, pad, pad))

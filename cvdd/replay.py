@@ -77,9 +77,10 @@ class Replay:
         return self._each(lambda values: values.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Replay:
-        return Replay(**{name: change(values) for name, values in self._drawn().items()})
+        return Replay(**{name: change(values) for name, values in self.drawn().items()})
 
-    def _drawn(self) -> dict[str, Tensor]:
+    def drawn(self) -> dict[str, Tensor]:
+        """What was drawn, by the names of the attributes."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: values for name, values in named.items() if values is not None}
 
@@ -91,7 +92,7 @@ class Replay:
     def record(self) -> np.ndarray:
         """Pack into an array of :data:`RECORD`, longer by what else was drawn."""
         record = np.empty(len(self), _record_type(self.swap is not None, self.operations is not None))
-        for name, values in self._drawn().items():
+        for name, values in self.drawn().items():
             record[name] = values.numpy()
         return record
 
@@ -152,7 +153,11 @@ def join(order: Tensor, views: Views, mixes: Sequence[tuple[int, int, Mix]]) -> 
 
 
 def replay(
-    images: Tensor, replay: Replay, mean: Sequence[float], std: Sequence[float], rounding: bool = False
+    images: Tensor,
+    replay: Replay,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    rounding: bool = False,
 ) -> Tensor:
     """Show images as they were labelled: RandAugment, shuffle, crop and flip, then the mix.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from cvdd.classifier import Classifier, parts_of
 from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
-from cvdd.replay import replay
+from cvdd.replay import Replay, replay
 from cvdd.schedules import student_rate
 from cvdd.schema import ProtocolConfig
 
@@ -34,6 +35,11 @@ class StudentModule(Classifier):
         shared: arguments of :class:`Classifier`.
     """
 
+    images: Tensor
+    classes: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         protocol: ProtocolConfig,
@@ -46,34 +52,54 @@ class StudentModule(Classifier):
         **shared: object,
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
-        self.protocol, self.mean, self.std = protocol, mean, std
+        self.protocol = protocol
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
         self.register_buffer("images", images, persistent=False)
         self.register_buffer("classes", classes, persistent=False)
         self.part = max(batch_size // protocol.accumulation, 1)
         self._passes = passes or Passes()
+        self._names: tuple[str, ...] = ()
         # A function and not a module, so that the network's parameters are not found twice.
         self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
+    def on_fit_start(self) -> None:
+        """Bring the network into the form in which a GPU trains it fastest, and make ready to record its steps."""
+        if self.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)
+        if self._passes.record:
+            self.record(self._losses_of, self.protocol.accumulation > 1)
+
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""
-        assert isinstance(self.images, Tensor)
-        samples = replay(self.images, batch.replay, self.mean, self.std)
-        parts = parts_of(len(samples), self.part)
-        losses = [partial(self._part_loss, samples, batch, part) for part in parts]
-        whole = self.protocol.accumulation == 1 and len(parts) == 1
+        drawn = batch.replay.drawn()
+        # RandAugment looks at what was drawn to decide what to compute.
+        if self.is_recorded and "operations" not in drawn:
+            self._names = tuple(drawn)
+            return self._note(self.recorded_loss(*drawn.values(), batch.logits))
+        losses = self._losses_by_part(batch)
+        whole = self.protocol.accumulation == 1 and len(losses) == 1
         return self._note(losses[0]() if whole else self.loss_in_parts(losses, batch_index))
+
+    def _losses_of(self, *tensors: Tensor) -> list[Callable[[], Tensor]]:
+        drawn = dict(zip(self._names, tensors, strict=False))
+        return self._losses_by_part(LabelledBatch(Replay(**drawn), tensors[-1]))
+
+    def _losses_by_part(self, batch: LabelledBatch) -> list[Callable[[], Tensor]]:
+        samples = replay(self.images, batch.replay, self.mean, self.std)
+        if self.device.type == "cuda":
+            samples = samples.contiguous(memory_format=torch.channels_last)
+        return [partial(self._part_loss, samples, batch, part) for part in parts_of(len(samples), self.part)]
 
     def _part_loss(self, samples: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         shown = samples[part]
         forward = self.network if self._compiled is None or len(shown) != self.part else self._compiled
         with self._passes.around(shown.device):
             logits = forward(shown)
-        return self._loss(logits.float(), batch, part) / self.protocol.accumulation
+        return self._loss_of_part(logits.float(), batch, part) / self.protocol.accumulation
 
-    def _loss(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
-        assert isinstance(self.images, Tensor)
-        assert isinstance(self.classes, Tensor)
+    def _loss_of_part(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         protocol, plan = self.protocol, batch.replay
         classes = self.classes[plan.index]
         if protocol.loss == "cross_entropy":
@@ -91,8 +117,9 @@ class StudentModule(Classifier):
         """Move the average towards the parameters of this step."""
         if self.average is not None:
             assert self.protocol.ema is not None
-            for mean, parameter in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                mean.lerp_(parameter, 1 - self.protocol.ema)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.network.parameters()), 1 - self.protocol.ema
+            )
 
     @torch.no_grad()
     def measured_network(self) -> nn.Module:

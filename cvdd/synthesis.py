@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -17,10 +18,24 @@ from cvdd.agreement import agreement, pairs_of
 from cvdd.augment import Views, apply_matrices
 from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
+from cvdd.graphs import Recorded, side_by_side
 from cvdd.methods.gvbsm import densification
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Judgement, Voter, judge
+
+MATRIX_ELEMENTS = 2**24
+"""Of the matrices of several iterations that are made together."""
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:
+    """Set the learning rate of an optimiser: on a GPU in place, where a recorded step reads it."""
+    for group in optimizer.param_groups:
+        known = group["lr"]
+        if isinstance(known, Tensor) and known.device == device and device.type == "cuda":
+            known.fill_(rate)
+        else:
+            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
 
 
 def cosine(step: int, total: int) -> float:
@@ -62,7 +77,7 @@ class _Vote:
         ce: [voters, units].
         bn: [voters, units].
         density: summed over units.
-        gradients: [voters, units, images, 3, size, size] of each one's judgement, where they were asked for.
+        gradients: of each one's judgement, where they were asked for: [units, images, 3, size, size].
     """
 
     voters: tuple[int, ...]
@@ -70,7 +85,23 @@ class _Vote:
     ce: Tensor
     bn: Tensor
     density: Tensor
-    gradients: Tensor | None
+    gradients: tuple[Tensor, ...] | None
+
+    def kept(self) -> _Vote:
+        """A copy that the next iteration does not overwrite, without gradients."""
+        loss, ce, bn, density = torch.cat([part.flatten() for part in self._said]).split(
+            [part.numel() for part in self._said]
+        )
+        shape = self.ce.shape
+        return _Vote(self.voters, loss[0], ce.view(shape), bn.view(shape), density[0], None)
+
+    @property
+    def _said(self) -> tuple[Tensor, ...]:
+        return self.loss, self.ce, self.bn, self.density
+
+
+_Answer = tuple[Judgement, Tensor]
+"""What a voter says, without gradient, and the gradient of its values with respect to what it saw."""
 
 
 class NonFiniteLoss(ValueError):
@@ -97,6 +128,8 @@ class DistillModule(pl.LightningModule):
             small; it shows only its own to the voters, and gets the gradients of the others' from them.
         units_per_pass: units that a voter judges in one forward pass; None is all of the stack.
         opinion: what judges, :func:`cvdd.voting.judge` or a compiled version of it.
+        record: whether an iteration on a GPU is recorded as a CUDA graph, in which the voters judge side by side; only
+            where all voters judge in every iteration, by statistics that do not move, of images that are not crowded.
     """
 
     targets: Tensor
@@ -118,9 +151,13 @@ class DistillModule(pl.LightningModule):
         split: bool = False,
         units_per_pass: int | None = None,
         opinion: Callable[..., Judgement] = judge,
+        record: bool = False,
     ) -> None:
         super().__init__()
         self.split = split
+        self._record = record
+        self._recorded: Recorded | None = None
+        self._streams: list[torch.cuda.Stream] = []
         self._per_pass = units_per_pass or len(images)
         self._opinion = opinion
         self.automatic_optimization = False
@@ -142,12 +179,19 @@ class DistillModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the images; the learning rate is set at every step from the iteration's number."""
         method = self.method
-        return torch.optim.Adam([self.images], lr=method.lr, betas=method.betas, eps=method.eps, foreach=False)
+        if self.device.type != "cuda":
+            return torch.optim.Adam([self.images], lr=method.lr, betas=method.betas, eps=method.eps, foreach=False)
+        # On the device, so that a recorded step reads the rate of its iteration.
+        rate = torch.tensor(method.lr, device=self.device)
+        return torch.optim.Adam([self.images], lr=rate, betas=method.betas, eps=method.eps, fused=True, capturable=True)
 
     def on_fit_start(self) -> None:
-        """Bring the members to the images' device."""
+        """Bring the members to the images' device, and make ready to record iterations there."""
         for voter in self._voters:
             voter.network.to(self.device).eval().requires_grad_(False)
+        if self._record and self.device.type == "cuda":
+            self._recorded = Recorded(self._all_of_iteration, self.device, "an iteration of the images")
+            self._streams = [torch.cuda.Stream(self.device) for _ in self._voters]
 
     @property
     def epochs(self) -> int:
@@ -169,26 +213,44 @@ class DistillModule(pl.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         history: list[_Vote] = []
         cosines: dict[str, float] = {}
+        rate = 0.0
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
-            optimizer.param_groups[0]["lr"] = self.method.lr * cosine(iteration, self.method.iterations)
+            rate = self.method.lr * cosine(iteration, self.method.iterations)
+            set_rate(optimizer, rate, self.device)
             compared = iteration == end - 1 and self.method.log_agreement and len(self._voters) > 1
             if compared and self.method.turns != "all":
                 cosines = self._agreement_of_all(iteration, view)
-            seen = self._seen(view)
-            gradient, vote = self._vote(iteration, seen.detach(), compared and self.method.turns == "all")
-            if vote.gradients is not None:
+            if self._recorded is None:
+                vote = self._iterate(iteration, view, compared and self.method.turns == "all", optimizer)
+            else:
+                vote = _Vote(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
+            if compared and vote.gradients is not None:
                 cosines = self._cosines(vote.gradients)
-            optimizer.zero_grad()
-            seen.backward(gradient)
-            if self.split:
-                assert self.images.grad is not None
-                # Of each image one rank has the gradient, and the others 0.
-                dist.all_reduce(self.images.grad)
-            optimizer.step()
-            history.append(vote)
-            with torch.no_grad():
-                self.images.clamp_(self.low, self.high)
-        self._report(begin, history, optimizer.param_groups[0]["lr"], cosines)
+            history.append(vote.kept() if self._recorded is not None else vote)
+        self._report(begin, history, rate, cosines)
+
+    def _iterate(
+        self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool, optimizer: torch.optim.Optimizer
+    ) -> _Vote:
+        """Move the images by one step; return what was said of them before."""
+        seen = self._seen(view)
+        gradient, vote = self._vote(iteration, seen.detach(), apart)
+        (self.images.grad,) = torch.autograd.grad(seen, self.images, gradient)
+        if self.split:
+            # Of each image one rank has the gradient, and the others 0.
+            dist.all_reduce(self.images.grad)
+        optimizer.step()
+        with torch.no_grad():
+            self.images.clamp_(self.low, self.high)
+        return vote
+
+    def _all_of_iteration(self, *view: Tensor) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """What of an iteration happens on the device; the number of the iteration shows in the learning rate alone."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        vote = self._iterate(0, (view[0], view[1]) if view else None, True, optimizer)
+        assert vote.gradients is not None
+        return vote.loss, vote.ce, vote.bn, vote.density, vote.gradients
 
     def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
         images = self.images[:, self._own]
@@ -205,15 +267,15 @@ class DistillModule(pl.LightningModule):
     def _vote(self, iteration: int, seen: Tensor, apart: bool) -> tuple[Tensor, _Vote]:
         """Return the gradient of the loss with respect to what is seen, and what was said.
 
-        Each voter is asked alone, so that memory holds one graph at a time.
+        Each voter is asked alone, so that memory holds one graph at a time, unless they are recorded side by side.
         """
         method = self.method
         everyone = method.turns == "all"
         judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
         weights = self.weights if everyone else self._turns[iteration, judging].to(self.device)
         gradient, said, own = torch.zeros_like(seen), list[Judgement](), list[Tensor]()
-        for index, weight in zip(judging, weights, strict=True):
-            judgement, slope = self._ask(iteration, self._voters[index], seen)
+        calls = [partial(self._ask, iteration, self._voters[index], seen) for index in judging]
+        for (judgement, slope), weight in zip(self._answers(calls), weights, strict=True):
             gradient += weight.view(-1, 1, 1, 1, 1) * slope
             said.append(judgement)
             if apart:
@@ -228,10 +290,13 @@ class DistillModule(pl.LightningModule):
                 gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
             density = crowding.detach()
             loss = loss + method.density * density
-        vote = _Vote(tuple(judging), loss, ce, bn, density, torch.stack(own) if own else None)
+        vote = _Vote(tuple(judging), loss, ce, bn, density, tuple(own) if own else None)
         return gradient, vote
 
-    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> tuple[Judgement, Tensor]:
+    def _answers(self, calls: Sequence[Callable[[], _Answer]]) -> Iterable[_Answer]:
+        return side_by_side(calls, self._streams) if self._streams else (call() for call in calls)
+
+    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> _Answer:
         """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
         method, targets = self.method, self.targets[:, self._own]
         if voter.matcher is not None:
@@ -254,8 +319,8 @@ class DistillModule(pl.LightningModule):
             said.append(Judgement(*(part.detach() for part in judgement)))
         return Judgement(*(torch.cat(parts) for parts in zip(*said, strict=True))), torch.cat(slopes)
 
-    def _cosines(self, gradients: Tensor) -> dict[str, float]:
-        return pairs_of(agreement(gradients), [voter.name for voter in self._voters])
+    def _cosines(self, gradients: Sequence[Tensor]) -> dict[str, float]:
+        return pairs_of(agreement(torch.stack(list(gradients))), [voter.name for voter in self._voters])
 
     def _agreement_of_all(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
         """Ask all voters where the vote asks only some, and forget that it was done."""
@@ -267,20 +332,22 @@ class DistillModule(pl.LightningModule):
             gradients.append(self._ask(iteration, voter, seen)[1])
             if voter.matcher is not None:
                 voter.matcher.load_state(averages)
-        return self._cosines(torch.stack(gradients))
+        return self._cosines(gradients)
 
     def _matrices(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor] | None]:
         if self._views is None:
             yield from [None] * (end - begin)
             return
-        size = self.images.shape[-1]
-        units, offset = len(self._views), self.stage.first
-        views = Views.cat([view[begin - offset : end - offset] for view in self._views])
-        rows, columns = (matrix.to(self.device) for matrix in unit_matrices(views, size))
-        rows = rows.view(units, end - begin, size, size)
-        columns = columns.view(units, end - begin, size, size)
-        for index in range(end - begin):
-            yield rows[:, index], columns[:, index]
+        size, units, offset = self.images.shape[-1], len(self._views), self.stage.first
+        at_once = max(MATRIX_ELEMENTS // (units * size**2), 1)
+        for first in range(begin, end, at_once):
+            last = min(first + at_once, end)
+            views = Views.cat([view[first - offset : last - offset] for view in self._views]).to(self.device)
+            rows, columns = unit_matrices(views, size)
+            rows = rows.view(units, last - first, size, size)
+            columns = columns.view(units, last - first, size, size)
+            for index in range(last - first):
+                yield rows[:, index], columns[:, index]
 
     def _report(self, begin: int, history: Sequence[_Vote], lr: float, cosines: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]

@@ -159,8 +159,8 @@ def unit_matrices(views: Views, size: int) -> tuple[Tensor, Tensor]:
     outside = boxes[:, :2].amin(dim=1) < 0
     if not bool((outside | (boxes[:, :2] + boxes[:, 2:] > size).any(dim=1)).any()):
         return view_matrices(views, size, size, size)
-    whole = Views(torch.tensor([0, 0, size, size]).expand(len(boxes), 4), views.flips, views.shifts)
-    rows, columns = view_matrices(whole, size, size, size)
-    place = torch.arange(size)
+    all_of_it = torch.tensor([0, 0, size, size], device=boxes.device).expand(len(boxes), 4)
+    rows, columns = view_matrices(Views(all_of_it, views.flips, views.shifts), size, size, size)
+    place = torch.arange(size, device=boxes.device)
     shifted = [(place[:, None] + offset[:, None, None] == place).float() for offset in boxes[:, :2].unbind(dim=1)]
     return rows @ shifted[0], columns @ shifted[1]

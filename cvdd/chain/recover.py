@@ -147,6 +147,7 @@ def _optimise(
                 split,
                 engine.units_per_pass,
                 engine.opinion,
+                engine.record,
             )
             module.rows = list(rows)
             try:

@@ -55,7 +55,7 @@ def make_student(
     def train(work: Path) -> StudentModule:
         evaluator = evaluator_of(context, part)
         pixels, classes = load_images(labels.images)
-        dataset = SoftLabelDataset(labels.open(pixels))
+        dataset = SoftLabelDataset(labels.open(pixels), context.device)
         sampler = EpochSampler(len(dataset.bounds))
         title = f"student {name} seed {seed}"
         with context.progress(title, protocol.epochs) as advance:

@@ -43,6 +43,11 @@ class EngineConfig(StrictConfig):
         description="of the students' convolutions while they learn; auto as for precision. In bf16 students learn "
         "less in few epochs",
     )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto",
+        description="record steps on a GPU and launch them as a whole, with the same kernels; auto wherever there is a "
+        "GPU. Iterations with moving statistics, voters in turn or units that ranks share are not recorded",
+    )
     units_per_pass: Literal["auto"] | Positive = Field(
         "auto", description="units of a stack that a member judges in one forward pass; auto by their size"
     )
