@@ -21,8 +21,9 @@ from benchmarks.reference import relabel as plain_relabel
 from benchmarks.reference import student as plain_student
 from benchmarks.timing import Program, Stopwatch
 from cvdd.backbones import build_network
-from cvdd.engine import Passes, passes_of_students
+from cvdd.engine import Engine, Passes, passes_of_students
 from cvdd.schema import RunConfig
+from cvdd.voting import Voter
 
 Kind = Literal["recover", "relabel", "student", "committee"]
 Side = Literal["reference", "engine"]
@@ -44,6 +45,7 @@ class Case:
         steps: iterations, or epochs, in one repetition.
         units: in the engine's stack.
         reference_units: of these, made by the reference; one is as fast as another.
+        reference_steps: iterations of the reference, of which one is as fast as another; None is as many.
         named: whether the name says who the members are.
         overrides: what else the configuration is told, such as how the engine computes.
     """
@@ -55,6 +57,7 @@ class Case:
     steps: int
     units: int = 1
     reference_units: int = 1
+    reference_steps: int | None = None
     named: bool = True
     overrides: tuple[str, ...] = ()
 
@@ -89,7 +92,11 @@ class Case:
     def amount(self, side: Side) -> int:
         """Units of work in one repetition: images times iterations, labels, or images shown."""
         units = self.units if side == "engine" else self.reference_units
-        return self.images * self.steps * (units if self.kind == "recover" else 1)
+        return self.images * self.steps_of(side) * (units if self.kind == "recover" else 1)
+
+    def steps_of(self, side: Side) -> int:
+        """Iterations, or epochs, in one repetition."""
+        return self.steps if side == "engine" else self.reference_steps or self.steps
 
 
 def cpu_cases() -> list[Case]:
@@ -119,14 +126,30 @@ def gpu_cases() -> list[Case]:
     """Full sizes, with all ten pairs of the committee; the most telling come first, in case time runs out."""
     pairs = list(itertools.combinations(FAMILIES, 2))
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
+    # A run of 4,000 iterations is worth a compiler, even where IPC is so small that auto does without.
+    once = ("engine.compile=true",)
+    relabel = Case("relabel", "cifar", FAMILIES, images=100, steps=20, reference_steps=2, named=False)
+    student = Case("student", "cifar", ("resnet18",), images=100, steps=20, reference_steps=10)
+    half = ("engine.precision_members=bf16",)
     return [
-        *(Case("recover", "cifar", pair, images=10, steps=25, units=10) for pair in pairs),
-        *(Case("recover", "imagenet", pair, images=100, steps=5) for pair in pairs),
-        Case("relabel", "cifar", FAMILIES, images=100, steps=10, named=False),
-        Case("student", "cifar", ("resnet18",), images=100, steps=10),
-        *(Case("recover", "cifar", pair, images=100, steps=10) for pair in (light, dense)),
-        Case("recover", "digits", light, images=10, steps=50, units=10),
-        *(Case("committee", "cifar", (name,), images=10_240, steps=1) for name in FAMILIES),
+        *(
+            Case("recover", "cifar", pair, images=10, steps=100, units=10, reference_steps=10, overrides=once)
+            for pair in pairs
+        ),
+        *(Case("recover", "imagenet", pair, images=100, steps=20, reference_steps=3, overrides=once) for pair in pairs),
+        relabel,
+        replace(relabel, overrides=("engine.precision_labels=bf16",)),
+        student,
+        replace(student, overrides=("engine.precision_students=bf16",)),
+        *(
+            Case("committee", "cifar", (name,), images=5_120, steps=2, reference_steps=1, overrides=half)
+            for name in FAMILIES
+        ),
+        *(
+            Case("recover", "cifar", pair, images=100, steps=50, reference_steps=5, overrides=once)
+            for pair in (light, dense)
+        ),
+        Case("recover", "digits", light, images=10, steps=100, units=10, reference_steps=20, overrides=once),
     ]
 
 
@@ -175,16 +198,47 @@ def _timed(work: Callable[[], object], device: torch.device) -> Program:
 
 def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
     config = case.config
-    members = settings.random_members(config, case.members, device)
     images, targets = settings.random_units(config, case.units, case.images)
     if side == "engine":
         how = engine.engine_of(config, case.members, images, device)
-        voters = engine.ready(members, how)
+        voters = [_voter(case, name, how, device) for name in case.members]
         return lambda: engine.recover(config, how, voters, images, targets, case.steps, folder, device)
+    members = settings.random_members(config, case.members, device)
     committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
     plain = settings.recover_settings(config, device)
     units = images[: case.reference_units].to(device), targets[: case.reference_units].to(device)
-    return _timed(lambda: plain_recover.recover(committee, *units, plain, case.steps), device)
+    return _timed(lambda: plain_recover.recover(committee, *units, plain, case.steps_of(side)), device)
+
+
+_VOTERS: dict[tuple[object, ...], dict[tuple[str, Engine], Voter]] = {}
+
+
+def _voter(case: Case, name: str, how: Engine, device: torch.device) -> Voter:
+    """A member in the form in which it judges, once for all pairs of the same size, as a run has it for all draws.
+
+    Another size forgets what was compiled, which would otherwise be compiled for any size the second time.
+    """
+    size = (case.data, case.images, case.units, case.overrides, device)
+    if size not in _VOTERS:
+        _VOTERS.clear()
+        _VOTERS[size] = {}
+        torch.compiler.reset()
+    known = _VOTERS[size]
+    if (name, how) not in known:
+        known[name, how] = engine.ready([settings.random_member(case.config, name, device)], how)[0]
+    return known[name, how]
+
+
+def compile_ahead(case: Case, name: str, device: torch.device) -> float:
+    """Compile the judgement of one member in this process, which fills the cache of all; return the seconds."""
+    stopwatch = Stopwatch(device)
+    with stopwatch.running():
+        config = case.config
+        images, targets = (values.to(device) for values in settings.random_units(config, case.units, case.images))
+        how = engine.engine_of(config, case.members, images, device)
+        if how.compile:
+            engine.judge_once(config, _voter(case, name, how, device), how, images, targets)
+    return stopwatch.seconds
 
 
 def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
@@ -207,7 +261,7 @@ def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
         plain_relabel.use_batch_statistics(teacher)
     weights, plain = [1 / len(teachers)] * len(teachers), settings.relabel_settings(config)
     return _timed(
-        lambda: plain_relabel.relabel(teachers, weights, pixels, plain, case.steps, fresh()),
+        lambda: plain_relabel.relabel(teachers, weights, pixels, plain, case.steps_of(side), fresh()),
         device,
     )
 
@@ -231,7 +285,7 @@ def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     start = _network(case, device)
     pixels, teacher = settings.random_pixels(config, case.images), _Flat(config.dataset.num_classes)
     if side == "engine":
-        label = config.label.model_copy(update={"epochs": case.steps})
+        label = config.label.model_copy(update={"epochs": engine.lead_of(device) + case.steps})
         engine.relabel(
             config, engine.make_labels(config, [teacher], pixels, label, Passes()), files, torch.device("cpu")
         )
@@ -240,9 +294,9 @@ def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
         return lambda: engine.student(config, copy.deepcopy(start), pixels, labels, folder, device, passes)
     plain = settings.student_settings(config)
     networks = [plain_relabel.use_batch_statistics(teacher)]
-    plain_relabel.relabel(networks, [1.0], pixels, settings.relabel_settings(config), case.steps, files)
+    plain_relabel.relabel(networks, [1.0], pixels, settings.relabel_settings(config), case.steps_of(side), files)
     per_epoch = len(list(files.glob("epoch0_*")))
-    names = [f"epoch{epoch}_batch{batch}.pt" for epoch in range(case.steps) for batch in range(per_epoch)]
+    names = [f"epoch{epoch}_batch{batch}.pt" for epoch in range(case.steps_of(side)) for batch in range(per_epoch)]
     records = [plain_relabel.Record(**torch.load(files / name)) for name in names]
     loader = plain_student.make_loader(plain_student.save_images(pixels, folder), records, plain)
 
@@ -268,7 +322,7 @@ def _member(case: Case, side: Side, device: torch.device, folder: Path) -> Progr
     def train() -> None:
         network = copy.deepcopy(start)
         optimizer = kind(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-        for _ in range(case.steps):
+        for _ in range(case.steps_of(side)):
             plain_member.train_epoch(network, optimizer, loader, device)
 
     return _timed(train, device)

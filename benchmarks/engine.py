@@ -6,6 +6,7 @@ Each does what its stage in ``cvdd/chain`` does, on given networks and images, a
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from cvdd.artifact import Store
 from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
-from cvdd.engine import Engine, Passes, Work, choose_engine, compiling, passes_of_labels, ready_voter
+from cvdd.engine import Engine, Passes, Work, choose_engine, compiling, passes_of_labels, passes_of_members, ready_voter
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
@@ -36,15 +37,35 @@ from cvdd.teachers import Teachers
 from cvdd.units import Stage, Unit, unit_matrices, unit_views
 from cvdd.voting import Voter
 
+LEAD = 3
+"""Epochs of students and members on a GPU before the clock starts: steps are recorded meanwhile, once per run."""
+
 
 class _Clock(pl.Callback):
-    """Measures what Lightning does between the start and the end of training: all steps, and all overhead of each."""
+    """Measures what Lightning does to the end of training: all steps, and all overhead of each.
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self.stopwatch = stopwatch
+    Args:
+        stopwatch: started and stopped.
+        epoch: at whose start the clock starts.
+        batch: of that epoch, at whose start the clock starts.
+    """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stopwatch.start()
+    def __init__(self, stopwatch: Stopwatch, epoch: int, batch: int) -> None:
+        self.stopwatch, self.epoch, self.batch, self.started = stopwatch, epoch, batch, False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.batch == 0:
+            self._start(trainer, 0)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._start(trainer, batch_idx)
+
+    def _start(self, trainer: pl.Trainer, batch: int) -> None:
+        if not self.started and trainer.current_epoch == self.epoch and batch == self.batch:
+            self.stopwatch.start()
+            self.started = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stopwatch.stop()
@@ -58,11 +79,12 @@ def fit(
     folder: Path,
     device: torch.device,
     parts: int = 1,
+    start: tuple[int, int] = (0, 0),
 ) -> float:
-    """Run Lightning as every stage does; return the seconds that training took."""
+    """Run Lightning as every stage does; return the seconds that training took from a batch of an epoch on."""
     quieten()
     stopwatch = Stopwatch(device)
-    module.configure_callbacks = lambda: [_Clock(stopwatch)]  # type: ignore[method-assign]
+    module.configure_callbacks = lambda: [_Clock(stopwatch, *start)]  # type: ignore[method-assign]
     context = Context(config, Store(folder), device)
     context.fit(module, loader, epochs, folder / "training.ckpt.tmp", parts)
     return stopwatch.seconds
@@ -111,6 +133,24 @@ def ready(networks: Sequence[nn.Module], engine: Engine) -> list[Voter]:
     return [ready_voter(f"member{index}", network, 1.0, engine) for index, network in enumerate(networks)]
 
 
+def judge_once(config: RunConfig, voter: Voter, engine: Engine, units: Tensor, targets: Tensor) -> Tensor:
+    """Let a member judge images [units, images, 3, size, size] as an iteration does; return their gradient."""
+    method, shown = config.method, units.detach().requires_grad_()
+    with compiling(engine.compile):
+        judgement = engine.opinion(
+            shown,
+            targets,
+            voter,
+            ce=method.ce,
+            r_bn=method.r_bn,
+            first_bn_multiplier=method.first_bn_multiplier,
+            statistics_of=method.statistics_of,
+            across=None,
+        )
+        (gradient,) = torch.autograd.grad(judgement.value.sum(), shown)
+    return gradient
+
+
 def make_module(
     config: RunConfig,
     method: MethodConfig,
@@ -137,6 +177,7 @@ def make_module(
         stage,
         units_per_pass=how.units_per_pass,
         opinion=how.opinion,
+        record=how.record,
     )
 
 
@@ -150,12 +191,17 @@ def recover(
     folder: Path,
     device: torch.device,
 ) -> float:
-    """Optimise a stack for so many iterations; return the seconds of the iterations."""
+    """Optimise a stack for so many iterations; return the seconds of the iterations.
+
+    On a GPU as many iterations come before them, in which they are recorded.
+    """
     method = timed_method(config, steps)
-    stage = Stage(0, 0, steps, images.shape[-1])
+    lead = math.ceil(steps / method.log_every) if device.type == "cuda" else 0
+    stage = Stage(0, 0, lead * method.log_every + steps, images.shape[-1])
     module = make_module(config, method, voters, images, targets, stage, engine=engine)
+    assert module.epochs == 1
     with compiling(engine.compile):
-        return fit(config, module, None, module.epochs, folder, device)
+        return fit(config, module, None, 1, folder, device, start=(0, lead))
 
 
 def recover_gradient(
@@ -239,7 +285,7 @@ def student(
     device: torch.device,
     passes: Passes,
 ) -> float:
-    """Train a student on all labelled epochs, without measuring it; return the seconds."""
+    """Train a student on all labelled epochs, without measuring it; return the seconds, on a GPU without the lead."""
     dataset = SoftLabelDataset(labels, device)
     module = StudentModule(
         config.protocol,
@@ -253,7 +299,8 @@ def student(
     )
     loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
     with compiling(passes.compile):
-        return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation)
+        start = (lead_of(device), 0)
+        return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation, start)
 
 
 def member(
@@ -265,12 +312,30 @@ def member(
     folder: Path,
     device: torch.device,
 ) -> float:
-    """Train a member on images in memory for so many epochs, without measuring it; return the seconds."""
+    """Train a member on images in memory for so many epochs, without measuring it; return the seconds.
+
+    On a GPU the lead comes before them.
+    """
     recipe, dataset = config.recipe, config.dataset
-    module = MemberModule(recipe, pixels, labels, dataset.mean, dataset.std, dataset.image_size, **_unmeasured(network))
+    module = MemberModule(
+        recipe,
+        pixels,
+        labels,
+        dataset.mean,
+        dataset.std,
+        dataset.image_size,
+        passes_of_members(config.engine, device),
+        **_unmeasured(network),
+    )
     sampler = ShuffledBatches(len(pixels), recipe.batch_size, 0)
     loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
-    return fit(config, module, loader, epochs, folder, device)
+    lead = lead_of(device)
+    return fit(config, module, loader, lead + epochs, folder, device, recipe.accumulation, (lead, 0))
+
+
+def lead_of(device: torch.device) -> int:
+    """Epochs before the clock starts."""
+    return LEAD if device.type == "cuda" else 0
 
 
 def _unmeasured(network: nn.Module) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Classifier(pl.LightningModule):
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._gradient: list[Tensor] | None = None
-        self._recorded: Recorded | None = None
+        self._recorded: Callable[..., list[Tensor]] | None = None
 
     def record(self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool) -> None:
         """Make ready to record loss and gradient of a batch as CUDA graphs, for :meth:`recorded_loss`.
@@ -107,10 +107,21 @@ class Classifier(pl.LightningModule):
             divided: whether BatchNorm normalises each part with its own statistics, as :meth:`loss_in_parts` does.
         """
         alone = self._ranks[1] == 1 and not (divided and draws_by_itself(self.network))
-        if self.device.type != "cuda" or not alone:
-            return
+        if self.device.type == "cuda" and alone:
+            function = self.loss_and_gradient(losses, divided)
+            self._recorded = Recorded(function, self.device, f"a step of {self._name}")
 
-        def loss_and_gradient(*tensors: Tensor) -> list[Tensor]:
+    def loss_and_gradient(
+        self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool
+    ) -> Callable[..., list[Tensor]]:
+        """Return the function that is recorded: from the tensors of a batch to its loss and its gradient.
+
+        Args:
+            losses: see :meth:`record`, like what follows.
+            divided: likewise.
+        """
+
+        def function(*tensors: Tensor) -> list[Tensor]:
             parameters = self._parameters_to_train()
             if divided:
                 return self._sum_of_parts(losses(*tensors), None, parameters)
@@ -118,7 +129,7 @@ class Classifier(pl.LightningModule):
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             return [loss.detach(), *map(_laid_out_as, gradients, parameters)]
 
-        self._recorded = Recorded(loss_and_gradient, self.device, f"a step of {self._name}")
+        return function
 
     @property
     def is_recorded(self) -> bool:

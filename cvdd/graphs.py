@@ -135,6 +135,6 @@ def side_by_side(calls: Sequence[Callable[[], Result]], streams: Sequence[torch.
 def draws_by_itself(network: nn.Module) -> bool:
     """Whether a network in training mode draws random numbers: it has dropout of some kind."""
     return any(
-        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0) or "Drop" in type(module).__name__
+        module.p > 0 if isinstance(module, nn.modules.dropout._DropoutNd) else "Drop" in type(module).__name__
         for module in network.modules()
     )

@@ -156,7 +156,7 @@ class DistillModule(pl.LightningModule):
         super().__init__()
         self.split = split
         self._record = record
-        self._recorded: Recorded | None = None
+        self._recorded: Callable[..., tuple[Any, ...]] | None = None
         self._streams: list[torch.cuda.Stream] = []
         self._per_pass = units_per_pass or len(images)
         self._opinion = opinion

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatisticsNetwork
 from cvdd.engine import Passes, compiling
+from cvdd.graphs import Recorded, side_by_side
 from cvdd.methods.gvbsm import balanced_mean
 from cvdd.schema import LabelConfig
 
@@ -21,7 +23,7 @@ class Teachers:
         weights: their shares of the averaged logits.
         label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
         passes: how they compute. Only passes of as many samples as the first has are compiled; others are as many
-            shapes, each of which takes a compiler a while.
+            shapes, each of which takes a compiler a while. Recorded passes of the networks are made side by side.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class Teachers:
         self._passes = passes or Passes()
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         self._samples: int | None = None
+        self._recorded: dict[int, Recorded] = {}
+        self._streams: list[torch.cuda.Stream] = []
         self.weights = list(weights)
         self.networks: list[nn.Module] = []
         for network in networks:
@@ -54,9 +58,22 @@ class Teachers:
         """
         if self._samples is None:
             self._samples = len(samples)
+        if not self._passes.record or samples.device.type != "cuda":
+            return self._score(batch_size, samples)
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(samples.device) for _ in self.networks]
+        if batch_size not in self._recorded:
+            self._recorded[batch_size] = Recorded(partial(self._score, batch_size), samples.device, "labelling")
+        scored: Tensor = self._recorded[batch_size](samples)
+        # The next call overwrites them.
+        return scored.clone()
+
+    @torch.no_grad()
+    def _score(self, batch_size: int, samples: Tensor) -> Tensor:
         samples = samples.contiguous(memory_format=torch.channels_last)
+        calls = [partial(self._logits, self._ready(network, samples), samples, batch_size) for network in self.networks]
         with compiling(self._passes.compile), self._passes.around(samples.device):
-            scored = [self._logits(self._ready(network, samples), samples, batch_size) for network in self.networks]
+            scored = side_by_side(calls, self._streams)
         scored = [logits.float() for logits in scored]
         if self.label.weights == "balanced":
             return balanced_mean(torch.stack(scored), batch_size)

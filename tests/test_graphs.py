@@ -1,0 +1,345 @@
+"""Steps that are recorded as CUDA graphs do what the same steps do without.
+
+What is recorded is tested everywhere, called as it is; that a GPU replays it, where there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import (
+    MEAN,
+    STD,
+    label_config,
+    method_config,
+    protocol_config,
+    random_pixels,
+    small_network,
+    training_arguments,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cvdd.classifier import Classifier, Positions, ShuffledBatches
+from cvdd.config_base import ConfigError
+from cvdd.engine import Engine, Passes, can_be_recorded, compiling, ready_voter, records
+from cvdd.graphs import WARM_UP_CALLS, Recorded, draws_by_itself
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.labels import ComputedLabels
+from cvdd.member import MemberModule
+from cvdd.schema import RecipeConfig
+from cvdd.student import StudentModule
+from cvdd.synthesis import DistillModule
+from cvdd.teachers import Teachers
+from cvdd.units import Stage, Unit, unit_views
+
+CPU = torch.device("cpu")
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=with_gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def fit(module: pl.LightningModule, loader: DataLoader[Any] | None, epochs: int, device: str) -> None:
+    pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1 if loader is None else 0,
+    ).fit(module, loader)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_recorded_on_gpus_alone() -> None:
+    gpu = torch.device("cuda")
+    assert [records(wanted, gpu) for wanted in ("auto", True, False)] == [True, True, False]
+    assert not records("auto", CPU)
+    with pytest.raises(ConfigError, match="engine.cuda_graphs=auto"):
+        records(True, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "split"),
+    [
+        ({"turns": "sampled"}, False),
+        ({"statistics": {"momentum": 0.5}}, False),
+        ({"density": 1.0, "composer": "classes"}, False),
+        ({}, True),
+    ],
+)
+def test_what_differs_from_iteration_to_iteration_is_not_recorded(changes: dict[str, Any], split: bool) -> None:
+    assert can_be_recorded(method_config(), False)
+    assert not can_be_recorded(method_config(**changes), split)
+
+
+def test_recording_does_not_change_what_is_made() -> None:
+    assert Engine(record=True).identity == {}
+    assert Engine(True, record=True).identity == Engine(True).identity
+    assert Passes(record=True).identity == {}
+
+
+@pytest.mark.parametrize(("rate", "drawn"), [(0.0, False), (0.2, True)])
+def test_networks_with_dropout_draw(rate: float, drawn: bool) -> None:
+    assert draws_by_itself(small_network(dropout=rate)) is drawn
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+class _Unrecorded(DistillModule):
+    """Calls what is recorded on a GPU, on any device."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._recorded = self._all_of_iteration
+
+
+def distilled(
+    kind: type[DistillModule], device: str, record: bool = False, views: bool = True, engine: Engine | None = None
+) -> DistillModule:
+    engine = engine or Engine()
+    method = method_config(iterations=12, log_every=3, checkpoint_every=6, grid_every=12)
+    units, stage = [Unit(slot, 0, 0, 4) for slot in range(3)], Stage(0, 0, 12, 12)
+    networks = [small_network(seed=seed).to(device) for seed in (1, 2)]
+    module = kind(
+        torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
+        torch.stack([unit.targets for unit in units]),
+        [unit_views(unit, method, stage, 0) for unit in units] if views else None,
+        [ready_voter(str(index), network, 1.0, engine) for index, network in enumerate(networks)],
+        torch.tensor([[0.7], [0.3]]).expand(2, 3),
+        method,
+        (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)),
+        lambda row, images: None,
+        stage,
+        units_per_pass=2,
+        opinion=engine.opinion,
+        record=record,
+    )
+    with compiling(engine.compile):
+        fit(module, None, module.epochs, device)
+    return module
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("views", [True, False])
+def test_a_recorded_iteration_is_an_iteration(device: str, views: bool) -> None:
+    plain = distilled(DistillModule, device, views=views)
+    other = distilled(_Unrecorded, device, views=views)
+    assert len(plain.rows) == 4
+    assert plain.rows[0].agreement
+    assert other.rows == plain.rows
+    assert torch.equal(other.images, plain.images)
+
+
+@with_gpu
+@pytest.mark.parametrize("views", [True, False])
+def test_a_gpu_replays_iterations(views: bool, caplog: pytest.LogCaptureFixture) -> None:
+    plain = distilled(DistillModule, "cuda", views=views)
+    replayed = distilled(DistillModule, "cuda", record=True, views=views)
+    assert not caplog.records
+    assert replayed.rows == plain.rows
+    assert torch.equal(replayed.images, plain.images)
+
+
+@with_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_replays_compiled_iterations(precision: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plain = distilled(DistillModule, "cuda")
+    replayed = distilled(DistillModule, "cuda", record=True, engine=Engine(True, precision))
+    assert not caplog.records
+    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    for one, other in zip(replayed.rows, plain.rows, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=tolerance)
+
+
+# --- students and members ---------------------------------------------------------------------------------------------
+
+
+def trainable(**options: Any) -> nn.Module:
+    return small_network(**options).train().requires_grad_(True)
+
+
+def labels_of(device: str) -> ComputedLabels:
+    label = label_config(batch_size=8, dtype="float32", epochs=8)
+    teachers = Teachers([small_network(seed=9)], [1.0], label).to(torch.device(device))
+    return ComputedLabels(teachers, random_pixels(20).to(device), label, 0, MEAN, STD)
+
+
+def student(accumulation: int, device: str, passes: Passes, network: nn.Module | None = None) -> StudentModule:
+    protocol = protocol_config(accumulation=accumulation, ema=0.9, epochs=8)
+    network = network or trainable()
+    arguments = training_arguments(network)
+    return StudentModule(protocol, random_pixels(20), torch.arange(20) % 4, 8, MEAN, STD, passes, **arguments)
+
+
+def train_student(module: StudentModule, device: str) -> dict[str, Tensor]:
+    dataset = SoftLabelDataset(labels_of(device), torch.device(device))
+    loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
+    fit(module, loader, 8, device)
+    assert module.average is not None
+    return module.network.state_dict() | {f"average.{key}": value for key, value in module.average.named_parameters()}
+
+
+def member(accumulation: int, crop: str, passes: Passes) -> MemberModule:
+    recipe = RecipeConfig.model_validate(
+        {
+            "name": "test",
+            "epochs": 6,
+            "batch_size": 8,
+            "optimizer": "sgd",
+            "lr": 0.05,
+            "schedule": "onecycle",
+            "accumulation": accumulation,
+            "crop": crop,
+            "pad": 2,
+        }
+    )
+    network, labels = trainable(), torch.arange(4).repeat(6)[:22]
+    return MemberModule(recipe, random_pixels(22), labels, MEAN, STD, 16, passes, **training_arguments(network))
+
+
+def train_member(module: MemberModule, device: str) -> dict[str, Tensor]:
+    loader: DataLoader[Any] = DataLoader(Positions(), sampler=ShuffledBatches(22, 8, seed=0), batch_size=None)
+    fit(module, loader, 6, device)
+    return dict(module.network.state_dict())
+
+
+def unrecorded(module: Any, divided: bool) -> Any:
+    """Let a module call what is recorded on a GPU, on any device."""
+    start: Callable[[], None] = module.on_fit_start
+
+    def begin() -> None:
+        start()
+        module._recorded = module.loss_and_gradient(module._losses_of, divided)
+
+    module.on_fit_start = begin
+    return module
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_recorded_step_of_a_student_is_a_step(device: str, accumulation: int) -> None:
+    plain = train_student(student(accumulation, device, Passes()), device)
+    other = train_student(unrecorded(student(accumulation, device, Passes()), accumulation > 1), device)
+    same(other, plain)
+
+
+@with_gpu
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_replays_students(accumulation: int, precision: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plain = train_student(student(accumulation, "cuda", Passes(precision=precision)), "cuda")
+    module = student(accumulation, "cuda", Passes(precision=precision, record=True))
+    replayed = train_student(module, "cuda")
+    assert isinstance(module._recorded, Recorded)
+    assert len(module._recorded._recordings) == 2
+    assert not caplog.records
+    same(replayed, plain)
+
+
+@with_gpu
+def test_a_student_with_dropout_in_parts_is_not_recorded() -> None:
+    module = student(2, "cuda", Passes(record=True), trainable(dropout=0.5))
+    train_student(module, "cuda")
+    assert not module.is_recorded
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_recorded_step_of_a_member_is_a_step(device: str, crop: str, accumulation: int) -> None:
+    plain = train_member(member(accumulation, crop, Passes()), device)
+    other = train_member(unrecorded(member(accumulation, crop, Passes()), accumulation > 1), device)
+    same(other, plain)
+
+
+@with_gpu
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gpu_replays_members(crop: str, accumulation: int, caplog: pytest.LogCaptureFixture) -> None:
+    plain = train_member(member(accumulation, crop, Passes()), "cuda")
+    module = member(accumulation, crop, Passes(record=True))
+    replayed = train_member(module, "cuda")
+    assert isinstance(module, Classifier)
+    assert isinstance(module._recorded, Recorded)
+    assert not caplog.records
+    same(replayed, plain)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@with_gpu
+@pytest.mark.parametrize("bn_mode", ["batch", "running"])
+def test_a_gpu_replays_labels(bn_mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    label = label_config(batch_size=8, dtype="float32", epochs=6, bn_mode=bn_mode)
+    made = []
+    for record in (False, True):
+        networks = [small_network(seed=seed) for seed in (3, 4)]
+        teachers = Teachers(networks, [0.6, 0.4], label, Passes(record=record)).to(torch.device("cuda"))
+        labels = ComputedLabels(teachers, random_pixels(20).cuda(), label, 0, MEAN, STD)
+        made.append(torch.stack([labels.epoch(epoch)[1] for epoch in range(6)]))
+    assert not caplog.records
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=0)
+
+
+# --- recording itself -------------------------------------------------------------------------------------------------
+
+
+@with_gpu
+def test_every_call_has_its_effects_once() -> None:
+    total = torch.zeros(3, device="cuda")
+
+    def add(values: Tensor) -> dict[str, Tensor]:
+        total.add_(values.sum())
+        return {"double": 2 * values}
+
+    recorded = Recorded(add, torch.device("cuda"), "adding")
+    expected = 0.0
+    for number in range(WARM_UP_CALLS + 4):
+        for count in (2, 3):
+            found = recorded(torch.full((count,), float(number), device="cuda"))
+            expected += number * count
+            assert found["double"].tolist() == [2.0 * number] * count
+            assert total.tolist() == [expected] * 3
+    assert len(recorded._recordings) == 2
+
+
+@with_gpu
+def test_what_waits_for_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    total = torch.zeros((), device="cuda")
+
+    def impatient(values: Tensor) -> Tensor:
+        total.add_(1)
+        return values * float(values.sum().item())
+
+    recorded = Recorded(impatient, torch.device("cuda"), "waiting")
+    with caplog.at_level(logging.WARNING):
+        for number in range(1, WARM_UP_CALLS + 4):
+            assert recorded(torch.ones(2, device="cuda")).tolist() == [2.0, 2.0]
+            assert total.item() == number
+    (warning,) = caplog.records
+    assert "waiting cannot be recorded" in warning.getMessage()
+    # And the device is as good as before.
+    assert torch.ones(2, device="cuda").sum().item() == 2
