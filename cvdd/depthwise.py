@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvdd.fused_bn import as_type
+
 
 class SlicedDepthwise(nn.Conv2d):
     """A strided depthwise convolution that computes all places and keeps those that the stride asks for.
@@ -62,7 +64,7 @@ class _Stencil(torch.autograd.Function):
         def cell(i: int, j: int) -> Tensor:
             return padded[:, :, i : i + high : stride[0], j : j + wide : stride[1]]
 
-        return _weighted(weight, cell).to(x.dtype)
+        return _weighted(weight, cell, x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,7 +84,7 @@ class _Stencil(torch.autograd.Function):
             # Multiplied rather than chosen: nothing that is read here is infinite.
             return gradient[:, :, row[:, None], column] * (in_row[:, None] & in_column)
 
-        return _weighted(weight, cell).to(gradient.dtype), None, None, None
+        return _weighted(weight, cell, gradient.dtype), None, None, None
 
 
 def _source(length: int, offset: int, stride: int, available: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def _source(length: int, offset: int, stride: int, available: int, device: torch
     return source.clamp(0, available - 1), found
 
 
-def _weighted(weight: Tensor, cell: Callable[[int, int], Tensor]) -> Tensor:
+def _weighted(weight: Tensor, cell: Callable[[int, int], Tensor], dtype: torch.dtype) -> Tensor:
     rows, columns = weight.shape[-2:]
     total: Tensor | None = None
     for i in range(rows):
@@ -103,7 +105,7 @@ def _weighted(weight: Tensor, cell: Callable[[int, int], Tensor]) -> Tensor:
             term = full * weight[:, 0, i, j].to(full.dtype).view(-1, 1, 1)
             total = term if total is None else total + term
     assert total is not None
-    return total
+    return as_type(total, dtype)
 
 
 def is_plain_depthwise(module: nn.Module) -> bool:

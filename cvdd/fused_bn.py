@@ -28,7 +28,7 @@ class _NormaliseAndMeasure(torch.autograd.Function):
         normalised = deviation * _by_channel(scale) + _by_channel(shift)
         offset = _group_mean(deviation, groups)
         variance = _group_mean(deviation.square(), groups) - offset.square()
-        return normalised.to(x.dtype), offset + centre, variance
+        return as_type(normalised, x.dtype), offset + centre, variance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -45,13 +45,18 @@ class _NormaliseAndMeasure(torch.autograd.Function):
         grouped = _full(x).unflatten(0, (groups, -1))
         own = (grouped - _by_group(mean)) * _by_group(slope) + _by_group(constant)
         gradient = _full(of_map) * _by_channel(scale) + own.flatten(0, 1)
-        return gradient.to(x.dtype), None, None, None, None
+        return as_type(gradient, x.dtype), None, None, None, None
 
 
 def _group_mean(x: Tensor, groups: int) -> Tensor:
     # Image by image, whose values are near each other in memory.
     mean: Tensor = x.mean(dim=(2, 3)).unflatten(0, (groups, -1)).mean(dim=1)
     return mean
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast what is not of the type yet; PyTorch 2.11 compiles a cast that does nothing to one without gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _full(x: Tensor) -> Tensor:
@@ -89,7 +94,8 @@ class FusedBatchNorm(nn.BatchNorm2d):
         scale = scale if self.weight is None else scale * self.weight
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
         if self.watch.groups == 0:
-            out = ((_full(x) - _by_channel(mean)) * _by_channel(scale) + _by_channel(shift)).to(x.dtype)
+            whole = (_full(x) - _by_channel(mean)) * _by_channel(scale) + _by_channel(shift)
+            out = as_type(whole, x.dtype)
         else:
             out, *moments = _NormaliseAndMeasure.apply(x, mean, scale, shift, self.watch.groups)
             self.watch.note(self.name, Moments(*moments))

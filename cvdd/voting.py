@@ -141,8 +141,12 @@ def judge(
     logits, distance = _look(voter, images.flatten(0, 1), targets, groups, first_bn_multiplier, across, r_bn > 0)
     each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count)
     each = each.mean(dim=1) if across is None else across(each.sum(dim=1)) / across(each.new_tensor([float(count)]))
-    distance = torch.zeros_like(each) if distance is None else distance.expand(units)
-    return Judgement(ce * each + r_bn * voter.bn_scale * distance, each.detach(), distance.detach())
+    # PyTorch 2.15 compiles a product with 1 beside the detached factor to one without gradient.
+    value = each if ce == 1 else ce * each
+    if distance is None:
+        return Judgement(value, each.detach(), torch.zeros_like(each))
+    distance = distance.expand(units)
+    return Judgement(value + r_bn * voter.bn_scale * distance, each.detach(), distance.detach())
 
 
 def _look(

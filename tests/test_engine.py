@@ -196,3 +196,16 @@ def test_half_precision_is_of_convolutions_alone() -> None:
     assert kinds["Conv2d"] == kinds["Linear"] == torch.bfloat16
     assert kinds["BatchNorm2d"] == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in original.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [{"r_bn": 0.0}, {"ce": 0.0}, {"ce": 0.5}], ids=str)
+def test_a_compiled_judgement_has_the_gradient_of_plain_kernels(weights: dict[str, float]) -> None:
+    images = torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    targets, gradients = torch.arange(4).repeat(3, 1), []
+    for engine in (Engine(), Engine(True)):
+        voter, shown = ready_voter("a", small_network(seed=1), 1.0, engine), images.clone().requires_grad_()
+        with compiling(engine.compile):
+            said = engine.opinion(shown, targets, voter, **{"r_bn": 0.01, **weights})
+            gradients.append(torch.autograd.grad(said.value.sum(), shown)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

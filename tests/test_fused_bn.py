@@ -111,3 +111,23 @@ def test_a_network_of_timm_as_a_whole() -> None:
         judge(images, targets, voter, r_bn=0.1) for voter in (Voter("a", network), Voter("a", fused, watch=watch))
     )
     torch.testing.assert_close(tuple(two), tuple(one), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_a_compiler_reads_has_the_same_gradient(dtype: torch.dtype) -> None:
+    """Of the map and of both statistics; PyTorch 2.11 lost the map's where a cast did nothing."""
+    source = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 4, 5, 5, generator=source, dtype=torch.float64).to(dtype)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    centre, scale, shift = (torch.rand(4, generator=source, dtype=torch.float64).to(kind) for _ in range(3))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        out, mean, variance = _NormaliseAndMeasure.apply(x, centre, scale, shift, 2)
+        return out.square().sum() + mean.square().sum() + variance.pow(3).sum()
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        leaf = images.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(function(leaf), leaf)[0])
+    assert gradients[0].abs().max() > 1
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
