@@ -24,14 +24,14 @@ from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.context import Context
 from cvdd.engine import Engine, Passes, Work, choose_engine, compiling, passes_of_labels, passes_of_members, ready_voter
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
 from cvdd.measure import Accuracy
 from cvdd.member import MemberModule
+from cvdd.recorded_student import make_student_module
 from cvdd.schema import LabelConfig, MethodConfig, RunConfig
-from cvdd.student import StudentModule
 from cvdd.synthesis import DistillModule, pixel_bounds
 from cvdd.teachers import Teachers
 from cvdd.units import Stage, Unit, unit_matrices, unit_views
@@ -287,17 +287,18 @@ def student(
 ) -> float:
     """Train a student on all labelled epochs, without measuring it; return the seconds, on a GPU without the lead."""
     dataset = SoftLabelDataset(labels, device)
-    module = StudentModule(
+    module, loader = make_student_module(
         config.protocol,
+        dataset,
         pixels,
         torch.arange(len(pixels)).remainder(config.dataset.num_classes),
-        labels.batch_size,
         config.dataset.mean,
         config.dataset.std,
         passes,
+        looks=config.label.randaugment,
+        shared=False,
         **_unmeasured(network),
     )
-    loader: DataLoader[Any] = DataLoader(dataset, sampler=EpochSampler(len(dataset.bounds)), batch_size=None)
     with compiling(passes.compile):
         start = (lead_of(device), 0)
         return fit(config, module, loader, labels.epochs, folder, device, config.protocol.accumulation, start)

@@ -215,7 +215,9 @@ def main() -> None:
         return
     # As in every command, and for both sides.
     hide_absent_gpus()
-    if not wanted.gpu:
+    if wanted.gpu:
+        torch.backends.cudnn.benchmark = True
+    else:
         keep_freed_memory()
     if wanted.threads:
         torch.set_num_threads(wanted.threads)

@@ -122,12 +122,12 @@ class Classifier(pl.LightningModule):
         """
 
         def function(*tensors: Tensor) -> list[Tensor]:
-            parameters = self._parameters_to_train()
+            parameters = self.trained_parameters()
             if divided:
                 return self._sum_of_parts(losses(*tensors), None, parameters)
             (loss,) = (share() for share in losses(*tensors))
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            return [loss.detach(), *map(_laid_out_as, gradients, parameters)]
+            return [loss.detach(), *map(laid_out_as, gradients, parameters)]
 
         return function
 
@@ -144,7 +144,8 @@ class Classifier(pl.LightningModule):
         # The next call overwrites it.
         return loss.clone().requires_grad_()
 
-    def _parameters_to_train(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of the network that are trained."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def own_parts(self, count: int) -> list[int]:
@@ -163,7 +164,7 @@ class Classifier(pl.LightningModule):
             losses: the share of each part in the loss; those of :meth:`own_parts` are called.
             batch_index: of the batch in its epoch.
         """
-        loss, *self._gradient = self._sum_of_parts(losses, batch_index, self._parameters_to_train())
+        loss, *self._gradient = self._sum_of_parts(losses, batch_index, self.trained_parameters())
         return loss.detach().requires_grad_()
 
     def _sum_of_parts(
@@ -197,7 +198,7 @@ class Classifier(pl.LightningModule):
             with statistics.of_one_part():
                 loss = losses[part]()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            yield [loss.detach(), *map(_laid_out_as, gradients, parameters)], statistics.measured()
+            yield [loss.detach(), *map(laid_out_as, gradients, parameters)], statistics.measured()
 
     def _of_all_ranks(
         self, own: Sequence[Part], count: int, parameters: list[nn.Parameter], statistics: RunningStatistics
@@ -215,8 +216,8 @@ class Classifier(pl.LightningModule):
         if self._gradient is None:
             loss.backward()
             return
-        for parameter, gradient in zip(self._parameters_to_train(), self._gradient, strict=True):
-            parameter.grad = _laid_out_as(gradient, parameter)
+        for parameter, gradient in zip(self.trained_parameters(), self._gradient, strict=True):
+            parameter.grad = laid_out_as(gradient, parameter)
         self._gradient = None
 
     def _note(self, loss: Tensor) -> Tensor:
@@ -303,6 +304,10 @@ class RunningStatistics:
             if self._all:
                 torch._foreach_copy_(self._all, _unflatten_dense_tensors(before, self._all))
 
+    def now(self) -> Tensor:
+        """Statistics as they are, [length]."""
+        return _flat(self._all)
+
     def measured(self) -> Tensor:
         """Statistics of the last part, [length]."""
         return self._part
@@ -320,7 +325,8 @@ class RunningStatistics:
             layer.num_batches_tracked.copy_(before + parts)
 
 
-def _laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient that lies in memory as its parameter does."""
     # Optimisers take both side by side, and their last bits depend on how a gradient lies in memory.
     if gradient.stride() == parameter.stride():
         return gradient

@@ -22,6 +22,7 @@ from cvdd.depthwise import with_stencils, without_strided_depthwise
 from cvdd.fused_bn import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
+from cvdd.stem import with_folded_stem
 from cvdd.voting import Judgement, Voter, judge
 
 log = logging.getLogger(__name__)
@@ -314,7 +315,9 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     network = network.to(memory_format=torch.channels_last)
     watch = None
     if engine.compile:
-        network, watch = fuse_statistics(with_stencils(_sharing(network)) if on_gpu else network)
+        if on_gpu:
+            network = with_folded_stem(with_stencils(_sharing(network)))
+        network, watch = fuse_statistics(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
 

@@ -57,6 +57,24 @@ class SoftLabelDataset(Dataset[LabelledBatch]):
         return LabelledBatch(self._last[1].batch(start, stop), self._last[2][start:stop])
 
 
+class WholeEpochs(Dataset[list[LabelledBatch]]):
+    """The same batches, all those of an epoch as one item: item e is epoch e.
+
+    Args:
+        batches: one by one.
+    """
+
+    def __init__(self, batches: SoftLabelDataset) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches.labels.epochs
+
+    def __getitem__(self, epoch: int) -> list[LabelledBatch]:
+        count = len(self.batches.bounds)
+        return [self.batches[epoch * count + batch] for batch in range(count)]
+
+
 class EpochSampler(Sampler[int]):
     """Items ``epoch * length`` to ``(epoch + 1) * length`` in order; Lightning sets the epoch."""
 

@@ -1,8 +1,11 @@
-"""Learning rates of students by epoch."""
+"""Learning rates of students by epoch, and how an optimiser is told."""
 
 from __future__ import annotations
 
 import math
+
+import torch
+from torch import Tensor
 
 from cvdd.schema import ProtocolConfig
 
@@ -30,3 +33,13 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
         return 0.5 * (1 + math.cos(5 * math.pi / (6 * protocol.eta))) * (1 - done / total)
     return 0.5 * (1 + math.cos(math.pi * done / (total * protocol.eta)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:
+    """Set the learning rate of an optimiser: on a GPU in place, where a recorded step reads it."""
+    for group in optimizer.param_groups:
+        known = group["lr"]
+        if isinstance(known, Tensor) and known.device == device and device.type == "cuda":
+            known.fill_(rate)
+        else:
+            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate

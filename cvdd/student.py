@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,12 @@ from cvdd.classifier import Classifier, parts_of
 from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
-from cvdd.replay import Replay, replay
+from cvdd.replay import replay
 from cvdd.schedules import student_rate
 from cvdd.schema import ProtocolConfig
+
+PartLoss = Callable[..., Tensor]
+"""The share of a part in a batch's loss, forwarded through the network, or through another that it is given."""
 
 
 class StudentModule(Classifier):
@@ -59,42 +62,34 @@ class StudentModule(Classifier):
         self.register_buffer("classes", classes, persistent=False)
         self.part = max(batch_size // protocol.accumulation, 1)
         self._passes = passes or Passes()
-        self._names: tuple[str, ...] = ()
         # A function and not a module, so that the network's parameters are not found twice.
         self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Bring the network into the form in which a GPU trains it fastest, and make ready to record its steps."""
+        """Bring the network into the form in which a GPU trains it fastest."""
         if self.device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
-        if self._passes.record:
-            self.record(self._losses_of, self.protocol.accumulation > 1)
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""
-        drawn = batch.replay.drawn()
-        # RandAugment looks at what was drawn to decide what to compute.
-        if self.is_recorded and "operations" not in drawn:
-            self._names = tuple(drawn)
-            return self._note(self.recorded_loss(*drawn.values(), batch.logits))
         losses = self._losses_by_part(batch)
-        whole = self.protocol.accumulation == 1 and len(losses) == 1
-        return self._note(losses[0]() if whole else self.loss_in_parts(losses, batch_index))
+        return self._note(losses[0]() if self._is_whole(losses) else self.loss_in_parts(losses, batch_index))
 
-    def _losses_of(self, *tensors: Tensor) -> list[Callable[[], Tensor]]:
-        drawn = dict(zip(self._names, tensors, strict=False))
-        return self._losses_by_part(LabelledBatch(Replay(**drawn), tensors[-1]))
+    def _is_whole(self, losses: Sequence[PartLoss]) -> bool:
+        return self.protocol.accumulation == 1 and len(losses) == 1
 
-    def _losses_by_part(self, batch: LabelledBatch) -> list[Callable[[], Tensor]]:
+    def _losses_by_part(self, batch: LabelledBatch) -> list[PartLoss]:
         samples = replay(self.images, batch.replay, self.mean, self.std)
         if self.device.type == "cuda":
             samples = samples.contiguous(memory_format=torch.channels_last)
         return [partial(self._part_loss, samples, batch, part) for part in parts_of(len(samples), self.part)]
 
-    def _part_loss(self, samples: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
+    def _part_loss(
+        self, samples: Tensor, batch: LabelledBatch, part: slice, network: nn.Module | None = None
+    ) -> Tensor:
         shown = samples[part]
-        forward = self.network if self._compiled is None or len(shown) != self.part else self._compiled
+        forward = network or (self.network if self._compiled is None or len(shown) != self.part else self._compiled)
         with self._passes.around(shown.device):
             logits = forward(shown)
         return self._loss_of_part(logits.float(), batch, part) / self.protocol.accumulation
@@ -112,9 +107,12 @@ class StudentModule(Classifier):
         loss = soft_label_loss(student, teacher, protocol.temperature)
         return loss * protocol.temperature**2 if protocol.temperature_squared else loss
 
-    @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: LabelledBatch, batch_index: int) -> None:
         """Move the average towards the parameters of this step."""
+        self._move_average()
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
         if self.average is not None:
             assert self.protocol.ema is not None
             torch._foreach_lerp_(
@@ -133,13 +131,7 @@ class StudentModule(Classifier):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser of the protocol, with decay on what it says; the schedule steps per epoch."""
-        protocol = self.protocol
-        parameters = list(self.network.parameters())
-        decaying = [p for p in parameters if p.ndim > 1 or protocol.decay == "all"]
-        free = [p for p in parameters if p.ndim <= 1 and protocol.decay != "all"]
-        groups = [{"params": decaying, "weight_decay": protocol.weight_decay}]
-        if free:
-            groups.append({"params": free, "weight_decay": 0.0})
+        protocol, groups = self.protocol, self._parameter_groups()
         optimizer: torch.optim.Optimizer
         if protocol.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum)
@@ -147,3 +139,13 @@ class StudentModule(Classifier):
             optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: student_rate(protocol, epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        protocol = self.protocol
+        parameters = list(self.network.parameters())
+        decaying = [p for p in parameters if p.ndim > 1 or protocol.decay == "all"]
+        free = [p for p in parameters if p.ndim <= 1 and protocol.decay != "all"]
+        groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": protocol.weight_decay}]
+        if free:
+            groups.append({"params": free, "weight_decay": 0.0})
+        return groups

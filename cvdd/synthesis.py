@@ -20,22 +20,13 @@ from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.methods.gvbsm import densification
+from cvdd.schedules import set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Judgement, Voter, judge
 
 MATRIX_ELEMENTS = 2**24
 """Of the matrices of several iterations that are made together."""
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:
-    """Set the learning rate of an optimiser: on a GPU in place, where a recorded step reads it."""
-    for group in optimizer.param_groups:
-        known = group["lr"]
-        if isinstance(known, Tensor) and known.device == device and device.type == "cuda":
-            known.fill_(rate)
-        else:
-            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
 
 
 def cosine(step: int, total: int) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
-
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.images import load_images
@@ -14,8 +12,9 @@ from cvdd.chain.labels import Labels
 from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
 from cvdd.context import Context
 from cvdd.engine import compiling, passes_of_students
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.label_batches import SoftLabelDataset
 from cvdd.memory import enough_memory
+from cvdd.recorded_student import make_student_module
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule
 
@@ -56,25 +55,25 @@ def make_student(
         evaluator = evaluator_of(context, part)
         pixels, classes = load_images(labels.images)
         dataset = SoftLabelDataset(labels.open(pixels), context.device)
-        sampler = EpochSampler(len(dataset.bounds))
         title = f"student {name} seed {seed}"
         with context.progress(title, protocol.epochs) as advance:
-            module = StudentModule(
+            module, loader = make_student_module(
                 protocol,
+                dataset,
                 pixels,
                 classes,
-                dataset.labels.batch_size,
                 data.mean,
                 data.std,
                 passes,
-                network=build_network(backbone, len(data.classes), derive_seed(seed, "student")),
+                build_network(backbone, len(data.classes), derive_seed(seed, "student")),
+                looks=config.label.randaugment,
+                shared=context.world.shares(protocol.accumulation),
                 name=title,
                 seed=derive_seed(seed, "student"),
                 measure=evaluator,
                 measured_at=every(protocol.eval_every, protocol.epochs),
                 on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
             )
-            loader: DataLoader[Any] = DataLoader(dataset, sampler=sampler, batch_size=None)
             advice = (
                 f"Raise protocol.accumulation={protocol.accumulation}, which forwards a batch in parts, or lower "
                 f"label.batch_size={config.label.batch_size}; where it is measured, lower "
