@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -124,32 +125,35 @@ def cpu_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """Full sizes, with all ten pairs of the committee; the most telling come first, in case time runs out."""
-    pairs = list(itertools.combinations(FAMILIES, 2))
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
     # A run of 4,000 iterations is worth a compiler, even where IPC is so small that auto does without.
     once = ("engine.compile=true",)
     relabel = Case("relabel", "cifar", FAMILIES, images=100, steps=20, reference_steps=2, named=False)
     student = Case("student", "cifar", ("resnet18",), images=100, steps=20, reference_steps=10)
     half = ("engine.precision_members=bf16",)
+    small, large = (
+        [
+            Case("recover", data, pair, images, steps, units, reference_steps=few, overrides=once)
+            for pair in itertools.combinations(FAMILIES, 2)
+        ]
+        for data, images, steps, units, few in (("cifar", 10, 25, 10, 5), ("imagenet", 100, 10, 1, 2))
+    )
     return [
-        *(
-            Case("recover", "cifar", pair, images=10, steps=100, units=10, reference_steps=10, overrides=once)
-            for pair in pairs
-        ),
-        *(Case("recover", "imagenet", pair, images=100, steps=20, reference_steps=3, overrides=once) for pair in pairs),
-        relabel,
-        replace(relabel, overrides=("engine.precision_labels=bf16",)),
+        *small,
         student,
-        replace(student, overrides=("engine.precision_students=bf16",)),
+        relabel,
+        *large,
         *(
             Case("committee", "cifar", (name,), images=5_120, steps=2, reference_steps=1, overrides=half)
             for name in FAMILIES
         ),
+        replace(student, overrides=("engine.precision_students=bf16",)),
+        replace(relabel, overrides=("engine.precision_labels=bf16",)),
         *(
-            Case("recover", "cifar", pair, images=100, steps=50, reference_steps=5, overrides=once)
+            Case("recover", "cifar", pair, images=100, steps=25, reference_steps=3, overrides=once)
             for pair in (light, dense)
         ),
-        Case("recover", "digits", light, images=10, steps=100, units=10, reference_steps=20, overrides=once),
+        Case("recover", "digits", light, images=10, steps=25, units=10, reference_steps=10, overrides=once),
     ]
 
 
@@ -203,7 +207,7 @@ def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
         how = engine.engine_of(config, case.members, images, device)
         voters = [_voter(case, name, how, device) for name in case.members]
         return lambda: engine.recover(config, how, voters, images, targets, case.steps, folder, device)
-    members = settings.random_members(config, case.members, device)
+    members = _members(case, device)
     committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
     plain = settings.recover_settings(config, device)
     units = images[: case.reference_units].to(device), targets[: case.reference_units].to(device)
@@ -225,20 +229,28 @@ def _voter(case: Case, name: str, how: Engine, device: torch.device) -> Voter:
         torch.compiler.reset()
     known = _VOTERS[size]
     if (name, how) not in known:
-        known[name, how] = engine.ready([settings.random_member(case.config, name, device)], how)[0]
+        member = copy.deepcopy(_known_member(case.data, case.overrides, name, device))
+        known[name, how] = engine.ready([member], how)[0]
     return known[name, how]
 
 
-def compile_ahead(case: Case, name: str, device: torch.device) -> float:
-    """Compile the judgement of one member in this process, which fills the cache of all; return the seconds."""
-    stopwatch = Stopwatch(device)
-    with stopwatch.running():
-        config = case.config
-        images, targets = (values.to(device) for values in settings.random_units(config, case.units, case.images))
-        how = engine.engine_of(config, case.members, images, device)
-        if how.compile:
-            engine.judge_once(config, _voter(case, name, how, device), how, images, targets)
-    return stopwatch.seconds
+def compile_member(case: Case, name: str, device: torch.device) -> None:
+    """Compile the judgement of one member in this process, which fills the cache of all."""
+    config = case.config
+    images, targets = (values.to(device) for values in settings.random_units(config, case.units, case.images))
+    how = engine.engine_of(config, case.members, images, device)
+    if how.compile:
+        engine.judge_once(config, _voter(case, name, how, device), how, images, targets)
+
+
+@functools.cache
+def _known_member(data: str, overrides: tuple[str, ...], name: str, device: torch.device) -> nn.Module:
+    return settings.random_member(settings.configuration(data, overrides), name, device)
+
+
+def _members(case: Case, device: torch.device) -> list[nn.Module]:
+    """Members of a case with random weights; copies, because a reference hooks into them."""
+    return [copy.deepcopy(_known_member(case.data, case.overrides, name, device)) for name in case.members]
 
 
 def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
@@ -337,12 +349,7 @@ def work_of(case: Case, device: torch.device) -> Work:
     """Count what one unit of work needs: an image in an iteration, a label, or an image in an epoch."""
     config = case.config
     if case.kind == "recover":
-        members = settings.random_members(config, case.members, device)
-        committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
-        plain = settings.recover_settings(config, device)
-        images, targets = settings.random_units(config, 1, case.images)
-        unit = plain_recover.Recovery(committee, images[0].to(device), targets[0].to(device), plain)
-        return count_work(unit.step).scaled(1 / case.images)
+        return Work.sum([_work_of_member(replace(case, members=(name,)), device) for name in case.members])
     count = config.label.batch_size
     samples = torch.randn(count, 3, config.dataset.image_size, config.dataset.image_size, device=device)
     if case.kind == "relabel":
@@ -351,3 +358,14 @@ def work_of(case: Case, device: torch.device) -> Work:
     network = _network(case, device)
     targets = torch.zeros(count, dtype=torch.long, device=device)
     return count_work(lambda: F.cross_entropy(network(samples), targets).backward()).scaled(1 / count)
+
+
+@functools.cache
+def _work_of_member(case: Case, device: torch.device) -> Work:
+    """What one image in an iteration needs of a single member."""
+    config = case.config
+    committee = plain_recover.Committee(_members(case, device), [1.0])
+    plain = settings.recover_settings(config, device)
+    images, targets = settings.random_units(config, 1, case.images)
+    unit = plain_recover.Recovery(committee, images[0].to(device), targets[0].to(device), plain)
+    return count_work(unit.step).scaled(1 / case.images)

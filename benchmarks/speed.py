@@ -18,15 +18,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Side, chosen, compile_ahead, cpu_cases, gpu_cases, make_program, work_of
+from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
+from benchmarks.compile_ahead import compile_all
 from benchmarks.limits import Limits, Work, measure_limits
 from benchmarks.table import markdown
-from benchmarks.timing import Samples, alternate, peak_memory, ratio, ratios
+from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
 from cvdd.allocator import keep_freed_memory
 from cvdd.provenance import code_version
 from cvdd.runtime import hide_absent_gpus
 
 RESULTS = Path(__file__).parent / "results"
+SECONDS_TO_COMPILE = 240.0
+"""Cases whose networks are not compiled by then are left out."""
+
 SIDES: tuple[Side, Side] = ("reference", "engine")
 
 
@@ -34,15 +38,19 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
     """Run both sides of a case and return its row, raw samples included."""
     work = work_of(case, device)
     with tempfile.TemporaryDirectory() as folder:
-        programs = []
+        programs: list[Program] = []
         for side in SIDES:
             own = Path(folder) / side
             own.mkdir()
             programs.append(make_program(case, side, device, own))
+        if memory and device.type == "cuda":
+            programs = [PeakOfFirst(program, device) for program in programs]
         measured = alternate(programs[0], programs[1], repetitions)
     sides: dict[str, Samples] = {}
-    for side, samples in zip(SIDES, measured, strict=True):
-        peak, total = peak_of(case, side, device) if memory else (None, None)
+    for side, samples, program in zip(SIDES, measured, programs, strict=True):
+        peak, total = (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None)
+        if memory and device.type == "cpu":
+            peak, total = peak_of(case, side)
         sides[side] = replace(samples, amount=case.amount(side), peak_bytes=peak, total_bytes=total)
     reference, engine = sides["reference"], sides["engine"]
     paired = ratios(reference, engine)
@@ -68,41 +76,18 @@ def against_limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
     return row | {"seconds_at_best": best, "fraction_of_limit": share}
 
 
-def peak_of(case: Case, side: Side, device: torch.device) -> tuple[int, int]:
-    """Most memory of one side, on the CPU in a fresh process."""
-    if device.type == "cuda":
-        return _peak_here(case, side, device)
+def peak_of(case: Case, side: Side) -> tuple[int, int]:
+    """Most memory of one side on the CPU, in a fresh process."""
     # A step needs as much memory as many do.
     short = replace(case, steps=1, reference_units=1)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_peak_here, short, side, device, torch.get_num_threads()).result()
+        return process.submit(_peak_here, short, side, torch.get_num_threads()).result()
 
 
-def _peak_here(case: Case, side: Side, device: torch.device, threads: int | None = None) -> tuple[int, int]:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _peak_here(case: Case, side: Side, threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        return peak_memory(lambda: make_program(case, side, device, Path(folder)), device)
-
-
-def compile_all(cases: Sequence[Case], device: torch.device) -> dict[str, float]:
-    """Compile what recover cases need, a process for each network and size; return the seconds of each.
-
-    A compiler uses one core most of the time, and a GPU has many beside it. What they leave in the cache is what the
-    measuring process would compile itself.
-    """
-    wanted = {
-        (case.data, case.images, case.units, name): (case, name)
-        for case in cases
-        if case.kind == "recover"
-        for name in case.members
-    }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not wanted:
-        return {}
-    with ProcessPoolExecutor(min(len(wanted), cores), multiprocessing.get_context("spawn")) as processes:
-        jobs = {key: processes.submit(compile_ahead, case, name, device) for key, (case, name) in wanted.items()}
-        return {"_".join(map(str, key)): job.result() for key, job in jobs.items()}
+        return peak_memory(lambda: make_program(case, side, torch.device("cpu"), Path(folder)))
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
@@ -128,6 +113,7 @@ def run(
     repetitions: int,
     memory: bool,
     minutes: float = math.inf,
+    ahead: bool = True,
     save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
     """Compare all cases and return everything that is known about them.
@@ -138,6 +124,7 @@ def run(
         repetitions: of each side.
         memory: whether peak memory is measured too.
         minutes: after which no further case is begun; those left out are listed.
+        ahead: on a GPU, compile all networks before anything is measured.
         save: called with what is known after each case.
     """
     started = time.monotonic()
@@ -155,10 +142,9 @@ def run(
         "compile_seconds": {},
         "seconds": 0.0,
     }
-    if device.type == "cuda":
-        result["compile_seconds"] = compile_all(cases, device)
-        result["compiled_in"] = time.monotonic() - started
-        print(f"compiled in {result['compiled_in']:.0f} s", flush=True)
+    if device.type == "cuda" and ahead:
+        result["compile_seconds"], cases = compile_all(cases, min(60 * minutes / 2, SECONDS_TO_COMPILE))
+        print(f"compilers were done after {time.monotonic() - started:.0f} s", flush=True)
     limits = measure_limits(device)
     result["limits"] = limits.as_dict()
     for case in cases:
@@ -197,6 +183,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="such as engine.precision=bf16")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; one for each core if not given")
     parser.add_argument("--minutes", type=float, help="begin no further case after so many (8 with --gpu)")
+    parser.add_argument(
+        "--compile-when-needed", action="store_true", help="on a GPU, not all networks before anything is measured"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", default=None, metavar="NAME", help="of the file in benchmarks/results (cpu, or gpu)")
     parser.add_argument("--list", action="store_true", help="only list the cases")
@@ -215,9 +204,7 @@ def main() -> None:
         return
     # As in every command, and for both sides.
     hide_absent_gpus()
-    if wanted.gpu:
-        torch.backends.cudnn.benchmark = True
-    else:
+    if not wanted.gpu:
         keep_freed_memory()
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
@@ -228,11 +215,12 @@ def main() -> None:
     def save(result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
+    ahead = not wanted.compile_when_needed
     minutes = wanted.minutes or (8 if wanted.gpu else math.inf)
     with tempfile.TemporaryDirectory() as compiled:
         # What was compiled before would make compilation look fast.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
-        result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, save)
+        result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, ahead, save)
     print(f"\n{markdown(result)}\n")
 
 

@@ -129,19 +129,41 @@ def ratio(reference: Samples, engine: Samples) -> float:
     return reference.median / engine.median
 
 
-def peak_memory(prepare: Callable[[], Program], device: torch.device) -> tuple[int, int]:
-    """Run a program once; return the most memory that it needed, without and with what was there before.
+class PeakOfFirst:
+    """A program on a GPU that notes what PyTorch allocated there, at most, in its first repetition.
 
-    On a GPU this is what PyTorch allocated there. On the CPU it is what the process holds, which never shrinks: call
-    this in a process of its own.
+    Args:
+        program: what is run.
+        device: a GPU.
+
+    Attributes:
+        peak: most memory, above what there was before; None before the first repetition.
+        total: most memory of the whole process.
     """
-    if device.type == "cuda":
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self._program, self._device = program, device
+        self.peak: int | None = None
+        self.total: int | None = None
+
+    def __call__(self) -> float:
+        """Do one repetition."""
+        if self.total is not None:
+            return self._program()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        prepare()()
-        peak = torch.cuda.max_memory_allocated(device)
-        return peak - before, peak
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        seconds = self._program()
+        self.total = torch.cuda.max_memory_allocated(self._device)
+        self.peak = self.total - before
+        return seconds
+
+
+def peak_memory(prepare: Callable[[], Program]) -> tuple[int, int]:
+    """Run a program once on the CPU; return the most memory that it needed, without and with what was there before.
+
+    This is what the process holds, which never shrinks: call this in a process of its own.
+    """
     before = _resident_peak()
     prepare()()
     peak = _resident_peak()

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.config_base import ConfigError
-from cvdd.depthwise import with_stencils, without_strided_depthwise
+from cvdd.depthwise import without_strided_depthwise
 from cvdd.fused_bn import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
@@ -259,7 +260,8 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
 
 @functools.cache
 def _compiled() -> Callable[..., Judgement]:
-    return torch.compile(judge)
+    # Trying several block sizes for each of hundreds of kernels takes longer than all else, and wins little.
+    return torch.compile(judge, options={"triton.autotune_pointwise": False})
 
 
 @functools.cache
@@ -316,7 +318,7 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     watch = None
     if engine.compile:
         if on_gpu:
-            network = with_folded_stem(with_stencils(_sharing(network)))
+            network = with_folded_stem(_sharing(network))
         network, watch = fuse_statistics(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
@@ -342,5 +344,8 @@ def compiling(compiled: bool) -> Iterator[None]:
     if not compiled:
         yield
         return
-    with torch._dynamo.config.patch(recompile_limit=SPECIALISATIONS, accumulated_recompile_limit=8 * SPECIALISATIONS):
+    limits = {"recompile_limit": SPECIALISATIONS, "accumulated_recompile_limit": 8 * SPECIALISATIONS}
+    # What was compiled is found again by the next process, fused layers and all: seconds instead of minutes.
+    kept = {"autograd_cache_allow_custom_autograd_functions": True}
+    with torch._dynamo.config.patch(limits), torch._functorch.config.patch(kept):
         yield

@@ -54,7 +54,7 @@ class RecordedStudent(StudentModule):
             if self.part * self.protocol.accumulation * self.images.shape[-1] ** 2 <= PIXELS_SIDE_BY_SIDE:
                 self._streams = [torch.cuda.Stream(self.device) for _ in range(self.protocol.accumulation + 1)]
 
-    def training_step(self, batch: list[LabelledBatch], batch_index: int) -> None:
+    def training_step(self, batch: list[LabelledBatch], batch_index: int) -> None:  # type: ignore[override]
         """Optimise the network by all batches of an epoch."""
         rate = self.protocol.lr * student_rate(self.protocol, self.current_epoch)
         set_rate(self._optimizer(), rate, self.device)

@@ -99,9 +99,6 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
     device = find_device(config, local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-    else:
-        # Shapes are few and stay the same, so the library may try what is fastest for each.
-        torch.backends.cudnn.benchmark = True
     return device
 
 
