@@ -10,6 +10,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
 from benchmarks.compile_ahead import compile_all
@@ -45,7 +47,9 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
             programs.append(make_program(case, side, device, own))
         if memory and device.type == "cuda":
             programs = [PeakOfFirst(program, device) for program in programs]
+        known = Counter(counters["inductor"])
         measured = alternate(programs[0], programs[1], repetitions)
+        compiled = Counter(counters["inductor"]) - known
     sides: dict[str, Samples] = {}
     for side, samples, program in zip(SIDES, measured, programs, strict=True):
         peak, total = (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None)
@@ -64,6 +68,7 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
         **{side: samples.as_dict() | {"shown": case.shown(samples.median)} for side, samples in sides.items()},
         "ratio": ratio(reference, engine),
         "ratio_range": [min(paired), max(paired)],
+        "compiled": {key: compiled[f"fxgraph_cache_{key}"] for key in ("hit", "miss", "bypass")},
         "flops_per_unit": work.flops,
         "elements_per_unit": work.elements,
     }

@@ -1,8 +1,9 @@
-"""Further processes on the same machine that make parts of a comparison meanwhile.
+"""Further processes on the same machine that make parts of a comparison, or members, meanwhile.
 
-Students of small sets cannot use more than one core, but there are many of them. An assistant walks through the same
-members, priors, rows and seeds from another place; the store's locks see to it that nothing is made twice, and the main
-process finds what is there already. Nothing depends on how many assistants there are, or on what becomes of them.
+Students of small sets cannot use more than one core, but there are many of them; nor does a network of many small
+layers fill a GPU. An assistant walks through the same members, priors, rows and seeds from another place; the store's
+locks see to it that nothing is made twice, and the main process finds what is there already. Nothing depends on how many
+assistants there are, or on what becomes of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def assisted(config: RunConfig) -> Iterator[None]:
     """Run ``trainer.assistants`` further processes while the body runs; they end with it.
 
     Args:
-        config: of a comparison.
+        config: of a comparison, or of the training of members.
     """
     count = config.trainer.assistants
     if not count:
@@ -86,10 +87,10 @@ def own_way(items: Sequence[Item], index: int, total: int) -> list[Item]:
 
 
 def assist(config: RunConfig, index: int, total: int) -> None:
-    """Make everything that a comparison needs, beginning elsewhere.
+    """Make everything that a comparison needs, or all members where only those are trained, beginning elsewhere.
 
     Args:
-        config: of the comparison.
+        config: of the comparison, or of the training.
         index: of this assistant; the main process is 0.
         total: assistants and the main process.
     """
@@ -101,6 +102,10 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.runtime import prepare_process
 
     context = Context(config, Store(config.paths.store), prepare_process(config))
+    if config.verb == "train":
+        for name in own_way(list(config.committee.members), index, total):
+            make_member(context, name)
+        return
     if priors_needed(config) and config.prior.source == "measured":
         members = list(config.committee.members)
         for name in own_way(members, index, total):

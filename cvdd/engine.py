@@ -37,8 +37,11 @@ PIXELS_PER_COMPILED_PASS = 100 * 32 * 32
 SECONDS_WORTH_COMPILING = 300.0
 """Of uncompiled work. A compiler takes one to three minutes for a pair of members, and leaves about half of it."""
 
-RATES = {"cpu": (60e9, 1e-3), "cuda": (20e12, 1e-4)}
-"""Roughly, of uncompiled networks: operations per second, and seconds that each image takes besides."""
+RATES = {"cpu": (60e9, 1e-3), "cuda": (60e12, 2e-5)}
+"""Roughly, of uncompiled networks: operations per second, and seconds that each image takes besides.
+
+On an H200 a recorded, uncompiled judgement of ResNet18 at 32 pixels took 5.6 ms for 100 images, compiled 1.6 ms.
+"""
 
 SPECIALISATIONS = 256
 """PyTorch gives up after 8 shapes and networks, and a committee has more."""

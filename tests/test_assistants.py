@@ -15,6 +15,7 @@ from helpers import tiny_context
 import cvdd.assistants
 from cvdd.assistants import assist, assisted, own_way
 from cvdd.chain.compare import compare
+from cvdd.verbs.train import train
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -51,6 +52,17 @@ def test_an_assistant_makes_what_the_comparison_needs(images: str, tmp_path: Pat
     _, results = compare(context)
     assert sealed == []
     assert [result.row for result in results] == ["cvdd", "real"]
+
+
+def test_an_assistant_trains_members_from_the_other_end(tmp_path: Path, sealed: list[str]) -> None:
+    context = tiny_context(tmp_path, "recipe.epochs=1", "trainer.assistants=1", verb="train")
+    assist(context.config, 1, 2)
+    assert sealed.count("members") == 3
+    made = sorted((tmp_path / "store" / "members").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    assert [path.parent.name.split("-")[1] for path in made] == ["shufflenetv2", "resnet50", "resnet18"]
+    sealed.clear()
+    assert train(context, []) is not None
+    assert sealed == []
 
 
 def alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cvdd.assistants import assisted
 from cvdd.chain.apm_teachers import make_apm_teachers
 from cvdd.chain.members import make_member
 from cvdd.chain.trajectories import make_trajectories
@@ -24,7 +25,8 @@ def train(context: Context, commands: list[str]) -> float | None:
         context.log_artifacts({f"teachers/{index}": teacher for index, teacher in enumerate(teachers)})
         print_artifact(teachers[0], {"teachers": str(len(teachers)), "top-1 in percent": shown})
         return sum(accuracies) / len(accuracies)
-    members = {name: make_member(context, name) for name in context.config.committee.members}
+    with assisted(context.config):
+        members = {name: make_member(context, name) for name in context.config.committee.members}
     context.log_artifacts({f"members/{name}": member for name, member in members.items()})
     print_members(context.config, members)
     return sum(float(member.metrics["test_top1"]) for member in members.values()) / len(members)
