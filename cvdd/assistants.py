@@ -2,8 +2,8 @@
 
 Students of small sets cannot use more than one core, but there are many of them; nor does a network of many small
 layers fill a GPU. An assistant walks through the same members, priors, rows and seeds from another place; the store's
-locks see to it that nothing is made twice, and the main process finds what is there already. Nothing depends on how many
-assistants there are, or on what becomes of them.
+locks see to it that nothing is made twice, and the main process finds what is there already. Nothing depends on how
+many assistants there are, or on what becomes of them.
 """
 
 from __future__ import annotations

@@ -75,13 +75,19 @@ class Engine:
         return _compiled() if self.compile else judge
 
     def fewer(self, units: int) -> Engine | None:
-        """The same with half as many units a pass; None if it is one already.
+        """The same with less memory: half as many units a pass, or at last members that judge one after the other.
 
         Args:
             units: of the stack.
+
+        Returns:
+            None if nothing needs less.
         """
         present = min(self.units_per_pass or units, units)
-        return replace(self, units_per_pass=present // 2) if present > 1 else None
+        if present > 1:
+            return replace(self, units_per_pass=present // 2)
+        # Recorded, they judge side by side.
+        return replace(self, record=False) if self.record else None
 
 
 @dataclass(frozen=True)

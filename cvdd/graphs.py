@@ -90,8 +90,9 @@ class Recorded:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 results = self._function(*held)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            # What ends a recording that failed may fail too, and hide why.
+            if any(is_out_of_memory(cause) for cause in _causes(error)):
+                raise MemoryError(f"no more memory on {held[0].device if held else 'the GPU'}") from error
             self._given_up = True
             log.warning(
                 "%s cannot be recorded as a CUDA graph and is launched kernel by kernel, which takes longer (%s)",
@@ -100,6 +101,12 @@ class Recorded:
             )
             return None
         return _Recording(graph, held, results)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

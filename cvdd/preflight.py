@@ -14,6 +14,7 @@ from cvdd.chain.priors import priors_needed
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.engine import records
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.schema import RunConfig, teachers_of
@@ -24,10 +25,12 @@ def check_before_work(context: Context) -> None:
     """Refuse a configuration that a later stage of its verb would refuse, cheapest checks first.
 
     Raises:
-        ConfigError: an unknown or unsuitable network, a member without the BatchNorm layers that it needs, label
-            batches too small for their statistics, or classes with too few real images.
+        ConfigError: steps to be recorded without a GPU, an unknown or unsuitable network, a member without the
+            BatchNorm layers that it needs, label batches too small for their statistics, or classes with too few real
+            images.
     """
     config = context.config
+    records(config.engine.cuda_graphs, context.device)
     classes = config.dataset.num_classes or len(config.dataset.classes) or len(context.data().classes)
     rows = [context] if config.verb == "train" else _rows(context)
     labels = config.verb in ("relabel", "evaluate")

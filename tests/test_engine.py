@@ -86,6 +86,9 @@ def test_half_as_many_units() -> None:
     assert Engine(units_per_pass=5).fewer(10) == Engine(units_per_pass=2)
     assert Engine(units_per_pass=5).fewer(3) == Engine(units_per_pass=1)
     assert Engine(units_per_pass=1).fewer(10) is None
+    assert Engine(record=True).fewer(2) == Engine(units_per_pass=1, record=True)
+    assert Engine(units_per_pass=1, record=True).fewer(2) == Engine(units_per_pass=1)
+    assert Engine(record=True).fewer(1) == Engine()
 
 
 def test_only_what_differs_from_plain_kernels_is_in_the_identity() -> None:

@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         (*WITHOUT, *SILENT, *MEASURED, "prior.epochs=1", "method.r_bn=0", "prior.observer=extra"),
         NO_STATISTICS,
     ),
+    "graphs without a GPU": ("train", ("engine.cuda_graphs=true",), r"engine\.cuda_graphs=true needs a GPU"),
     "last batch": ("relabel", ("label.batch_size=9",), r"label\.batch_size=9 leaves a last batch of 2 of 20 images"),
     "last batch of a row": (
         "evaluate",

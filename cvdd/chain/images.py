@@ -32,7 +32,7 @@ from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
 from cvdd.units import Stack, Unit, plan_stacks, plan_units
 
-FEWER_UNITS = "units_per_pass.tmp"
+FEWER_UNITS = "less_memory.tmp"
 """Written where memory was short."""
 
 
@@ -106,7 +106,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 used = recover_stack(context, kept, stack, drawn, shares, start, work, advance)
                 if used != kept:
                     # Memory was short; later stacks, and a resumed run, need not find out again.
-                    write_atomically(work / FEWER_UNITS, str(used.units_per_pass).encode())
+                    less = {"units_per_pass": used.units_per_pass or len(stack.units), "record": used.record}
+                    write_atomically(work / FEWER_UNITS, json.dumps(less).encode())
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
 
@@ -129,7 +130,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
 
 def _read_units_per_pass(work: Path, engine: Engine) -> Engine:
     path = work / FEWER_UNITS
-    return replace(engine, units_per_pass=int(path.read_text())) if path.exists() else engine
+    return replace(engine, **json.loads(path.read_text())) if path.exists() else engine
 
 
 def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:

@@ -161,7 +161,8 @@ def _optimise(
                 fewer = engine.fewer(len(stack.units)) if judges_by_unit(method) and not split else None
                 if fewer is None:
                     raise
-                log.warning("%s; going on with %d units in a pass", error, fewer.units_per_pass)
+                alone = " and members one after the other" if engine.record > fewer.record else ""
+                log.warning("%s; going on with %d units in a pass%s", error, fewer.units_per_pass or 1, alone)
                 engine = fewer
         images, rows = module.images.detach().cpu(), module.rows
         if stage.last < method.iterations and (context.world.main or not split):

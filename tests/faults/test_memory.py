@@ -15,6 +15,7 @@ from helpers import PRIORS, tiny_context
 from test_interruption import stop_at
 
 import cvdd.context
+import cvdd.engine
 import cvdd.labels
 from cvdd.chain.compare import compare, distil
 from cvdd.chain.images import load_images, make_images
@@ -113,6 +114,22 @@ def test_units_that_share_a_forward_pass_become_fewer(
     assert made.path.name == whole.path.name
     difference = (load_images(made)[0].float() - load_images(whole)[0].float()).abs()
     assert float(difference.mean()) < 0.05
+
+
+def test_members_that_judge_side_by_side_do_so_one_after_the_other(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As they are recorded on a GPU; a unit cannot be halved."""
+    home = reference.copy(tmp_path, "images", "labels", "students")
+    with monkeypatch.context() as patched:
+        patched.setattr(cvdd.engine, "records", lambda wanted, device: True)
+        short_of_memory(patched, DistillModule, "training_step", 1, torch.OutOfMemoryError(ON_A_GPU))
+        made = make_images(context_of(home), PRIORS)
+    assert caplog.text.count("going on with 1 units in a pass and members one after the other") == 1
+    assert made.metrics["units_per_pass_for_lack_of_memory"] == 1
+    assert made.metrics["stacks"] > 1
+    monkeypatch.setattr(cvdd.engine, "records", lambda wanted, device: False)
+    assert make_images(context_of(home), PRIORS).path == made.path
 
 
 def test_too_little_memory_for_labels_and_networks(
