@@ -80,15 +80,9 @@ class _Vote:
 
     def kept(self) -> _Vote:
         """A copy that the next iteration does not overwrite, without gradients."""
-        loss, ce, bn, density = torch.cat([part.flatten() for part in self._said]).split(
-            [part.numel() for part in self._said]
-        )
-        shape = self.ce.shape
-        return _Vote(self.voters, loss[0], ce.view(shape), bn.view(shape), density[0], None)
-
-    @property
-    def _said(self) -> tuple[Tensor, ...]:
-        return self.loss, self.ce, self.bn, self.density
+        said = (self.loss, self.ce, self.bn, self.density)
+        copied = torch.cat([part.flatten() for part in said]).split([part.numel() for part in said])
+        return _Vote(self.voters, *(one.view_as(part) for one, part in zip(copied, said, strict=True)), None)
 
 
 _Answer = tuple[Judgement, Tensor]

@@ -154,10 +154,11 @@ def training_arguments(network: nn.Module, **changes: Any) -> dict[str, Any]:
     }
 
 
-def quiet_trainer(epochs: int, loader: DataLoader[Any] | None = None) -> pl.Trainer:
-    """Return a trainer on the CPU that writes and shows nothing; without a loader modules bring batches every epoch."""
+def quiet_trainer(epochs: int, loader: DataLoader[Any] | None = None, device: str = "cpu") -> pl.Trainer:
+    """Return a trainer that writes and shows nothing; without a loader modules bring batches every epoch."""
     return pl.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,

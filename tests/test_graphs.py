@@ -18,6 +18,7 @@ from helpers import (
     label_config,
     method_config,
     protocol_config,
+    quiet_trainer,
     random_pixels,
     small_network,
     training_arguments,
@@ -52,16 +53,7 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(module: pl.LightningModule, loader: DataLoader[Any] | None, epochs: int, device: str) -> None:
-    pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1 if loader is None else 0,
-    ).fit(module, loader)
+    quiet_trainer(epochs, loader, device).fit(module, loader)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
