@@ -82,7 +82,8 @@ class _Vote:
         """A copy that the next iteration does not overwrite, without gradients."""
         said = (self.loss, self.ce, self.bn, self.density)
         copied = torch.cat([part.flatten() for part in said]).split([part.numel() for part in said])
-        return _Vote(self.voters, *(one.view_as(part) for one, part in zip(copied, said, strict=True)), None)
+        loss, ce, bn, density = (one.view_as(part) for one, part in zip(copied, said, strict=True))
+        return _Vote(self.voters, loss, ce, bn, density, None)
 
 
 _Answer = tuple[Judgement, Tensor]

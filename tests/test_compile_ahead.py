@@ -1,0 +1,42 @@
+"""Compilers that run side by side before anything is measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import compile_ahead
+from benchmarks.cases import Case
+
+
+def test_networks_are_compiled_before_cases_and_those_that_fail_leave_theirs_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process for each network and size, however many cases need it; labels and students wait for none."""
+    pairs = [("resnet18", "resnet50"), ("resnet18", "mobilenetv2"), ("resnet50", "mobilenetv2")]
+    wanted = [Case("recover", "digits", pair, images=4, steps=1) for pair in pairs]
+    others = [Case("student", "digits", ("resnet18",), images=4, steps=1)]
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command[3:])
+            assert int(env["TORCHINDUCTOR_COMPILE_THREADS"]) >= 2
+            # One is refused, another never ends.
+            self.returncode = {"resnet50": 1, "mobilenetv2": None}.get(command[6], 0)
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+        def kill(self) -> None:
+            stopped.append(self)
+
+        def wait(self) -> None:
+            pass
+
+    stopped: list[Process] = []
+    monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
+    taken, left = compile_ahead.compile_all([*wanted, *others], 1.0)
+    assert sorted(arguments[3] for arguments in started) == ["mobilenetv2", "resnet18", "resnet50"]
+    assert list(taken) == ["digits_4_resnet18"]
+    assert left == others
+    assert len(stopped) == 1
