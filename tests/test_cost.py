@@ -16,7 +16,7 @@ from torch import nn
 from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.cost import StageCost, load_prediction, plan_pieces, planning, predict_run, show_cost
+from cvdd.cost import StageCost, _notes, load_prediction, plan_pieces, planning, predict_run, show_cost
 from cvdd.cost.memory import profile
 from cvdd.cost.plan import Piece
 from cvdd.cost.prediction import FOLDER, measured_seconds, predict
@@ -319,3 +319,6 @@ def test_predict_run_of_a_committee(compose: Compose) -> None:
     assert costs[0].seconds is not None
     assert costs[0].other_bytes > 0
     assert any("not decoded" in note for note in notes)
+    recorded = "recorded as CUDA graphs"
+    assert not any(recorded in note for note in notes)
+    assert any(recorded in note for note in _notes(config, [], True))

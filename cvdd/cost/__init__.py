@@ -25,6 +25,7 @@ from cvdd.cost.prediction import (
 from cvdd.cost.steps import Overhead, Step
 from cvdd.cost.table import print_table
 from cvdd.cost.work import work_of
+from cvdd.engine import records
 from cvdd.schema import RunConfig
 
 __all__ = [
@@ -64,7 +65,7 @@ def predict_run(
     needed = needed_steps(works)
     begin, busy = time.perf_counter(), time.process_time()
     times = time_steps(needed, profiles, context, seconds, clock)
-    notes = [*context.notes, *_notes(config, needed)]
+    notes = [*context.notes, *_notes(config, needed, records(config.engine.cuda_graphs, device))]
     share = (time.process_time() - busy) / (time.perf_counter() - begin)
     if needed and device.type == "cpu" and share < QUIET:
         notes.append(
@@ -82,8 +83,13 @@ def show_cost(config: RunConfig, device: torch.device) -> None:
     print_table(stages, f"predicted cost of {config.verb}.py on {machine}", [*notes, f"kept in {path}"])
 
 
-def _notes(config: RunConfig, needed: list[Step]) -> list[str]:
+def _notes(config: RunConfig, needed: list[Step], recorded: bool) -> list[str]:
     notes = []
+    if recorded:
+        notes.append(
+            "steps are timed as they are launched; recorded as CUDA graphs (engine.cuda_graphs), as they will be, "
+            "those of small networks take a fourth of that or less"
+        )
     if config.trainer.devices > 1 or config.trainer.assistants:
         notes.append("time is that of one process; several share images and labels, and members and students in parts")
     if config.method.statistics.recorded or config.method.density:
