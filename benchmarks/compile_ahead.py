@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.cases import Case, compile_member
+from benchmarks.limits import usable_cores
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -30,8 +31,7 @@ def compile_all(cases: Sequence[Case], seconds: float) -> tuple[dict[str, float]
         the seconds that each took, and the cases without those whose networks are not compiled.
     """
     wanted = {_key(case, name): _arguments(case, name) for case in cases for name in _compiled_members(case)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(2 * cores // max(len(wanted), 1), 2))
+    threads = str(max(2 * usable_cores() // max(len(wanted), 1), 2))
     surroundings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "1"}
     started, taken = time.monotonic(), dict[str, float]()
     command = [sys.executable, "-m", "benchmarks.compile_ahead"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,6 +108,11 @@ def count_work(step: Callable[[], object]) -> Work:
     with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         step()
     return Work(float(flops.get_total_flops()), float(traffic.elements))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_limits(device: torch.device, seconds: float | None = None) -> Limits:

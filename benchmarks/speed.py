@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
 from benchmarks.compile_ahead import compile_all
-from benchmarks.limits import Limits, Work, measure_limits
+from benchmarks.limits import Limits, Work, measure_limits, usable_cores
 from benchmarks.table import markdown
 from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
 from cvdd.allocator import keep_freed_memory
@@ -104,7 +104,7 @@ def machine_of(device: torch.device) -> dict[str, Any]:
         model = named[0].partition(":")[2].strip() if named else model
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -125,9 +125,8 @@ class Classifier(pl.LightningModule):
             parameters = self.trained_parameters()
             if divided:
                 return self._sum_of_parts(losses(*tensors), None, parameters)
-            (loss,) = (share() for share in losses(*tensors))
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            return [loss.detach(), *map(laid_out_as, gradients, parameters)]
+            (share,) = losses(*tensors)
+            return differentiated(share(), parameters)
 
         return function
 
@@ -175,14 +174,7 @@ class Classifier(pl.LightningModule):
         parts = self._differentiated(losses, batch_index, parameters, statistics)
         if self._ranks[1] > 1:
             parts = self._of_all_ranks(list(parts), len(losses), parameters, statistics)
-        total: list[Tensor] | None = None
-        for known, measured in parts:
-            # Not in place: two parameters may have got the same tensor.
-            total = known if total is None else list(torch._foreach_add(total, known))
-            statistics.update(measured)
-        statistics.count(len(losses))
-        assert total is not None
-        return total
+        return added_up(parts, len(losses), statistics)
 
     def _differentiated(
         self,
@@ -196,9 +188,8 @@ class Classifier(pl.LightningModule):
             if batch_index is not None:
                 seed_networks(derive_seed(self.seed, "network", self.current_epoch, batch_index, part), self.device)
             with statistics.of_one_part():
-                loss = losses[part]()
-                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            yield [loss.detach(), *map(laid_out_as, gradients, parameters)], statistics.measured()
+                known = differentiated(losses[part](), parameters)
+            yield known, statistics.measured()
 
     def _of_all_ranks(
         self, own: Sequence[Part], count: int, parameters: list[nn.Parameter], statistics: RunningStatistics
@@ -323,6 +314,30 @@ class RunningStatistics:
         for layer, before in zip(self._layers, self._counts, strict=True):
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.copy_(before + parts)
+
+
+def differentiated(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return a loss and its gradient, which lies in memory as the parameters do."""
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return [loss.detach(), *map(laid_out_as, gradients, parameters)]
+
+
+def added_up(parts: Iterable[Part], count: int, statistics: RunningStatistics) -> list[Tensor]:
+    """Return loss and gradient of a batch from those of its parts; running statistics move on, part by part.
+
+    Args:
+        parts: in their order.
+        count: of the parts.
+        statistics: the running ones.
+    """
+    total: list[Tensor] | None = None
+    for known, measured in parts:
+        # Not in place: two parameters may have got the same tensor.
+        total = known if total is None else list(torch._foreach_add(total, known))
+        statistics.update(measured)
+    statistics.count(count)
+    assert total is not None
+    return total
 
 
 def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:

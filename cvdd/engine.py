@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.config_base import ConfigError
+from cvdd.copies import sharing_copy
 from cvdd.depthwise import without_strided_depthwise
 from cvdd.fused_bn import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
@@ -327,14 +328,9 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     watch = None
     if engine.compile:
         if on_gpu:
-            network = with_folded_stem(_sharing(network))
+            network = with_folded_stem(sharing_copy(network))
         network, watch = fuse_statistics(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
-
-
-def _sharing(network: nn.Module) -> nn.Module:
-    """A copy whose layers can be replaced, with the same parameters and buffers."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
 
 def _in_half_precision(network: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ map, which it writes out in full precision. Here the map's gradient is one expre
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
 from cvdd.config_base import ConfigError
+from cvdd.copies import sharing_copy
 from cvdd.layer_statistics import HALVES, Moments
 
 
@@ -131,8 +131,7 @@ def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
         watch = BatchStatistics(network, 1)
         watch.__enter__()
         return network, watch
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    fused = copy.deepcopy(network, shared)
+    fused = sharing_copy(network)
     return fused, FusedStatistics(fused)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,15 +119,15 @@ def _aside(stream: torch.cuda.Stream) -> Iterator[None]:
     here.wait_stream(stream)
 
 
-def side_by_side(calls: Sequence[Callable[[], Result]], streams: Sequence[torch.cuda.Stream]) -> list[Result]:
+def side_by_side(calls: Sequence[Callable[[], Result]], streams: Sequence[torch.cuda.Stream]) -> Iterable[Result]:
     """Make independent calls so that the GPU may compute them at the same time; return their results in order.
 
     Args:
         calls: that do not depend on each other.
-        streams: one for each call; none to make them one after the other.
+        streams: one for each call; none to make each when its result is asked for, so that memory holds one at a time.
     """
     if len(streams) < len(calls):
-        return [call() for call in calls]
+        return (call() for call in calls)
     here = torch.cuda.current_stream(streams[0].device)
     results = []
     for call, stream in zip(calls, streams, strict=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.classifier import Part, RunningStatistics, laid_out_as
+from cvdd.classifier import Part, RunningStatistics, added_up, differentiated
+from cvdd.copies import sharing_copy
 from cvdd.engine import Passes
 from cvdd.graphs import Recorded, draws_by_itself, side_by_side
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset, WholeEpochs
 from cvdd.replay import Replay
-from cvdd.schedules import set_rate, student_rate
+from cvdd.schedules import optimizer_of, set_rate, student_rate
 from cvdd.schema import ProtocolConfig
 from cvdd.student import PartLoss, StudentModule
 
@@ -57,7 +57,7 @@ class RecordedStudent(StudentModule):
     def training_step(self, batch: list[LabelledBatch], batch_index: int) -> None:  # type: ignore[override]
         """Optimise the network by all batches of an epoch."""
         rate = self.protocol.lr * student_rate(self.protocol, self.current_epoch)
-        set_rate(self._optimizer(), rate, self.device)
+        set_rate(optimizer_of(self), rate, self.device)
         for one in batch:
             drawn = one.replay.drawn()
             self._names = tuple(drawn)
@@ -67,24 +67,16 @@ class RecordedStudent(StudentModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Nothing: the average moves in every step."""
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
     def _optimise(self, *tensors: Tensor) -> Tensor:
         batch = LabelledBatch(Replay(**dict(zip(self._names, tensors, strict=False))), tensors[-1])
         losses, parameters = self._losses_by_part(batch), self.trained_parameters()
-        if self._is_whole(losses):
-            loss = losses[0]()
-            gradient = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
-        else:
-            loss, *gradient = self._by_replicas(losses, parameters)
+        whole = self._is_whole(losses)
+        loss, *gradient = differentiated(losses[0](), parameters) if whole else self._by_replicas(losses, parameters)
         for parameter, slope in zip(parameters, gradient, strict=True):
-            parameter.grad = laid_out_as(slope, parameter)
-        self._optimizer().step()
+            parameter.grad = slope
+        optimizer_of(self).step()
         self._move_average()
-        return loss.detach()
+        return loss
 
     def _by_replicas(self, losses: list[PartLoss], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Loss and gradient of a batch in parts; the running statistics move on."""
@@ -94,18 +86,11 @@ class RecordedStudent(StudentModule):
             partial(self._of_part, loss, *replica, parameters)
             for loss, replica in zip(losses, self._replicas, strict=False)
         ]
-        running = RunningStatistics(self.network)
-        total: list[Tensor] | None = None
-        for known, measured in side_by_side(calls, self._streams):
-            total = known if total is None else list(torch._foreach_add(total, known))
-            running.update(measured)
-        running.count(len(losses))
-        assert total is not None
-        return total
+        return added_up(side_by_side(calls, self._streams), len(losses), RunningStatistics(self.network))
 
     def _replica(self) -> tuple[nn.Module, RunningStatistics]:
         """A network with the same parameters, whose running statistics are those of its last pass alone."""
-        copied = copy.deepcopy(self.network, {id(parameter): parameter for parameter in self.network.parameters()})
+        copied = sharing_copy(self.network, buffers=False)
         statistics = RunningStatistics(copied)
         for module in copied.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
@@ -115,9 +100,7 @@ class RecordedStudent(StudentModule):
     def _of_part(
         self, loss: PartLoss, network: nn.Module, statistics: RunningStatistics, parameters: list[nn.Parameter]
     ) -> Part:
-        value = loss(network=network)
-        gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        return [value.detach(), *map(laid_out_as, gradients, parameters)], statistics.now()
+        return differentiated(loss(network=network), parameters), statistics.now()
 
 
 def can_be_recorded(protocol: ProtocolConfig, labels_look: bool, network: nn.Module, passes: Passes) -> bool:

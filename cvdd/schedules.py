@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -33,6 +34,13 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
         return 0.5 * (1 + math.cos(5 * math.pi / (6 * protocol.eta))) * (1 - done / total)
     return 0.5 * (1 + math.cos(math.pi * done / (total * protocol.eta)))
+
+
+def optimizer_of(module: pl.LightningModule) -> torch.optim.Optimizer:
+    """Return the only optimiser of a module that is fitted, without Lightning's wrapper."""
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cvdd.classifier import Classifier
 from cvdd.dsa import augment, draw_augmentation
 from cvdd.methods.mtt import draw_step, seen
+from cvdd.schedules import optimizer_of
 from cvdd.seeds import generator
 from cvdd.surrogate import Augment, Loss
 
@@ -138,8 +139,7 @@ class SgdModule(Classifier):
     def on_train_epoch_start(self) -> None:
         """Set the epoch's learning rate, and forget the momentum where that is asked for."""
         super().on_train_epoch_start()
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer = optimizer_of(self)
         optimizer.param_groups[0]["lr"] = self.sgd.lr_at(self.current_epoch)
         if self.current_epoch == self._forgets_at:
             optimizer.state.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.methods.gvbsm import densification
-from cvdd.schedules import set_rate
+from cvdd.schedules import optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Judgement, Voter, judge
@@ -84,10 +84,6 @@ class _Vote:
         copied = torch.cat([part.flatten() for part in said]).split([part.numel() for part in said])
         loss, ce, bn, density = (one.view_as(part) for one, part in zip(copied, said, strict=True))
         return _Vote(self.voters, loss, ce, bn, density, None)
-
-
-_Answer = tuple[Judgement, Tensor]
-"""What a voter says, without gradient, and the gradient of its values with respect to what it saw."""
 
 
 class NonFiniteLoss(ValueError):
@@ -195,8 +191,7 @@ class DistillModule(pl.LightningModule):
     def training_step(self, batch: tuple[int, int], batch_index: int) -> None:
         """Optimise the images from one log row to the next."""
         begin, end = int(batch[0]), int(batch[1])
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer = optimizer_of(self)
         history: list[_Vote] = []
         cosines: dict[str, float] = {}
         rate = 0.0
@@ -207,7 +202,7 @@ class DistillModule(pl.LightningModule):
             if compared and self.method.turns != "all":
                 cosines = self._agreement_of_all(iteration, view)
             if self._recorded is None:
-                vote = self._iterate(iteration, view, compared and self.method.turns == "all", optimizer)
+                vote = self._iterate(iteration, view, compared and self.method.turns == "all")
             else:
                 vote = _Vote(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
             if compared and vote.gradients is not None:
@@ -215,9 +210,7 @@ class DistillModule(pl.LightningModule):
             history.append(vote.kept() if self._recorded is not None else vote)
         self._report(begin, history, rate, cosines)
 
-    def _iterate(
-        self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool, optimizer: torch.optim.Optimizer
-    ) -> _Vote:
+    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> _Vote:
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
         gradient, vote = self._vote(iteration, seen.detach(), apart)
@@ -225,16 +218,14 @@ class DistillModule(pl.LightningModule):
         if self.split:
             # Of each image one rank has the gradient, and the others 0.
             dist.all_reduce(self.images.grad)
-        optimizer.step()
+        optimizer_of(self).step()
         with torch.no_grad():
             self.images.clamp_(self.low, self.high)
         return vote
 
     def _all_of_iteration(self, *view: Tensor) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """What of an iteration happens on the device; the number of the iteration shows in the learning rate alone."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        vote = self._iterate(0, (view[0], view[1]) if view else None, True, optimizer)
+        vote = self._iterate(0, (view[0], view[1]) if view else None, True)
         assert vote.gradients is not None
         return vote.loss, vote.ce, vote.bn, vote.density, vote.gradients
 
@@ -261,7 +252,7 @@ class DistillModule(pl.LightningModule):
         weights = self.weights if everyone else self._turns[iteration, judging].to(self.device)
         gradient, said, own = torch.zeros_like(seen), list[Judgement](), list[Tensor]()
         calls = [partial(self._ask, iteration, self._voters[index], seen) for index in judging]
-        for (judgement, slope), weight in zip(self._answers(calls), weights, strict=True):
+        for (judgement, slope), weight in zip(side_by_side(calls, self._streams), weights, strict=True):
             gradient += weight.view(-1, 1, 1, 1, 1) * slope
             said.append(judgement)
             if apart:
@@ -279,10 +270,7 @@ class DistillModule(pl.LightningModule):
         vote = _Vote(tuple(judging), loss, ce, bn, density, tuple(own) if own else None)
         return gradient, vote
 
-    def _answers(self, calls: Sequence[Callable[[], _Answer]]) -> Iterable[_Answer]:
-        return side_by_side(calls, self._streams) if self._streams else (call() for call in calls)
-
-    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> _Answer:
+    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> tuple[Judgement, Tensor]:
         """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
         method, targets = self.method, self.targets[:, self._own]
         if voter.matcher is not None:

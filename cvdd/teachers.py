@@ -73,7 +73,7 @@ class Teachers:
         samples = samples.contiguous(memory_format=torch.channels_last)
         calls = [partial(self._logits, self._ready(network, samples), samples, batch_size) for network in self.networks]
         with compiling(self._passes.compile), self._passes.around(samples.device):
-            scored = side_by_side(calls, self._streams)
+            scored = list(side_by_side(calls, self._streams))
         scored = [logits.float() for logits in scored]
         if self.label.weights == "balanced":
             return balanced_mean(torch.stack(scored), batch_size)

@@ -175,6 +175,16 @@ def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> pl.
     return trainer
 
 
+def same_layer(one: nn.Module, other: nn.Module, images: Tensor) -> None:
+    """Refuse two layers whose values, or gradients with respect to images in float64, differ."""
+    results = []
+    for layer in (one, other):
+        leaf = images.clone().requires_grad_()
+        out = layer(leaf)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
 def label_config(**changes: Any) -> LabelConfig:
     """A label recipe for batches of 8."""
     fields = {"name": "test", "teachers": "committee", "weights": "equal", "bn_mode": "batch", "epochs": 3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import same_layer
 from torch import nn
 
 from cvdd.depthwise import SlicedDepthwise, without_strided_depthwise
@@ -22,12 +23,7 @@ def test_values_and_gradient_are_those_of_the_convolution(
     sliced = SlicedDepthwise(convolution)
     assert sliced.weight is convolution.weight
     images = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = []
-    for layer in (convolution, sliced):
-        leaf = images.clone().requires_grad_()
-        out = layer(leaf)
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    same_layer(convolution, sliced, images)
 
 
 def test_only_strided_depthwise_convolutions_are_replaced() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import same_layer
 from torch import nn
 
 from cvdd.stem import FoldedStem, with_folded_stem
@@ -20,12 +21,7 @@ def test_values_and_gradient_are_those_of_the_convolution(
     folded = FoldedStem(convolution)
     assert folded.weight.shape[1] == 16
     images = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = []
-    for layer in (convolution, folded):
-        leaf = images.clone().requires_grad_()
-        out = layer(leaf)
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    same_layer(convolution, folded, images)
 
 
 def test_only_strided_convolutions_of_images_are_folded() -> None:

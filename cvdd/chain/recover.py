@@ -161,7 +161,7 @@ def _optimise(
                 fewer = engine.fewer(len(stack.units)) if judges_by_unit(method) and not split else None
                 if fewer is None:
                     raise
-                alone = " and members one after the other" if engine.record > fewer.record else ""
+                alone = " and members one after the other" if engine.record and not fewer.record else ""
                 log.warning("%s; going on with %d units in a pass%s", error, fewer.units_per_pass or 1, alone)
                 engine = fewer
         images, rows = module.images.detach().cpu(), module.rows
