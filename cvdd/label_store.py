@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from cvdd.artifact import DamagedArtifact, write_atomically
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
-from cvdd.labels import ComputedLabels
+from cvdd.labels import ComputedLabels, epochs_together
 from cvdd.replay import Replay, draw_epoch, record_type
 from cvdd.schema import LabelConfig
 
@@ -38,23 +39,29 @@ class LabelLayout:
         classes: length of a logit vector.
         dtype: of the logits.
         record: of one sample's view and mix; None if they are not stored.
+        together: epochs that are labelled in the same forward passes.
     """
 
     pool: LabelPool
     classes: int
     dtype: str
     record: np.dtype[Any] | None
+    together: int = 1
 
     @staticmethod
     def of(label: LabelConfig, count: int, classes: int) -> LabelLayout:
         """Return the layout of a recipe for so many images and classes."""
         record = record_type(label) if label.parameters == "stored" else None
-        return LabelLayout(LabelPool.of(label, count), classes, label.dtype, record)
+        return LabelLayout(LabelPool.of(label, count), classes, label.dtype, record, epochs_together(label, count))
 
     @property
     def blocks(self) -> list[range]:
-        """The epochs of which something is stored, in the blocks that processes share."""
-        length, stop = -(-SAMPLES_OF_A_BLOCK // self.pool.count), self.pool.labelled_epochs
+        """The epochs of which something is stored, in the blocks that processes share.
+
+        Epochs that share forward passes are in one block.
+        """
+        whole = self.pool.count * self.together
+        length, stop = -(-SAMPLES_OF_A_BLOCK // whole) * self.together, self.pool.labelled_epochs
         return [range(first, min(first + length, stop)) for first in range(0, stop, length)]
 
     @property
@@ -143,22 +150,32 @@ def write_epochs(
     done = epochs_written(folder, block)
     advance(done)
     first = block.start + done
-    logits_pending, parameters_pending = [], []
+    pending: list[tuple[bytes, bytes]] = []
     saved = time.monotonic()
-    for epoch in range(first, block.stop):
-        plan, logits = computed.epoch(epoch)
-        logits_pending.append(logits.numpy().tobytes())
-        if layout.record is not None:
-            parameters_pending.append(plan.record().tobytes())
-        advance(1)
-        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or epoch + 1 == block.stop:
-            offset = first * layout.pool.count
-            _write(folder / LOGITS, offset * layout.logits_row, b"".join(logits_pending))
-            if parameters_pending:
-                _write(folder / PARAMETERS, offset * layout.parameters_row, b"".join(parameters_pending))
-            write_atomically(progress, str(epoch + 1 - block.start).encode())
-            logits_pending, parameters_pending = [], []
-            first, saved = epoch + 1, time.monotonic()
+
+    def save(start: int, epochs: Sequence[tuple[bytes, bytes]]) -> None:
+        offset = start * layout.pool.count
+        logits, parameters = (b"".join(parts) for parts in zip(*epochs, strict=True))
+        _write(folder / LOGITS, offset * layout.logits_row, logits)
+        if parameters:
+            _write(folder / PARAMETERS, offset * layout.parameters_row, parameters)
+        write_atomically(progress, str(start + len(epochs) - block.start).encode())
+
+    with ThreadPoolExecutor(1) as writer:
+        # The disk writes what was computed while more is computed, and one write waits for the one before.
+        writing: Future[None] | None = None
+        for epoch in range(first, block.stop):
+            plan, logits = computed.epoch(epoch)
+            parameters = b"" if layout.record is None else plan.record().tobytes()
+            pending.append((logits.numpy().tobytes(), parameters))
+            advance(1)
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or epoch + 1 == block.stop:
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(save, first, pending)
+                first, pending, saved = epoch + 1, [], time.monotonic()
+        if writing is not None:
+            writing.result()
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -62,7 +62,8 @@ class ComputedLabels:
     def __post_init__(self) -> None:
         check_batches(len(self.images), self.label)
         self.pool = LabelPool.of(self.label, len(self.images))
-        self._last: tuple[int, Replay, Tensor] | None = None
+        self._plans: dict[int, list[Replay]] = {}
+        self._last: tuple[int, list[tuple[Replay, Tensor]]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -80,26 +81,64 @@ class ComputedLabels:
         return self.label.epochs
 
     def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
-        """Draw an epoch and score it; the last one is kept."""
-        if self._last is None or self._last[0] != epoch:
-            plan = draw_epoch(self.label, self.count, self.images.shape[-1], self.seed, epoch)
-            plan = plan.batch(0, self.pool.kept(epoch))
-            self._last = (epoch, plan, self._score(plan))
-        return self._last[1], self._last[2]
+        """Draw an epoch and score it, with those that share its forward passes; the last ones are kept."""
+        together = epochs_together(self.label, self.count)
+        first = epoch - epoch % together
+        if self._last is None or self._last[0] != first:
+            plans = self._plans.pop(first, None) or self._draw(first, together)
+            launched = self._launch(plans)
+            # A GPU computes meanwhile.
+            self._plans = {first + together: self._draw(first + together, together)}
+            dtype = getattr(torch, self.label.dtype)
+            logits = [torch.cat([part.cpu() for part in parts]).to(dtype) for parts in launched]
+            self._last = (first, list(zip(plans, logits, strict=True)))
+        return self._last[1][epoch - first]
 
-    def _score(self, plan: Replay) -> Tensor:
+    def _draw(self, first: int, together: int) -> list[Replay]:
+        side = self.images.shape[-1]
+        plans = []
+        for epoch in range(first, min(first + together, self.pool.labelled_epochs)):
+            plan = draw_epoch(self.label, self.count, side, self.seed, epoch)
+            plans.append(plan.batch(0, self.pool.kept(epoch)))
+        return plans
+
+    def _launch(self, plans: Sequence[Replay]) -> list[list[Tensor]]:
+        """Score epochs in shared passes, by size of batch; return of each its logits in pieces, one after the other."""
+        pieces: dict[int, list[tuple[int, Replay]]] = {}
         size = self.label.batch_size
-        whole = len(plan) // size * size
-        step = size * self.label.stack
-        stacks = [(start, min(start + step, whole), size) for start in range(0, whole, step)]
-        if whole < len(plan):
-            stacks.append((whole, len(plan), len(plan) - whole))
-        parts = []
-        for start, stop, batch_size in stacks:
-            part = plan.batch(start, stop).to(self.images.device)
-            samples = replay(self.images, part, self.mean, self.std)
-            parts.append(self.teachers.score(samples, batch_size).cpu())
-        return torch.cat(parts).to(getattr(torch, self.label.dtype))
+        for number, plan in enumerate(plans):
+            whole = len(plan) // size * size
+            for start, stop, batch_size in ((0, whole, size), (whole, len(plan), len(plan) - whole)):
+                if start < stop:
+                    pieces.setdefault(batch_size, []).append((number, plan.batch(start, stop)))
+        scored: list[list[Tensor]] = [[] for _ in plans]
+        for batch_size, parts in pieces.items():
+            joined = Replay.cat([part for _, part in parts])
+            step = batch_size * self.label.stack
+            passes = [
+                self._score(joined.batch(start, min(start + step, len(joined))), batch_size)
+                for start in range(0, len(joined), step)
+            ]
+            lengths = [len(part) for _, part in parts]
+            for (number, _), logits in zip(parts, torch.cat(passes).split(lengths), strict=True):
+                scored[number].append(logits)
+        return scored
+
+    def _score(self, plan: Replay, batch_size: int) -> Tensor:
+        samples = replay(self.images, plan.to(self.images.device), self.mean, self.std)
+        return self.teachers.score(samples, batch_size)
+
+
+def epochs_together(label: LabelConfig, count: int) -> int:
+    """Number of epochs whose batches share forward passes: as many as fit ``label.stack``, counted from epoch 0.
+
+    A part of what labels depend on, in their last bits.
+
+    Args:
+        label: the recipe.
+        count: images of an epoch.
+    """
+    return max(label.stack // max(count // label.batch_size, 1), 1)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ class Replay:
         part = self._each(lambda values: values[start:stop])
         return replace(part, partner=part.partner - start)
 
+    @staticmethod
+    def cat(parts: Sequence[Replay]) -> Replay:
+        """Join whole batches that were drawn alike, one after the other."""
+        starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        shifted = [replace(part, partner=part.partner + start) for part, start in zip(parts, starts, strict=False)]
+        drawn = [part.drawn() for part in shifted]
+        return Replay(**{name: torch.cat([each[name] for each in drawn]) for name in drawn[0]})
+
     def to(self, device: torch.device) -> Replay:
         """Copy to a device."""
         return self._each(lambda values: values.to(device))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
 from cvdd.engine import Passes
-from cvdd.labels import ComputedLabels, HardLabels, check_batches
+from cvdd.labels import ComputedLabels, HardLabels, check_batches, epochs_together
 from cvdd.replay import batch_bounds, draw_epoch, replay
 from cvdd.schema import LabelConfig
 from cvdd.teachers import Teachers
@@ -139,6 +139,34 @@ def test_labels_of_an_epoch_with_a_partial_last_batch(batch_size: int) -> None:
 def test_stacked_batches_are_separate_batches() -> None:
     one, many = computed(stack=1, dtype="float32").epoch(0)[1], computed(stack=32, dtype="float32").epoch(0)[1]
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stack", "count", "together"),
+    [(32, 20, 16), (32, 100, 2), (5, 20, 2), (1, 20, 1), (32, 50_000, 1), (4, 5, 4)],  # batches of 8
+)
+def test_how_many_epochs_share_their_passes(stack: int, count: int, together: int) -> None:
+    assert epochs_together(label_config(stack=stack), count) == together
+
+
+def test_epochs_share_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three epochs of 20 = 8 + 8 + 4: all whole batches at once, and all that are left; in any order the same bits."""
+    shown: list[tuple[int, int]] = []
+    score = Teachers.score
+
+    def noted(self: Teachers, samples: Tensor, batch_size: int) -> Tensor:
+        shown.append((len(samples), batch_size))
+        return score(self, samples, batch_size)
+
+    monkeypatch.setattr(Teachers, "score", noted)
+    labels, backwards = computed(), computed()
+    forwards = [labels.epoch(epoch) for epoch in range(3)]
+    assert shown == [(48, 8), (12, 4)]
+    for epoch in (2, 0, 1):
+        plan, logits = backwards.epoch(epoch)
+        assert torch.equal(plan.index, forwards[epoch][0].index)
+        assert torch.equal(logits, forwards[epoch][1])
+    assert len({tuple(plan.index.tolist()) for plan, _ in forwards}) == 3
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])
