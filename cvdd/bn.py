@@ -50,6 +50,11 @@ class BatchStatistics(InputWatch[Moments]):
         """Per layer [groups, channels], biased."""
         return [moments.variance for moments in self.measured.values()]
 
+    def distance(self, first_multiplier: float) -> Tensor | None:
+        """:func:`statistics_distance` of what was measured, [groups]; None if nothing was."""
+        layers = self.layers
+        return statistics_distance(self.means, self.variances, layers, first_multiplier) if layers else None
+
 
 def statistics_distance(
     means: Sequence[Tensor],

@@ -328,9 +328,18 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     watch = None
     if engine.compile:
         if on_gpu:
-            network = with_folded_stem(sharing_copy(network))
+            network = _for_gpus(with_folded_stem(sharing_copy(network)))
         network, watch = fuse_statistics(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
+
+
+def _for_gpus(network: nn.Module) -> nn.Module:
+    if not has_compiler("cuda"):
+        return network
+    # Its operations are made known to PyTorch as it is imported, which no other machine needs.
+    from cvdd.gpu_layers import with_gpu_layers
+
+    return with_gpu_layers(network)
 
 
 def _in_half_precision(network: nn.Module) -> nn.Module:

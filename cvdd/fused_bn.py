@@ -6,6 +6,7 @@ map, which it writes out in full precision. Here the map's gradient is one expre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,31 +77,64 @@ class FusedBatchNorm(nn.BatchNorm2d):
 
     Args:
         name: of the layer.
-        layer: with running statistics; parameters and buffers are shared.
+        layer: with running statistics; parameters and buffers are shared. None of them may change any more.
         watch: who is told; while it has no groups, the layer only normalises.
     """
+
+    centre: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, name: str, layer: nn.BatchNorm2d, watch: FusedStatistics) -> None:
         super().__init__(layer.num_features, layer.eps, affine=False)
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
         self.name, self.watch, self.after = name, watch, extras_after(layer)
+        mean, variance = running_moments(layer)
+        scale = (variance + layer.eps).rsqrt()
+        scale = scale if layer.weight is None else scale * layer.weight.detach()
+        shift = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach()
+        for kind, values in (("centre", mean), ("scale", scale), ("shift", shift)):
+            self.register_buffer(kind, values, persistent=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w] with the running statistics."""
-        mean, variance = running_moments(self)
-        scale = (variance + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight
-        shift = torch.zeros_like(scale) if self.bias is None else self.bias
+        fixed = self.centre, self.scale, self.shift
         if self.watch.groups == 0:
-            whole = (_full(x) - _by_channel(mean)) * _by_channel(scale) + _by_channel(shift)
-            out = as_type(whole, x.dtype)
+            mean, scale, shift = (_by_channel(values) for values in fixed)
+            out = as_type((_full(x) - mean) * scale + shift, x.dtype)
         else:
-            out, *moments = _NormaliseAndMeasure.apply(x, mean, scale, shift, self.watch.groups)
+            out, *moments = _NormaliseAndMeasure.apply(x, *fixed, self.watch.groups)
             self.watch.note(self.name, Moments(*moments))
         normalised: Tensor = self.after(out)
         return normalised
+
+
+class _Targets:
+    """Running statistics of all layers in one row of channels.
+
+    Args:
+        layers: of each, mean and variance [channels].
+    """
+
+    def __init__(self, layers: Sequence[Moments]) -> None:
+        self.means = torch.cat([layer.mean for layer in layers])
+        self.variances = torch.cat([layer.variance for layer in layers])
+        lengths = torch.tensor([len(layer.mean) for layer in layers], device=self.means.device)
+        number = torch.arange(len(layers), device=self.means.device)
+        self.first = (number == 0).to(self.means.dtype)
+        """[layers]: 1 for the first, 0 for the others."""
+        self.membership = (number.repeat_interleave(lengths)[:, None] == number).to(self.means.dtype)
+        """[channels, layers]: 1 where a channel belongs to a layer."""
+
+    def distance(self, means: Sequence[Tensor], variances: Sequence[Tensor], first_multiplier: float) -> Tensor:
+        """Weighted sum over layers of the norms of both differences: [groups]."""
+        apart = torch.stack([self.means - torch.cat(list(means), 1), self.variances - torch.cat(list(variances), 1)])
+        squares = apart.square() @ self.membership
+        # The gradient of a root at 0 is not finite.
+        norms = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().sum(dim=0)
+        return norms @ (1 + (first_multiplier - 1) * self.first)
 
 
 class FusedStatistics(BatchStatistics):
@@ -115,6 +149,14 @@ class FusedStatistics(BatchStatistics):
         for name, layer in batchnorm_layers(network):
             self._batchnorm[name] = FusedBatchNorm(name, layer, self)
             network.set_submodule(name, self._batchnorm[name])
+        moments = [running_moments(layer) for layer in self._batchnorm.values()]
+        self._targets = _Targets(moments) if moments else None
+
+    def distance(self, first_multiplier: float) -> Tensor | None:
+        """:func:`cvdd.bn.statistics_distance`, of all layers at once, which a compiler reads in a few operations."""
+        if self._targets is None or len(self._measured) < len(self._batchnorm):
+            return super().distance(first_multiplier)
+        return self._targets.distance(self.means, self.variances, first_multiplier)
 
     def note(self, name: str, moments: Moments) -> None:
         """Take down what a layer measured."""

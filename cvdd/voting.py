@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvdd.bn import FIRST_LAYER_MULTIPLIER, BatchStatistics, statistics_distance
+from cvdd.bn import FIRST_LAYER_MULTIPLIER, BatchStatistics
 from cvdd.layer_statistics import Reduce
 from cvdd.matching import Matcher
 
@@ -173,14 +173,9 @@ def _look(
     if voter.watch is not None:
         voter.watch.groups = groups
         logits = voter.network(images)
-        distance = _distance(voter.watch, first_multiplier)
+        distance = voter.watch.distance(first_multiplier)
         voter.watch.forget()
         return logits.to(precision), distance
     with BatchStatistics(voter.network, groups, across) as statistics:
         logits = voter.network(images)
-    return logits.to(precision), _distance(statistics, first_multiplier)
-
-
-def _distance(statistics: BatchStatistics, first_multiplier: float) -> Tensor | None:
-    layers = statistics.layers
-    return statistics_distance(statistics.means, statistics.variances, layers, first_multiplier) if layers else None
+    return logits.to(precision), statistics.distance(first_multiplier)

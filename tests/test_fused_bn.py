@@ -9,8 +9,10 @@ from helpers import small_network
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from cvdd.bn import BatchStatistics
+from cvdd.backbones import batchnorm_layers
+from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure, fuse_statistics
+from cvdd.layer_statistics import Moments
 from cvdd.voting import Judgement, Voter, judge
 
 
@@ -51,6 +53,42 @@ def test_a_fused_network_says_what_hooks_say(network: nn.Module, r_bn: float) ->
         torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-14)
     assert not watch.measured
+
+
+def test_a_network_without_batchnorm_has_no_distance() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 4)).eval().requires_grad_(False)
+    fused, watch = fuse_statistics(network)
+    said, _ = judged(Voter("a", fused, bn_scale=0.0, watch=watch), torch.randn(3, 4, 3, 12, 12))
+    assert not said.bn.any()
+    assert said.ce.all()
+
+
+def test_layers_that_a_pass_leaves_out_do_not_count() -> None:
+    fused, watch = fuse_statistics(small_network())
+    watch.groups = 2
+    fused.get_submodule("1")(torch.randn(4, 6, 5, 5))
+    only = watch.distance(10.0)
+    assert only is not None
+    plain = statistics_distance(watch.means, watch.variances, watch.layers, 10.0)
+    torch.testing.assert_close(only, plain)
+    assert len(watch.measured) == 1
+
+
+def test_a_distance_of_nothing_has_a_gradient() -> None:
+    """Statistics that are met exactly: 0, and no gradient that is not finite."""
+    network = small_network()
+    fused, watch = fuse_statistics(network)
+    names = [name for name, _ in batchnorm_layers(network)]
+    leaves = []
+    for name in names:
+        layer = fused.get_submodule(name)
+        moments = [values[None].clone().requires_grad_() for values in (layer.running_mean, layer.running_var)]
+        watch.note(name, Moments(*moments))
+        leaves += moments
+    distance = watch.distance(10.0)
+    assert distance is not None
+    assert float(distance.detach()) < 1e-15
+    assert all(bool(slope.isfinite().all()) for slope in torch.autograd.grad(distance.sum(), leaves))
 
 
 def test_its_gradient_is_that_of_finite_differences() -> None:

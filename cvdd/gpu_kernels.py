@@ -1,0 +1,261 @@
+"""Kernels for GPUs, where those of PyTorch's libraries are several times slower than the memory they read.
+
+Images lie in memory channels-last, and are ``[n, h, w, c]`` as the kernels see them. Import this only where Triton is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILES = {64: 32, 32: 32, 16: 64, 8: 128}
+"""By places of a row that one program computes: channels of each."""
+
+ROWS = 128
+"""Pixels that one program multiplies."""
+
+
+def _tiles(width: int, channels: int, rows: int) -> tuple[int, int, int]:
+    """Return places and channels of a program, and the number of programs for so many rows."""
+    columns = min(max(triton.next_power_of_2(width), min(TILES)), max(TILES))
+    lanes = TILES[columns]
+    return columns, lanes, triton.cdiv(channels, lanes) * triton.cdiv(width, columns) * rows
+
+
+@triton.jit
+def _depthwise(
+    x,
+    taps,
+    out,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    size: tl.constexpr,
+    padding: tl.constexpr,
+    stride: tl.constexpr,
+    apart: tl.constexpr,
+    columns: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """One row of places: out[n, i, j, c] = sum over taps (k, l) of x[n, a, b, c] taps[k, l, c].
+
+    ``a = i * stride + k - padding`` forwards; backwards x is the gradient, whose places are ``apart``: only ``a =
+    (i + k - padding) / apart`` without a remainder counts. The same for columns.
+    """
+    program = tl.program_id(0)
+    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
+    c = (program % slices) * lanes + tl.arange(0, lanes)
+    j = (program // slices % strips) * columns + tl.arange(0, columns)
+    row = program // (slices * strips)
+    n, i = row // out_height, row % out_height
+    known = c < channels
+    total = tl.full([columns, lanes], 0.0, tl.float32)
+    for k in tl.static_range(size):
+        above = i * stride + k - padding
+        a = above // apart
+        if (above >= 0) & (a * apart == above) & (a < height):
+            for m in tl.static_range(size):
+                left = j * stride + m - padding
+                b = left // apart
+                inside = (left >= 0) & (b * apart == left) & (b < width)
+                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
+                values = tl.load(x + place, mask=inside[:, None] & known[None, :], other=0.0)
+                weight = tl.load(taps + (k * size + m) * channels + c, mask=known, other=0.0)
+                total += values.to(tl.float32) * weight[None, :]
+    place = (row * out_width + j)[:, None] * channels + c[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(j < out_width)[:, None] & known[None, :])
+
+
+def depthwise(x: Tensor, taps: Tensor, padding: int, stride: int, apart: int, height: int, width: int) -> Tensor:
+    """Convolve each channel by itself.
+
+    Args:
+        x: [n, c, h, w] on a GPU, channels-last.
+        taps: [k, k, c] float32.
+        padding: places around.
+        stride: between places of the result.
+        apart: distance of the places of x: 1, or backwards through a convolution its stride.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        [n, c, height, width], channels-last.
+    """
+    n, c = x.shape[:2]
+    out = torch.empty((n, c, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    columns, lanes, programs = _tiles(width, c, n * height)
+    _depthwise[(programs,)](
+        x, taps, out, x.shape[2], x.shape[3], c, height, width, len(taps), padding, stride, apart, columns, lanes
+    )
+    return out
+
+
+@triton.jit
+def _multiply(x, weight, out, pixels, inputs, outputs, rows: tl.constexpr, deep: tl.constexpr, wide: tl.constexpr):
+    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
+    k, n = tl.arange(0, deep), tl.arange(0, wide)
+    known = pixel < pixels
+    given = tl.load(x + pixel[:, None] * inputs + k[None, :], mask=known[:, None] & (k < inputs)[None, :], other=0.0)
+    factor = tl.load(
+        weight + k[:, None] * outputs + n[None, :], mask=(k < inputs)[:, None] & (n < outputs)[None, :], other=0.0
+    )
+    product = tl.dot(given, factor)
+    place = pixel[:, None] * outputs + n[None, :]
+    tl.store(out + place, product.to(out.dtype.element_ty), mask=known[:, None] & (n < outputs)[None, :])
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply the channels of each pixel with a small matrix.
+
+    Args:
+        x: [n, k, h, w] on a GPU in half precision, channels-last.
+        weight: [k, m] of the same type.
+
+    Returns:
+        [n, m, h, w], channels-last.
+    """
+    n, inputs, height, width = x.shape
+    outputs, pixels = weight.shape[1], n * height * width
+    out = torch.empty((n, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    deep, wide = (max(triton.next_power_of_2(length), 16) for length in (inputs, outputs))
+    _multiply[(triton.cdiv(pixels, ROWS),)](x, weight, out, pixels, inputs, outputs, ROWS, deep, wide)
+    return out
+
+
+@triton.jit
+def _largest(
+    x,
+    out,
+    where,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    size: tl.constexpr,
+    padding: tl.constexpr,
+    stride: tl.constexpr,
+    columns: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    program = tl.program_id(0)
+    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
+    c = (program % slices) * lanes + tl.arange(0, lanes)
+    j = (program // slices % strips) * columns + tl.arange(0, columns)
+    row = program // (slices * strips)
+    n, i = row // out_height, row % out_height
+    known = c < channels
+    best = tl.full([columns, lanes], float("-inf"), tl.float32)
+    found = tl.full([columns, lanes], 0, tl.int32)
+    for k in tl.static_range(size):
+        a = i * stride + k - padding
+        if (a >= 0) & (a < height):
+            for m in tl.static_range(size):
+                b = j * stride + m - padding
+                inside = ((b >= 0) & (b < width))[:, None] & known[None, :]
+                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
+                values = tl.load(x + place, mask=inside, other=float("-inf")).to(tl.float32)
+                better = (values > best) | (values != values)
+                best = tl.where(better, values, best)
+                found = tl.where(better, k * size + m, found)
+    place = (row * out_width + j)[:, None] * channels + c[None, :]
+    written = (j < out_width)[:, None] & known[None, :]
+    tl.store(out + place, best.to(out.dtype.element_ty), mask=written)
+    tl.store(where + place, found.to(tl.uint8), mask=written)
+
+
+def largest(x: Tensor, size: int, padding: int, stride: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Take the largest value of each window, the first of equal ones.
+
+    Args:
+        x: [n, c, h, w] on a GPU, channels-last.
+        size: side of a window, up to 15.
+        padding: places around, which are never the largest.
+        stride: between windows.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        the values [n, c, height, width], and which place of its window each is: ``row * size + column``, uint8.
+    """
+    n, c = x.shape[:2]
+    shape = (n, c, height, width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    where = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+    columns, lanes, programs = _tiles(width, c, n * height)
+    _largest[(programs,)](
+        x, out, where, x.shape[2], x.shape[3], c, height, width, size, padding, stride, columns, lanes
+    )
+    return out, where
+
+
+@triton.jit
+def _to_largest(
+    gradient,
+    where,
+    out,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    size: tl.constexpr,
+    padding: tl.constexpr,
+    stride: tl.constexpr,
+    columns: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    program = tl.program_id(0)
+    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
+    c = (program % slices) * lanes + tl.arange(0, lanes)
+    j = (program // slices % strips) * columns + tl.arange(0, columns)
+    row = program // (slices * strips)
+    n, i = row // out_height, row % out_height
+    known = c < channels
+    total = tl.full([columns, lanes], 0.0, tl.float32)
+    for k in tl.static_range(size):
+        above = i + padding - k
+        a = above // stride
+        if (above >= 0) & (a * stride == above) & (a < height):
+            for m in tl.static_range(size):
+                left = j + padding - m
+                b = left // stride
+                inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & known[None, :]
+                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
+                given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+                chosen = tl.load(where + place, mask=inside, other=255)
+                total += tl.where(chosen == k * size + m, given, 0.0)
+    place = (row * out_width + j)[:, None] * channels + c[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(j < out_width)[:, None] & known[None, :])
+
+
+def to_largest(
+    gradient: Tensor, where: Tensor, size: int, padding: int, stride: int, height: int, width: int
+) -> Tensor:
+    """Give each window's gradient to its largest value.
+
+    Args:
+        gradient: [n, c, h, w] of the windows, on a GPU, channels-last.
+        where: as :func:`largest` returned it.
+        size: side of a window.
+        padding: places around.
+        stride: between windows.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        [n, c, height, width], channels-last.
+    """
+    n, c, rows, places = gradient.shape
+    out = torch.empty(
+        (n, c, height, width), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
+    )
+    columns, lanes, programs = _tiles(width, c, n * height)
+    _to_largest[(programs,)](
+        gradient, where, out, rows, places, c, height, width, size, padding, stride, columns, lanes
+    )
+    return out
