@@ -10,6 +10,7 @@ import os
 import platform
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -143,6 +144,7 @@ def run(
         "limits": {},
         "cases": [],
         "left_out": [case.name for case in cases],
+        "failed": {},
         "notes": NOTES,
         "compile_seconds": {},
         "seconds": 0.0,
@@ -155,7 +157,14 @@ def run(
     for case in cases:
         if time.monotonic() - started > 60 * minutes:
             break
-        row = compare(case, device, repetitions, memory)
+        try:
+            row = compare(case, device, repetitions, memory)
+        except Exception as error:  # one case that fails leaves the others
+            traceback.print_exc()
+            result["failed"][case.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            result["left_out"].remove(case.name)
+            save(result)
+            continue
         # Measured again beside every case, because others may have used the machine the last time.
         limits = limits.better(measure_limits(device))
         result["limits"] = limits.as_dict()
@@ -225,8 +234,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as compiled:
         # What was compiled before would make compilation look fast.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}/triton")
         result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, ahead, save)
     print(f"\n{markdown(result)}\n")
+    if result["failed"]:
+        raise SystemExit(f"failed: {', '.join(result['failed'])}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     if machine["load_before"] > 0.25 * machine["cores"]:
         above.append(f"The machine was not idle: its load was {machine['load_before']:.1f} before the first case.")
     below = [f"Left out for lack of time: {', '.join(result['left_out'])}."] if result["left_out"] else []
+    below += [f"Failed: {name} ({why})." for name, why in result.get("failed", {}).items()]
     return "\n\n".join(["\n".join(above), "\n".join(_aligned([COLUMNS, *rows])), *below, *result["notes"]])
 
 

@@ -7,8 +7,9 @@ same on every device, and with ``rounding`` equal to what PIL does to 8-bit imag
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +171,25 @@ def apply_matrices(images: Tensor, rows: Tensor, columns: Tensor, rounding: bool
     if rounding:
         out = _round(out)
     return out.reshape(g, b, c, size, size).transpose(3, 4).contiguous()
+
+
+@contextlib.contextmanager
+def rounded_products(allowed: bool) -> Iterator[None]:
+    """Let a GPU multiply float32 matrices with 10 bits of mantissa inside, which takes an eighth of the time.
+
+    Args:
+        allowed: whether that is enough, as it is for what becomes bfloat16, with 7 bits.
+    """
+    if not allowed:
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _round(values: Tensor) -> Tensor:

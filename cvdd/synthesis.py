@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.agreement import agreement, pairs_of
-from cvdd.augment import Views, apply_matrices
+from cvdd.augment import Views, apply_matrices, rounded_products
 from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
 from cvdd.graphs import Recorded, side_by_side
+from cvdd.layer_statistics import HALVES
 from cvdd.methods.gvbsm import densification
 from cvdd.schedules import optimizer_of, set_rate
 from cvdd.schema import MethodConfig
@@ -150,6 +151,7 @@ class DistillModule(pl.LightningModule):
         self.register_buffer("high", bounds[1], persistent=False)
         # Kept out of the module tree: the members belong to their own artefacts, not to this checkpoint.
         self._voters = tuple(voters)
+        self._rounded = all(voter.dtype in HALVES for voter in voters)
         self._views = None if views is None else tuple(views)
         self.method = method
         self.stage = stage or Stage(0, 0, method.iterations, images.shape[-1])
@@ -214,7 +216,8 @@ class DistillModule(pl.LightningModule):
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
         gradient, vote = self._vote(iteration, seen.detach(), apart)
-        (self.images.grad,) = torch.autograd.grad(seen, self.images, gradient)
+        with rounded_products(self._rounded):
+            (self.images.grad,) = torch.autograd.grad(seen, self.images, gradient)
         if self.split:
             # Of each image one rank has the gradient, and the others 0.
             dist.all_reduce(self.images.grad)
@@ -231,7 +234,10 @@ class DistillModule(pl.LightningModule):
 
     def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
         images = self.images[:, self._own]
-        return images if view is None else apply_matrices(images, *view)
+        if view is None:
+            return images
+        with rounded_products(self._rounded):
+            return apply_matrices(images, *view)
 
     @property
     def _own(self) -> slice:

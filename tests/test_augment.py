@@ -22,6 +22,7 @@ from cvdd.augment import (
     draw_views,
     normalise,
     resampling_matrices,
+    rounded_products,
     swap_halves,
 )
 
@@ -265,3 +266,19 @@ def test_normalising_is_undone() -> None:
 def test_denormalising_clamps() -> None:
     assert denormalise(torch.full((3, 1, 1), 9.0), MEAN, STD).unique().tolist() == [255]
     assert denormalise(torch.full((3, 1, 1), -9.0), MEAN, STD).unique().tolist() == [0]
+
+
+def test_products_are_rounded_inside_alone() -> None:
+    products = torch.backends.cuda.matmul
+    before, inside = products.fp32_precision, []
+
+    def fails() -> None:
+        with rounded_products(True):
+            inside.append(products.fp32_precision)
+            raise RuntimeError
+
+    with rounded_products(False):
+        assert products.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        fails()
+    assert (inside, products.fp32_precision) == (["tf32"], before)
