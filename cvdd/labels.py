@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
+from cvdd.memory import is_out_of_memory
 from cvdd.replay import Replay, draw_epoch, replay
 from cvdd.schema import LabelConfig
 from cvdd.teachers import Teachers
+
+log = logging.getLogger(__name__)
 
 
 class SoftLabels(Protocol):
@@ -50,6 +54,8 @@ class ComputedLabels:
         seed: of the labels.
         mean: of the normalisation.
         std: of the normalisation.
+        stack: batches in a forward pass where memory is too short for those of the recipe; None is as many as it
+            says. Where it still does not do it becomes smaller. The labels are the same but for their last bits.
     """
 
     teachers: Teachers
@@ -58,6 +64,7 @@ class ComputedLabels:
     seed: int
     mean: Sequence[float]
     std: Sequence[float]
+    stack: int | None = None
 
     def __post_init__(self) -> None:
         check_batches(len(self.images), self.label)
@@ -86,7 +93,7 @@ class ComputedLabels:
         first = epoch - epoch % together
         if self._last is None or self._last[0] != first:
             plans = self._plans.pop(first, None) or self._draw(first, together)
-            launched = self._launch(plans)
+            launched = self._launch_what_fits(plans)
             # A GPU computes meanwhile.
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
@@ -102,7 +109,20 @@ class ComputedLabels:
             plans.append(plan.batch(0, self.pool.kept(epoch)))
         return plans
 
-    def _launch(self, plans: Sequence[Replay]) -> list[list[Tensor]]:
+    def _launch_what_fits(self, plans: Sequence[Replay]) -> list[list[Tensor]]:
+        while True:
+            stack = self.stack or self.label.stack
+            try:
+                return self._launch(plans, stack)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or stack == 1:
+                    raise
+                self.stack = stack // 2
+                log.warning("out of memory: going on with %d label batches in a forward pass", self.stack)
+            if self.images.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _launch(self, plans: Sequence[Replay], stack: int) -> list[list[Tensor]]:
         """Score epochs in shared passes, by size of batch; return of each its logits in pieces, one after the other."""
         pieces: dict[int, list[tuple[int, Replay]]] = {}
         size = self.label.batch_size
@@ -114,7 +134,7 @@ class ComputedLabels:
         scored: list[list[Tensor]] = [[] for _ in plans]
         for batch_size, parts in pieces.items():
             joined = Replay.cat([part for _, part in parts])
-            step = batch_size * self.label.stack
+            step = batch_size * stack
             passes = [
                 self._score(joined.batch(start, min(start + step, len(joined))), batch_size)
                 for start in range(0, len(joined), step)

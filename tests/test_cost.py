@@ -17,12 +17,12 @@ from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.cost import StageCost, _notes, load_prediction, plan_pieces, planning, predict_run, show_cost
-from cvdd.cost.memory import profile
 from cvdd.cost.plan import Piece
 from cvdd.cost.prediction import FOLDER, measured_seconds, predict
 from cvdd.cost.steps import MoveStep, Network, Overhead, ScoreStep, StudentStep, TrainStep, VoteStep
 from cvdd.cost.work import Work, work_of
 from cvdd.engine import Engine
+from cvdd.footprint import profile
 from cvdd.report.predicted import predicted_costs
 from cvdd.schema import RunConfig, with_overrides
 

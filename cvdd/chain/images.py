@@ -17,6 +17,7 @@ from torch import Tensor
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.artifact.files import write_atomically
 from cvdd.chain.apm import make_apm_images
+from cvdd.chain.fitting import fit_units
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.mtt import make_mtt_images
@@ -95,6 +96,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
+            if method.iterations and not split and not (work / FEWER_UNITS).exists():
+                _note_units_per_pass(work, engine, fit_units(context, engine, stacks), stacks)
 
             def make(index: int) -> None:
                 stack = stacks[index]
@@ -104,10 +107,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
                 kept = _read_units_per_pass(work, engine)
                 used = recover_stack(context, kept, stack, drawn, shares, start, work, advance)
-                if used != kept:
-                    # Memory was short; later stacks, and a resumed run, need not find out again.
-                    less = {"units_per_pass": used.units_per_pass or len(stack.units), "record": used.record}
-                    write_atomically(work / FEWER_UNITS, json.dumps(less).encode())
+                _note_units_per_pass(work, kept, used, [stack])
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
 
@@ -131,6 +131,14 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
 def _read_units_per_pass(work: Path, engine: Engine) -> Engine:
     path = work / FEWER_UNITS
     return replace(engine, **json.loads(path.read_text())) if path.exists() else engine
+
+
+def _note_units_per_pass(work: Path, planned: Engine, used: Engine, stacks: Sequence[Stack]) -> None:
+    """Write down that memory is short: later stacks, and a resumed run, need not find out again."""
+    if used != planned:
+        most = max(len(stack.units) for stack in stacks)
+        less = {"units_per_pass": used.units_per_pass or most, "record": used.record}
+        write_atomically(work / FEWER_UNITS, json.dumps(less).encode())
 
 
 def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.artifact import Artifact, Maker, Parts, write_atomically
 from cvdd.bn import require_batchnorm
+from cvdd.chain.fitting import fit_batches
 from cvdd.chain.images import load_images
 from cvdd.chain.members import load_network, make_member
 from cvdd.committee import vote_weights
@@ -29,6 +30,9 @@ from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
 
 log = logging.getLogger(__name__)
+
+FEWER_BATCHES = "less_memory.tmp"
+"""Written where memory was short."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +126,25 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
                 enough_memory("labelling the images", advice),
                 context.progress("relabel", layout.pool.labelled_epochs) as advance,
             ):
-                computed = _computed(context, teachers, weights, load_images(images)[0])
+                computed = _computed(context, teachers, weights, load_images(images)[0], _read_stack(work))
+
+                def make(index: int) -> None:
+                    write_epochs(work, computed, layout, blocks[index], advance)
+                    if computed.stack != label.stack:
+                        write_atomically(work / FEWER_BATCHES, str(computed.stack).encode())
+
                 yield Maker(
-                    lambda index: write_epochs(work, computed, layout, blocks[index], advance),
+                    make,
                     lambda indices: advance(sum(len(blocks[index]) for index in indices)),
                 )
 
         def finish(work: Path) -> dict[str, Any]:
             require_reserved(work, layout)
-            return {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
+            counts = {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
+            if (fewer := _read_stack(work)) is not None:
+                counts["stack_for_lack_of_memory"] = fewer
+                (work / FEWER_BATCHES).unlink()
+            return counts
 
         parts = Parts(
             [f"epochs{block.start:05d}" for block in blocks],
@@ -162,6 +176,11 @@ def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: 
     return StoredLabels(artifact.path, layout, label, data.image_size, made_for["seed"])
 
 
+def _read_stack(work: Path) -> int | None:
+    path = work / FEWER_BATCHES
+    return int(path.read_text()) if path.exists() else None
+
+
 def _seed(context: Context) -> int:
     return derive_seed(context.config.seed, "labels")
 
@@ -184,7 +203,11 @@ def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, flo
 
 
 def _computed(
-    context: Context, artifacts: Mapping[str, Artifact], weights: list[float], pixels: Tensor
+    context: Context,
+    artifacts: Mapping[str, Artifact],
+    weights: list[float],
+    pixels: Tensor,
+    stack: int | None = None,
 ) -> ComputedLabels:
     config, data = context.config, context.data()
     networks = []
@@ -194,5 +217,8 @@ def _computed(
         if config.label.bn_mode == "batch" and member.bn_scale:
             require_batchnorm(network, name)
         networks.append(network)
-    teachers = Teachers(networks, weights, config.label, _passes(context, len(pixels))).to(context.device)
-    return ComputedLabels(teachers, pixels.to(context.device), config.label, _seed(context), data.mean, data.std)
+    passes = _passes(context, len(pixels))
+    teachers = Teachers(networks, weights, config.label, passes).to(context.device)
+    shown, seed = pixels.to(context.device), _seed(context)
+    stack = stack or fit_batches(context, list(artifacts), passes)
+    return ComputedLabels(teachers, shown, config.label, seed, data.mean, data.std, stack)

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Store, write_atomically
 from cvdd.context import Context
 from cvdd.cost.fakes import Run, Scale, run_of, scale_of
-from cvdd.cost.memory import Profile, profile
 from cvdd.cost.recovering import COMPILE_SECONDS, COMPILED_SHARE
 from cvdd.cost.steps import (
     MeasureStep,
@@ -34,6 +33,7 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.distributed import World
+from cvdd.footprint import Profile, free_memory, profile
 from cvdd.patches import SCORED_AT_ONCE
 
 log = logging.getLogger(__name__)
@@ -180,17 +180,6 @@ def _matrix_rate(device: torch.device, clock: Clock) -> float:
     side = 4096 if device.type == "cuda" else 512
     one = torch.randn(side, side, device=device)
     return 2 * side**3 / _median(lambda: one @ one, device, 0.05, clock)
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that could be taken now."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    information = Path("/proc/meminfo")
-    for line in information.read_text().splitlines() if information.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return 4e9
 
 
 class _Trivial(pl.LightningModule):

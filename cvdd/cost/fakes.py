@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cvdd.classifier import Classifier
-from cvdd.cost.memory import Profile
 from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
     DecodeStep,
@@ -30,6 +29,7 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.data import Data, TensorSource, resize_and_crop
+from cvdd.footprint import Profile
 from cvdd.label_batches import LabelledBatch
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule

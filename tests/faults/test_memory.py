@@ -8,14 +8,17 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from commands import Reference
 from helpers import PRIORS, tiny_context
-from test_interruption import stop_at
+from test_interruption import PulledPlug, stop_at
 
+import cvdd.chain.fitting
 import cvdd.context
 import cvdd.engine
+import cvdd.footprint
 import cvdd.labels
 from cvdd.chain.compare import compare, distil
 from cvdd.chain.images import load_images, make_images
@@ -25,6 +28,7 @@ from cvdd.context import Context
 from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.outcome import USER_ERROR, PointFailed, told
 from cvdd.synthesis import DistillModule
+from cvdd.teachers import Teachers
 
 pytest_plugins = ["faults_fixtures"]
 pytestmark = pytest.mark.faults
@@ -51,6 +55,11 @@ def short_of_memory(patched: pytest.MonkeyPatch, owner: Any, name: str, call: in
             raising()
 
     stop_at(patched, owner, name, call, Short)
+
+
+def little_memory(patched: pytest.MonkeyPatch, free: float) -> None:
+    for module in (cvdd.footprint, cvdd.chain.fitting):
+        patched.setattr(module, "free_memory", lambda device: free)
 
 
 def test_a_member_whose_loss_is_not_a_number(
@@ -130,6 +139,66 @@ def test_members_that_judge_side_by_side_do_so_one_after_the_other(
     assert made.metrics["stacks"] > 1
     monkeypatch.setattr(cvdd.engine, "records", lambda wanted, device: False)
     assert make_images(context_of(home), PRIORS).path == made.path
+
+
+def test_units_are_as_many_as_fit(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known before the first iteration, written down, and kept when there is more memory again."""
+    home = reference.copy(tmp_path, "images", "labels", "students")
+    with monkeypatch.context() as patched:
+        little_memory(patched, 1e6)
+        stop_at(patched, DistillModule, "training_step", 2, PulledPlug)
+        with pytest.raises(PulledPlug):
+            make_images(context_of(home, "committee.size=3"), PRIORS)
+    assert "units of 10 images in a pass would take about" in caplog.text
+    assert "going on with 1 in a pass" in caplog.text
+    made = make_images(context_of(home, "committee.size=3"), PRIORS)
+    assert made.metrics["units_per_pass_for_lack_of_memory"] == 1
+
+
+def test_enough_memory_changes_nothing(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted, and found to fit; or not even counted, because units in a pass were given."""
+    home = reference.copy(tmp_path, "images", "labels", "students")
+    little_memory(monkeypatch, 40e9)
+    monkeypatch.setattr(cvdd.footprint, "BYTES_PER_PIXEL", 1e9)
+    make_images(context_of(home), PRIORS)
+    reference.require_same(home, ("images",))
+    little_memory(monkeypatch, 1e6)
+    made = make_images(context_of(home, "committee.size=3", "engine.units_per_pass=2"), PRIORS)
+    assert "units_per_pass_for_lack_of_memory" not in made.metrics
+    assert "of memory are free" not in caplog.text
+
+
+def test_label_batches_that_share_a_forward_pass_become_fewer(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = reference.copy(tmp_path, "labels", "students")
+    whole = reference.copy(tmp_path / "enough")
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, Teachers, "score", 1, torch.OutOfMemoryError(ON_A_GPU))
+        made = distil(context_of(home), "cvdd").labels.artifact
+    assert "going on with 16 label batches in a forward pass" in caplog.text
+    expected = distil(context_of(whole), "cvdd").labels.artifact
+    assert made is not None
+    assert expected is not None
+    assert made.metrics == {**expected.metrics, "stack_for_lack_of_memory": 16}
+    assert made.path.name == expected.path.name
+    one, other = (np.fromfile(labels.path / "logits.bin", np.float16) for labels in (made, expected))
+    np.testing.assert_allclose(one, other, rtol=0.01, atol=0.01)
+
+
+def test_label_batches_are_as_many_as_fit(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = reference.copy(tmp_path, "labels", "students")
+    little_memory(monkeypatch, 1e6)
+    made = distil(context_of(home), "cvdd").labels.artifact
+    assert made is not None
+    assert made.metrics["stack_for_lack_of_memory"] == 1
+    assert "label.stack=32 would take about" in caplog.text
 
 
 def test_too_little_memory_for_labels_and_networks(

@@ -1,16 +1,26 @@
-"""FLOPs and bytes of one image in a network, counted without computing anything."""
+"""FLOPs and bytes of one image in a network, counted without computing anything; and how many images fit."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cvdd.backbones import BackboneConfig, build_network
+
 Mode = Literal["train", "vote", "forward"]
+
+SHARE = 0.8
+"""Of the free memory that is planned with: what a step takes besides is not counted to the byte."""
+
+BYTES_PER_PIXEL = 100_000
+"""More than any family takes for a pixel of an image at the published sizes: DenseNet121 takes about 60,000."""
 
 _IMAGES = 2
 """BatchNorm cannot normalise a single sample that has shrunk to one pixel."""
@@ -103,3 +113,31 @@ class _Widest:
     def _note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [t for t in (*inputs, output) if isinstance(t, Tensor)]
         self.bytes = max(self.bytes, 2 * sum(t.numel() * t.element_size() for t in tensors))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that could be taken now; what PyTorch holds of a GPU for later use is one's own to take."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    information = Path("/proc/meminfo")
+    for line in information.read_text().splitlines() if information.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    return 4e9
+
+
+def activation_bytes(backbone: BackboneConfig, classes: int, size: int, mode: Mode) -> float:
+    """Bytes that one image takes in a network in full precision, as :class:`Profile` has them; random weights do."""
+    return _activation_bytes(backbone.model_copy(update={"pretrained": False}).model_dump_json(), classes, size, mode)
+
+
+@functools.cache
+def _activation_bytes(backbone: str, classes: int, size: int, mode: Mode) -> float:
+    network = build_network(BackboneConfig.model_validate_json(backbone), classes, 0)
+    return profile(network, classes, size, mode).activations
+
+
+def surely_fits(images: int, size: int, networks: int, device: torch.device) -> bool:
+    """Whether so many images would fit in any network, so that nothing needs to be counted."""
+    return images * size**2 * networks * BYTES_PER_PIXEL < SHARE * free_memory(device)

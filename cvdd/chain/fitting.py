@@ -1,0 +1,92 @@
+"""How many units, or label batches, are computed at once: as planned, or fewer where too little memory is free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from cvdd.context import Context
+from cvdd.engine import Engine, Passes, judges_by_unit
+from cvdd.footprint import SHARE, activation_bytes, free_memory, surely_fits
+from cvdd.units import Stack
+
+log = logging.getLogger(__name__)
+
+
+def fit_units(context: Context, engine: Engine, stacks: Sequence[Stack]) -> Engine:
+    """Return how members judge in the memory that is free: as planned, or fewer units in a pass.
+
+    An explicit ``engine.units_per_pass`` stays as it is.
+
+    Args:
+        context: the configuration and its surroundings.
+        engine: as planned.
+        stacks: all that will be made.
+    """
+    config = context.config
+    if config.engine.units_per_pass != "auto" or not judges_by_unit(config.method):
+        return engine
+    data, members = context.data(), list(config.committee.members.values())
+    images = max(len(unit.targets) for stack in stacks for unit in stack.units)
+    units, voters = max(len(stack.units) for stack in stacks), max(len(stack.draw) for stack in stacks)
+    if surely_fits(images * min(engine.units_per_pass or units, units), data.image_size, voters, context.device):
+        return engine
+    size, classes = data.image_size, len(data.classes)
+    half = 0.5 if engine.precision == "bf16" else 1.0
+    each = {
+        index: half * activation_bytes(members[index].backbone, classes, size, "vote")
+        for index in {index for stack in stacks for index in stack.draw}
+    }
+
+    def needed(how: Engine) -> float:
+        # Recorded, all members' maps are held at once.
+        together = sum if how.record else max
+        image = max(together(each[index] for index in stack.draw) for stack in stacks)
+        return image * images * min(how.units_per_pass or units, units)
+
+    free, chosen = SHARE * free_memory(context.device), engine
+    while needed(chosen) > free and (fewer := chosen.fewer(units)) is not None:
+        chosen = fewer
+    if chosen != engine:
+        log.warning(
+            "%.1f GB of memory are free, and %d units of %d images in a pass would take about %.1f GB: going on with "
+            "%d in a pass%s",
+            free / SHARE / 1e9,
+            engine.units_per_pass or units,
+            images,
+            needed(engine) / 1e9,
+            chosen.units_per_pass or units,
+            " and members one after the other" if engine.record and not chosen.record else "",
+        )
+    return chosen
+
+
+def fit_batches(context: Context, names: Sequence[str], passes: Passes) -> int:
+    """Return how many label batches share a forward pass in the memory that is free: ``label.stack``, or fewer.
+
+    Args:
+        context: the configuration and its surroundings.
+        names: of the teachers.
+        passes: how they compute.
+    """
+    config, data = context.config, context.data()
+    label, size = config.label, data.image_size
+    if surely_fits(label.batch_size * label.stack, size, len(names), context.device):
+        return label.stack
+    backbones = [config.committee.members[name].backbone for name in names]
+    each = [activation_bytes(backbone, len(data.classes), size, "forward") for backbone in backbones]
+    # Groups are normalised in copies, and recorded teachers label side by side.
+    batch = 2 * label.batch_size * (sum(each) if passes.record else max(each, default=0.0))
+    free, stack = SHARE * free_memory(context.device), label.stack
+    while stack > 1 and batch * stack > free:
+        stack //= 2
+    if stack < label.stack:
+        log.warning(
+            "%.1f GB of memory are free, and label.stack=%d would take about %.1f GB: going on with %d batches in "
+            "a forward pass",
+            free / SHARE / 1e9,
+            label.stack,
+            batch * label.stack / 1e9,
+            stack,
+        )
+    return stack
