@@ -318,6 +318,7 @@ def member(
     On a GPU the lead comes before them.
     """
     recipe, dataset = config.recipe, config.dataset
+    passes = passes_of_members(config.engine, device)
     module = MemberModule(
         recipe,
         pixels,
@@ -325,13 +326,14 @@ def member(
         dataset.mean,
         dataset.std,
         dataset.image_size,
-        passes_of_members(config.engine, device),
+        passes,
         **_unmeasured(network),
     )
     sampler = ShuffledBatches(len(pixels), recipe.batch_size, 0)
     loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
     lead = lead_of(device)
-    return fit(config, module, loader, lead + epochs, folder, device, recipe.accumulation, (lead, 0))
+    with compiling(passes.compile):
+        return fit(config, module, loader, lead + epochs, folder, device, recipe.accumulation, (lead, 0))
 
 
 def lead_of(device: torch.device) -> int:

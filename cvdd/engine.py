@@ -230,8 +230,9 @@ def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:
 
 
 def passes_of_members(config: EngineConfig, device: torch.device) -> Passes:
-    """Decide how members compute while they are trained; nothing is compiled."""
-    return Passes(False, precision_of(config.precision_members, device), records(config.cuda_graphs, device))
+    """Decide how members compute while they are trained."""
+    compiled = config.compile_members and has_compiler(device.type)
+    return Passes(compiled, precision_of(config.precision_members, device), records(config.cuda_graphs, device))
 
 
 def can_be_recorded(method: MethodConfig, split: bool) -> bool:

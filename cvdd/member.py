@@ -28,7 +28,7 @@ class MemberModule(Classifier):
         mean: of the normalisation.
         std: of the normalisation.
         size: side of the network's input.
-        passes: how the network computes; nothing of it is compiled.
+        passes: how the network computes. Only passes of full batches, or of full parts, are compiled.
         shared: arguments of :class:`Classifier`.
     """
 
@@ -52,6 +52,8 @@ class MemberModule(Classifier):
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self._pixels, self._labels = pixels, labels
         self._passes = passes or Passes()
+        # A function and not a module, so that the network's parameters are not found twice.
+        self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
 
     def on_fit_start(self) -> None:
         """Bring the images to the device, and make ready to record steps there."""
@@ -114,8 +116,11 @@ class MemberModule(Classifier):
         shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
         if shown.device.type == "cuda":
             shown = shown.contiguous(memory_format=torch.channels_last)
+        full = self._compiled is not None and len(shown) == part_size(self.recipe)
+        forward = self._compiled if full else self.network
+        assert forward is not None
         with self._passes.around(shown.device):
-            logits: Tensor = self.network(shown)
+            logits: Tensor = forward(shown)
         return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -17,6 +17,7 @@ from cvdd.augment import normalise
 from cvdd.chain.members import make_member
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
 from cvdd.data import Data, TensorSource
+from cvdd.engine import Passes, compiling
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule, augment
 from cvdd.schema import RecipeConfig
@@ -64,7 +65,9 @@ def member(network: nn.Module | None = None, labels: Tensor | None = None, **cha
     pixels = random_pixels(24, SIZE)
     labels = torch.arange(4).repeat(6) if labels is None else labels
     network = trainable() if network is None else network
-    return MemberModule(recipe(**changes), pixels, labels, MEAN, STD, SIZE, **training_arguments(network, **extra))
+    passes = Passes(changes.pop("compiled", False))
+    arguments = training_arguments(network, **extra)
+    return MemberModule(recipe(**changes), pixels, labels, MEAN, STD, SIZE, passes, **arguments)
 
 
 def member_loader() -> DataLoader:
@@ -102,6 +105,21 @@ def test_resized_crops_have_the_size_of_the_input() -> None:
     assert made.shape == (5, 3, SIZE, SIZE)
     assert made.min() >= 0
     assert made.max() <= 255
+
+
+@pytest.mark.slow
+def test_a_compiled_member_learns_the_same() -> None:
+    """Batches of 8, in parts that are compiled, or whole; 24 images are three of them, 22 leave one of 6 that is not."""
+    for accumulation in (1, 2):
+        states = []
+        for compiled in (False, True):
+            module = member(epochs=3, accumulation=accumulation, compiled=compiled)
+            loader: DataLoader = DataLoader(Positions(), sampler=ShuffledBatches(22, 8, seed=0), batch_size=None)
+            with compiling(compiled):
+                fit(module, loader, 3)
+            states.append(module.network.state_dict())
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_member_learns() -> None:

@@ -21,7 +21,7 @@ from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
-from cvdd.engine import passes_of_members
+from cvdd.engine import compiling, passes_of_members
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
 from cvdd.memory import enough_memory
@@ -156,6 +156,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
     )
+    passes = passes_of_members(config.engine, context.device)
     with context.progress(f"train {name}", recipe.epochs) as advance:
         module = MemberModule(
             recipe,
@@ -164,7 +165,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             data.mean,
             data.std,
             data.image_size,
-            passes_of_members(config.engine, context.device),
+            passes,
             network=network,
             name=f"member {name}",
             seed=seed,
@@ -177,7 +178,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
             f"recipe.batch_size={recipe.batch_size}; where it is measured, lower "
             f"protocol.eval_batch={config.protocol.eval_batch}"
         )
-        with enough_memory(f"training {name}", advice):
+        with enough_memory(f"training {name}", advice), compiling(passes.compile):
             context.fit(module, loader, recipe.epochs, work / "training.ckpt.tmp", recipe.accumulation)
     return module
 

@@ -28,6 +28,9 @@ class EngineConfig(StrictConfig):
         description="compile the passes of students through full batches, where there is a compiler. Narrow networks "
         "gain by it, wide ones do not",
     )
+    compile_members: bool = Field(
+        False, description="compile the passes of members through full batches while they are trained, likewise"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="of the members' convolutions as they vote; auto is bf16 on a GPU that has it and fp32 elsewhere",
