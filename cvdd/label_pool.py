@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
 from cvdd.seeds import generator
 
@@ -35,7 +34,7 @@ class LabelPool:
     @property
     def batches(self) -> int:
         """Batches of an epoch."""
-        return len(batch_bounds(self.count, self.batch_size))
+        return -(-self.count // self.batch_size)
 
     @property
     def stored(self) -> int:
@@ -51,7 +50,8 @@ class LabelPool:
     @property
     def samples(self) -> int:
         """Samples that are stored."""
-        return sum(self.kept(epoch) for epoch in range(self.labelled_epochs))
+        last = self.labelled_epochs - 1
+        return last * self.count + self.kept(last) if last >= 0 else 0
 
     @property
     def shown(self) -> int:
@@ -66,7 +66,7 @@ class LabelPool:
     def samples_of(self, batch: int) -> tuple[int, int]:
         """First and last-plus-one stored sample of a batch, whose number counts on over the epochs."""
         epoch, within = divmod(batch, self.batches)
-        start, stop = batch_bounds(self.count, self.batch_size)[within]
+        start, stop = within * self.batch_size, min((within + 1) * self.batch_size, self.count)
         return epoch * self.count + start, epoch * self.count + stop
 
     def draw(self, seed: int, epoch: int) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.artifact import DamagedArtifact, write_atomically
+from cvdd.artifact import DamagedArtifact
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
 from cvdd.labels import ComputedLabels, epochs_together
@@ -26,6 +26,7 @@ LOGITS = "logits.bin"
 PARAMETERS = "parameters.bin"
 PROGRESS = "epochs{:05d}.tmp"
 SECONDS_BETWEEN_SAVES = 2.0
+BYTES_BETWEEN_SAVES = 2**26
 SAMPLES_OF_A_BLOCK = 4096
 """Samples that are labelled under one claim, at least: seconds of work, so that claiming it costs nothing."""
 
@@ -125,7 +126,8 @@ def require_reserved(folder: Path, layout: LabelLayout) -> None:
 def epochs_written(folder: Path, block: range) -> int:
     """Count the epochs of a block that are on disk, from its first."""
     progress = folder / PROGRESS.format(block.start)
-    return int(progress.read_text()) if progress.exists() else 0
+    # It is empty if it was made, and no more.
+    return int(progress.read_text() or 0) if progress.exists() else 0
 
 
 def write_epochs(
@@ -146,36 +148,42 @@ def write_epochs(
         DamagedArtifact: the files are not those whose space was reserved.
     """
     require_reserved(folder, layout)
-    progress = folder / PROGRESS.format(block.start)
     done = epochs_written(folder, block)
     advance(done)
     first = block.start + done
     pending: list[tuple[bytes, bytes]] = []
-    saved = time.monotonic()
-
-    def save(start: int, epochs: Sequence[tuple[bytes, bytes]]) -> None:
-        offset = start * layout.pool.count
-        logits, parameters = (b"".join(parts) for parts in zip(*epochs, strict=True))
-        _write(folder / LOGITS, offset * layout.logits_row, logits)
-        if parameters:
-            _write(folder / PARAMETERS, offset * layout.parameters_row, parameters)
-        write_atomically(progress, str(start + len(epochs) - block.start).encode())
-
-    with ThreadPoolExecutor(1) as writer:
+    held, saved = 0, time.monotonic()
+    with ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as writer:
         # The disk writes what was computed while more is computed, and one write waits for the one before.
         writing: Future[None] | None = None
+
+        def save(start: int, epochs: Sequence[tuple[bytes, bytes]]) -> None:
+            offset = start * layout.pool.count
+            logits, parameters = (b"".join(parts) for parts in zip(*epochs, strict=True))
+            beside = other.submit(_write, folder / PARAMETERS, offset * layout.parameters_row, parameters)
+            _write(folder / LOGITS, offset * layout.logits_row, logits)
+            beside.result()
+            _note_progress(folder, block, start + len(epochs) - block.start)
+
         for epoch in range(first, block.stop):
             plan, logits = computed.epoch(epoch)
             parameters = b"" if layout.record is None else plan.record().tobytes()
             pending.append((logits.numpy().tobytes(), parameters))
+            held += len(pending[-1][0])
             advance(1)
-            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or epoch + 1 == block.stop:
+            due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES or held > BYTES_BETWEEN_SAVES
+            if due or epoch + 1 == block.stop:
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(save, first, pending)
-                first, pending, saved = epoch + 1, [], time.monotonic()
+                first, pending, held, saved = epoch + 1, [], 0, time.monotonic()
         if writing is not None:
             writing.result()
+
+
+def _note_progress(folder: Path, block: range, done: int) -> None:
+    # In place, which costs the disk a third of what a new file does; so short a write is never half done.
+    _write(folder / PROGRESS.format(block.start), 0, f"{done:08d}".encode(), os.O_CREAT)
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -190,10 +198,12 @@ def _reserve(path: Path, size: int) -> None:
             os.truncate(stream.fileno(), size)
 
 
-def _write(path: Path, offset: int, content: bytes) -> None:
+def _write(path: Path, offset: int, content: bytes, creating: int = 0) -> None:
+    if not content:
+        return
     # O_DSYNC: it is on disk before it is noted as done. And a client of NFS sends exactly these bytes, where it would
     # otherwise send whole pages, with what another machine's neighbouring epoch had in them before.
-    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC)
+    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC | creating, 0o666)
     try:
         rest = memoryview(content)
         while rest:
