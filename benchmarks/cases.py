@@ -139,9 +139,9 @@ def gpu_cases() -> list[Case]:
         for data, images, steps, units, few in (("cifar", 10, 25, 10, 5), ("imagenet", 100, 10, 1, 2))
     )
     return [
-        *small,
         student,
         relabel,
+        *small,
         *large,
         *(
             Case("committee", "cifar", (name,), images=5_120, steps=2, reference_steps=1, overrides=half)
