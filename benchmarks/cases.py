@@ -206,7 +206,14 @@ def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     if side == "engine":
         how = engine.engine_of(config, case.members, images, device)
         voters = [_voter(case, name, how, device) for name in case.members]
-        return lambda: engine.recover(config, how, voters, images, targets, case.steps, folder, device)
+
+        def program() -> float:
+            for voter in voters if how.compile else ():
+                # As whatever compiled ahead did; it takes a moment where that has been done.
+                engine.judge_once(config, voter, how, images.to(device), targets.to(device))
+            return engine.recover(config, how, voters, images, targets, case.steps, folder, device)
+
+        return program
     members = _members(case, device)
     committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
     plain = settings.recover_settings(config, device)

@@ -39,6 +39,9 @@ MINUTES_ON_A_GPU = 9.0
 
 SIDES: tuple[Side, Side] = ("reference", "engine")
 
+COUNTED = {"inductor": "fxgraph_cache", "aot_autograd": "autograd_cache"}
+"""Of the compilers' counters: those that say what other processes had compiled."""
+
 
 def compare(case: Case, device: torch.device, repetitions: int, memory: bool) -> dict[str, Any]:
     """Run both sides of a case and return its row, raw samples included."""
@@ -51,9 +54,9 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
             programs.append(make_program(case, side, device, own))
         if memory and device.type == "cuda":
             programs = [PeakOfFirst(program, device) for program in programs]
-        known = Counter(counters["inductor"])
+        known = {kind: Counter(counters[kind]) for kind in COUNTED}
         measured = alternate(programs[0], programs[1], repetitions)
-        compiled = Counter(counters["inductor"]) - known
+        compiled = {kind: Counter(counters[kind]) - known[kind] for kind in COUNTED}
     sides: dict[str, Samples] = {}
     for side, samples, program in zip(SIDES, measured, programs, strict=True):
         peak, total = (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None)
@@ -72,7 +75,10 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
         **{side: samples.as_dict() | {"shown": case.shown(samples.median)} for side, samples in sides.items()},
         "ratio": ratio(reference, engine),
         "ratio_range": [min(paired), max(paired)],
-        "compiled": {key: compiled[f"fxgraph_cache_{key}"] for key in ("hit", "miss", "bypass")},
+        "compiled": {
+            kind: {key: compiled[kind][f"{prefix}_{key}"] for key in ("hit", "miss", "bypass")}
+            for kind, prefix in COUNTED.items()
+        },
         "flops_per_unit": work.flops,
         "elements_per_unit": work.elements,
     }

@@ -111,22 +111,31 @@ class FusedBatchNorm(nn.BatchNorm2d):
         return normalised
 
 
-class _Targets:
+class _Targets(nn.Module):
     """Running statistics of all layers in one row of channels.
+
+    A module, because a compiler takes the sizes of a module's tensors as given, and compiles for any size where those
+    of other objects differ between members.
 
     Args:
         layers: of each, mean and variance [channels].
     """
 
+    means: Tensor
+    variances: Tensor
+    first: Tensor
+    membership: Tensor
+
     def __init__(self, layers: Sequence[Moments]) -> None:
-        self.means = torch.cat([layer.mean for layer in layers])
-        self.variances = torch.cat([layer.variance for layer in layers])
-        lengths = torch.tensor([len(layer.mean) for layer in layers], device=self.means.device)
-        number = torch.arange(len(layers), device=self.means.device)
-        self.first = (number == 0).to(self.means.dtype)
-        """[layers]: 1 for the first, 0 for the others."""
-        self.membership = (number.repeat_interleave(lengths)[:, None] == number).to(self.means.dtype)
-        """[channels, layers]: 1 where a channel belongs to a layer."""
+        super().__init__()
+        means = torch.cat([layer.mean for layer in layers])
+        lengths = torch.tensor([len(layer.mean) for layer in layers], device=means.device)
+        number = torch.arange(len(layers), device=means.device)
+        self.register_buffer("means", means)
+        self.register_buffer("variances", torch.cat([layer.variance for layer in layers]))
+        # [layers]: 1 for the first, 0 for the others; [channels, layers]: 1 where a channel belongs to a layer.
+        self.register_buffer("first", (number == 0).to(means.dtype))
+        self.register_buffer("membership", (number.repeat_interleave(lengths)[:, None] == number).to(means.dtype))
 
     def distance(self, means: Sequence[Tensor], variances: Sequence[Tensor], first_multiplier: float) -> Tensor:
         """Weighted sum over layers of the norms of both differences: [groups]."""

@@ -13,9 +13,6 @@ from torch import Tensor
 TILES = {64: 32, 32: 32, 16: 64, 8: 128}
 """By places of a row that one program computes: channels of each."""
 
-ROWS = 128
-"""Pixels that one program multiplies."""
-
 
 def _tiles(width: int, channels: int, rows: int) -> tuple[int, int, int]:
     """Return places and channels of a program, and the number of programs for so many rows."""
@@ -25,8 +22,8 @@ def _tiles(width: int, channels: int, rows: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _depthwise(
-    x,
+def _depthwise_back(
+    gradient,
     taps,
     out,
     height,
@@ -37,14 +34,12 @@ def _depthwise(
     size: tl.constexpr,
     padding: tl.constexpr,
     stride: tl.constexpr,
-    apart: tl.constexpr,
     columns: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """One row of places: out[n, i, j, c] = sum over taps (k, l) of x[n, a, b, c] taps[k, l, c].
+    """One row of places: out[n, i, j, c] = sum over taps (k, m) of gradient[n, a, b, c] taps[k, m, c].
 
-    ``a = i * stride + k - padding`` forwards; backwards x is the gradient, whose places are ``apart``: only ``a =
-    (i + k - padding) / apart`` without a remainder counts. The same for columns.
+    ``a = (i + padding - k) / stride``, where there is no remainder, and ``b`` likewise.
     """
     program = tl.program_id(0)
     slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
@@ -55,74 +50,43 @@ def _depthwise(
     known = c < channels
     total = tl.full([columns, lanes], 0.0, tl.float32)
     for k in tl.static_range(size):
-        above = i * stride + k - padding
-        a = above // apart
-        if (above >= 0) & (a * apart == above) & (a < height):
+        above = i + padding - k
+        a = above // stride
+        if (above >= 0) & (a * stride == above) & (a < height):
             for m in tl.static_range(size):
-                left = j * stride + m - padding
-                b = left // apart
-                inside = (left >= 0) & (b * apart == left) & (b < width)
+                left = j + padding - m
+                b = left // stride
+                inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & known[None, :]
                 place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
-                values = tl.load(x + place, mask=inside[:, None] & known[None, :], other=0.0)
-                weight = tl.load(taps + (k * size + m) * channels + c, mask=known, other=0.0)
-                total += values.to(tl.float32) * weight[None, :]
+                given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+                tap = tl.load(taps + (k * size + m) * channels + c, mask=known, other=0.0)
+                total += given * tap[None, :]
     place = (row * out_width + j)[:, None] * channels + c[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(j < out_width)[:, None] & known[None, :])
 
 
-def depthwise(x: Tensor, taps: Tensor, padding: int, stride: int, apart: int, height: int, width: int) -> Tensor:
-    """Convolve each channel by itself.
+def depthwise_back(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, width: int) -> Tensor:
+    """Gradient of a convolution of each channel by itself, with respect to its images.
 
     Args:
-        x: [n, c, h, w] on a GPU, channels-last.
+        gradient: [n, c, h, w] of its result, on a GPU, channels-last.
         taps: [k, k, c] float32.
-        padding: places around.
+        padding: places around the images.
         stride: between places of the result.
-        apart: distance of the places of x: 1, or backwards through a convolution its stride.
-        height: of the result.
-        width: of the result.
+        height: of the images.
+        width: of the images.
 
     Returns:
         [n, c, height, width], channels-last.
     """
-    n, c = x.shape[:2]
-    out = torch.empty((n, c, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    n, c, rows, places = gradient.shape
+    out = torch.empty(
+        (n, c, height, width), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
+    )
     columns, lanes, programs = _tiles(width, c, n * height)
-    _depthwise[(programs,)](
-        x, taps, out, x.shape[2], x.shape[3], c, height, width, len(taps), padding, stride, apart, columns, lanes
+    _depthwise_back[(programs,)](
+        gradient, taps, out, rows, places, c, height, width, len(taps), padding, stride, columns, lanes
     )
-    return out
-
-
-@triton.jit
-def _multiply(x, weight, out, pixels, inputs, outputs, rows: tl.constexpr, deep: tl.constexpr, wide: tl.constexpr):
-    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
-    k, n = tl.arange(0, deep), tl.arange(0, wide)
-    known = pixel < pixels
-    given = tl.load(x + pixel[:, None] * inputs + k[None, :], mask=known[:, None] & (k < inputs)[None, :], other=0.0)
-    factor = tl.load(
-        weight + k[:, None] * outputs + n[None, :], mask=(k < inputs)[:, None] & (n < outputs)[None, :], other=0.0
-    )
-    product = tl.dot(given, factor)
-    place = pixel[:, None] * outputs + n[None, :]
-    tl.store(out + place, product.to(out.dtype.element_ty), mask=known[:, None] & (n < outputs)[None, :])
-
-
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply the channels of each pixel with a small matrix.
-
-    Args:
-        x: [n, k, h, w] on a GPU in half precision, channels-last.
-        weight: [k, m] of the same type.
-
-    Returns:
-        [n, m, h, w], channels-last.
-    """
-    n, inputs, height, width = x.shape
-    outputs, pixels = weight.shape[1], n * height * width
-    out = torch.empty((n, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    deep, wide = (max(triton.next_power_of_2(length), 16) for length in (inputs, outputs))
-    _multiply[(triton.cdiv(pixels, ROWS),)](x, weight, out, pixels, inputs, outputs, ROWS, deep, wide)
     return out
 
 

@@ -1,7 +1,7 @@
 """Layers of frozen networks whose kernels for GPUs are the project's own (:mod:`cvdd.gpu_kernels`).
 
-Where each stands, what PyTorch's libraries or its compiler use was measured on an H200 at several times the time in
-which the memory could be read (docs/speed.md). On a CPU, where tests run, the same operations are PyTorch's.
+Each is faster than what PyTorch's libraries and its compiler use, as measured on an H200 (docs/speed.md), because those
+stay far below the rate at which memory can be read. On a CPU, where tests run, the same operations are PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ from torch.nn.grad import conv2d_input
 ALIGNED = 16
 """Channels are a multiple of this where a kernel reads eight at once."""
 
-THIN = 16
-"""Channels of a 1x1 convolution, on one side of it, for which libraries choose badly."""
-
-DEEP = 256
-"""Channels on the other side, at most, that a program multiplies at once."""
-
 LARGEST_INDEX = 2**31
 """Places of memory are counted in 32 bits."""
 
@@ -33,35 +27,16 @@ def _channels_last(values: Tensor) -> Tensor:
 # --- depthwise convolutions -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("cvdd::depthwise", mutates_args=())
-def depthwise(x: Tensor, taps: Tensor, padding: int, stride: int) -> Tensor:
-    """Convolve each channel of [n, c, h, w] with its own taps [k, k, c] float32."""
-    if x.device.type != "cuda":
-        return _channels_last(conv2d(x, _as_weight(taps, x), stride=stride, padding=padding, groups=x.shape[1]))
-    from cvdd import gpu_kernels
-
-    height, width = (_places(side, len(taps), padding, stride) for side in x.shape[2:])
-    return gpu_kernels.depthwise(_channels_last(x), taps, padding, stride, 1, height, width)
-
-
 @torch.library.custom_op("cvdd::depthwise_back", mutates_args=())
 def depthwise_back(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, width: int) -> Tensor:
-    """Gradient of :func:`depthwise` with respect to its images [n, c, height, width]."""
+    """Gradient of a depthwise convolution with taps [k, k, c] float32, for its images [n, c, height, width]."""
     if gradient.device.type != "cuda":
         shape = (*gradient.shape[:2], height, width)
-        weight = _as_weight(taps, gradient)
-        groups = shape[1]
-        return _channels_last(conv2d_input(shape, weight, gradient, stride, padding, 1, groups))
+        weight = taps.permute(2, 0, 1)[:, None].to(gradient.dtype)
+        return _channels_last(conv2d_input(shape, weight, gradient, stride, padding, 1, shape[1]))
     from cvdd import gpu_kernels
 
-    turned = taps.flip(0, 1).contiguous()
-    return gpu_kernels.depthwise(_channels_last(gradient), turned, len(taps) - 1 - padding, 1, stride, height, width)
-
-
-@depthwise.register_fake
-def _(x: Tensor, taps: Tensor, padding: int, stride: int) -> Tensor:
-    height, width = (_places(side, len(taps), padding, stride) for side in x.shape[2:])
-    return x.new_empty((*x.shape[:2], height, width)).to(memory_format=torch.channels_last)
+    return gpu_kernels.depthwise_back(_channels_last(gradient), taps, padding, stride, height, width)
 
 
 @depthwise_back.register_fake
@@ -69,26 +44,23 @@ def _(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, wi
     return gradient.new_empty((*gradient.shape[:2], height, width)).to(memory_format=torch.channels_last)
 
 
-def _note_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, taps, ctx.padding, ctx.stride = inputs
-    ctx.size = x.shape[2:]
-    ctx.save_for_backward(taps)
+class _Depthwise(torch.autograd.Function):
+    """PyTorch's convolution with a gradient of our own."""
 
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, taps: Tensor, padding: int, stride: int) -> Tensor:
+        return conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
 
-def _differentiate_depthwise(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (taps,) = ctx.saved_tensors
-    return depthwise_back(gradient, taps, ctx.padding, ctx.stride, *ctx.size), None, None, None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, taps, ctx.padding, ctx.stride = inputs
+        ctx.size = tuple(x.shape[2:])
+        ctx.save_for_backward(taps)
 
-
-depthwise.register_autograd(_differentiate_depthwise, setup_context=_note_depthwise)
-
-
-def _places(side: int, size: int, padding: int, stride: int) -> int:
-    return (side + 2 * padding - size) // stride + 1
-
-
-def _as_weight(taps: Tensor, like: Tensor) -> Tensor:
-    return taps.permute(2, 0, 1)[:, None].to(like.dtype)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (taps,) = ctx.saved_tensors
+        return depthwise_back(gradient, taps, ctx.padding, ctx.stride, *ctx.size), None, None, None, None
 
 
 class Depthwise(nn.Module):
@@ -111,62 +83,8 @@ class Depthwise(nn.Module):
         if x.numel() >= LARGEST_INDEX:
             plain: Tensor = self.plain(x)
             return plain
-        out: Tensor = depthwise(x, self.taps, int(self.plain.padding[0]), self.plain.stride[0])
-        return out
-
-
-# --- thin 1x1 convolutions --------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("cvdd::multiply", mutates_args=())
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply the channels of [n, k, h, w] with a matrix [k, m]."""
-    if x.device.type != "cuda":
-        return _channels_last(conv2d(x, weight.t()[:, :, None, None]))
-    from cvdd import gpu_kernels
-
-    return gpu_kernels.multiply(_channels_last(x), weight)
-
-
-@multiply.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((len(x), weight.shape[1], *x.shape[2:])).to(memory_format=torch.channels_last)
-
-
-def _note_multiply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _differentiate_multiply(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (weight,) = ctx.saved_tensors
-    return multiply(gradient, weight.t().contiguous()), None
-
-
-multiply.register_autograd(_differentiate_multiply, setup_context=_note_multiply)
-
-
-class ThinPointwise(nn.Module):
-    """A 1x1 convolution with few channels on one side.
-
-    Args:
-        convolution: frozen; see :func:`with_gpu_layers`.
-    """
-
-    matrix: Tensor
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.plain = convolution
-        self.register_buffer("matrix", convolution.weight.detach()[:, :, 0, 0].t().contiguous(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve [n, c, h, w]; in full precision as PyTorch does."""
-        out: Tensor
-        if x.dtype == torch.float32 or x.numel() // x.shape[1] * max(self.matrix.shape) >= LARGEST_INDEX:
-            out = self.plain(x)
-        else:
-            out = multiply(x, self.matrix)
-            out = out if self.plain.bias is None else out + self.plain.bias[:, None, None]
+        padding, stride = int(self.plain.padding[0]), self.plain.stride[0]
+        out: Tensor = _Depthwise.apply(x, self.plain.weight, self.taps, padding, stride)
         return out
 
 
@@ -217,6 +135,10 @@ def _(gradient: Tensor, where: Tensor, size: int, padding: int, stride: int, hei
     return gradient.new_empty((*gradient.shape[:2], height, width)).to(memory_format=torch.channels_last)
 
 
+def _places(side: int, size: int, padding: int, stride: int) -> int:
+    return (side + 2 * padding - size) // stride + 1
+
+
 def _note_largest(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *ctx.window = inputs
     ctx.size = x.shape[2:]
@@ -262,8 +184,6 @@ def with_gpu_layers(network: nn.Module) -> nn.Module:
         replacement: nn.Module | None = None
         if isinstance(module, nn.Conv2d) and _is_depthwise(module):
             replacement = Depthwise(module)
-        elif isinstance(module, nn.Conv2d) and _is_thin(module):
-            replacement = ThinPointwise(module)
         elif isinstance(module, nn.MaxPool2d) and _is_plain_pooling(module):
             replacement = Largest(module)
         if replacement is not None:
@@ -283,18 +203,6 @@ def _is_depthwise(module: nn.Conv2d) -> bool:
         and all(len(set(side)) == 1 for side in sides)
         and module.dilation[0] == 1
         and module.padding[0] < module.kernel_size[0] <= 7
-    )
-
-
-def _is_thin(module: nn.Conv2d) -> bool:
-    few, many = sorted((module.in_channels, module.out_channels))
-    return (
-        type(module) is nn.Conv2d
-        and module.kernel_size == module.stride == (1, 1)
-        and module.padding in ((0, 0), "valid", "same")
-        and module.groups == 1
-        and few <= THIN
-        and many <= DEEP
     )
 
 

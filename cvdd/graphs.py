@@ -7,6 +7,7 @@ compute. A recorded step is one launch, with the same kernels and the same bits.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,9 @@ from cvdd.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+ATTEMPTS = 2
+"""To record a step. What else a process does with the GPU at that moment can spoil one."""
 
 WARM_UP_CALLS = 2
 """Calls before a step is recorded: compilers, choices of kernels and lazily made state belong to the first ones."""
@@ -58,7 +62,7 @@ class Recorded:
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._given_up = False
+        self._failures = 0
 
     def __call__(self, *arguments: Tensor) -> Any:
         """Call the function."""
@@ -67,7 +71,7 @@ class Recorded:
         if known is None:
             self._calls[key] += 1
             full = len(self._recordings) >= MOST_RECORDED
-            if self._given_up or full or self._calls[key] <= WARM_UP_CALLS:
+            if self._failures == ATTEMPTS or full or self._calls[key] <= WARM_UP_CALLS:
                 return self._compute(arguments)
             known = self._record(arguments)
             if known is None:
@@ -85,22 +89,43 @@ class Recorded:
 
     def _record(self, arguments: Sequence[Tensor]) -> _Recording | None:
         held = tuple(argument.clone() for argument in arguments)
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with (
+                _no_garbage(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 results = self._function(*held)
         except RuntimeError as error:
+            torch.cuda.set_stream(here)
             # What ends a recording that failed may fail too, and hide why.
             if any(is_out_of_memory(cause) for cause in _causes(error)):
                 raise MemoryError(f"no more memory on {held[0].device if held else 'the GPU'}") from error
-            self._given_up = True
+            self._failures += 1
+            self._pool = torch.cuda.graph_pool_handle()
+            if self._failures < ATTEMPTS:
+                return None
+            first = list(_causes(error))[-1]
             log.warning(
                 "%s cannot be recorded as a CUDA graph and is launched kernel by kernel, which takes longer (%s)",
                 self._what,
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                str(first).splitlines()[0] if str(first) else type(first).__name__,
             )
             return None
         return _Recording(graph, held, results)
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Free what nobody refers to now, and nothing inside: a graph that is freed spoils one that is being recorded."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -176,6 +176,10 @@ class DistillModule(pl.LightningModule):
         if self._record and self.device.type == "cuda":
             self._recorded = Recorded(self._all_of_iteration, self.device, "an iteration of the images")
             self._streams = [torch.cuda.Stream(self.device) for _ in self._voters]
+            if self._opinion is not judge:
+                # Before any stream: from there what other processes had compiled was not found (docs/speed.md).
+                for voter in self._voters:
+                    self._ask(0, voter, self.images.detach()[:, self._own])
 
     @property
     def epochs(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cvdd import gpu_layers
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.copies import sharing_copy
-from cvdd.gpu_layers import Depthwise, Largest, ThinPointwise, with_gpu_layers
+from cvdd.gpu_layers import Depthwise, Largest, with_gpu_layers
 
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYERS = {
@@ -25,8 +25,6 @@ LAYERS = {
     "depthwise with a stride": lambda: nn.Conv2d(48, 48, 3, stride=2, padding=1, groups=48, bias=False),
     "depthwise of 5 places": lambda: nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16, bias=False),
     "depthwise without padding": lambda: nn.Conv2d(16, 16, 3, groups=16, bias=False),
-    "thin": lambda: nn.Conv2d(16, 96, 1, bias=False),
-    "thin after wide": lambda: nn.Conv2d(40, 8, 1),
     "pooling": lambda: nn.MaxPool2d(3, 2, 1),
     "pooling apart": lambda: nn.MaxPool2d(2),
 }
@@ -39,7 +37,7 @@ def made(name: str) -> nn.Module:
 
 def replaced(layer: nn.Module) -> nn.Module:
     (found,) = with_gpu_layers(nn.Sequential(layer)).children()
-    assert type(found) in (Depthwise, ThinPointwise, Largest)
+    assert type(found) in (Depthwise, Largest)
     return found
 
 
@@ -74,17 +72,10 @@ def test_layers_say_what_pytorch_says(name: str) -> None:
     check(layer, images(layer), 1e-6)
 
 
-def test_thin_convolutions_in_half_precision() -> None:
-    layer = made("thin after wide").bfloat16()
-    check(layer, images(layer).bfloat16(), 0.01)
-
-
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [
-        ("depthwise", lambda x: (x, torch.rand(3, 3, 16), 1, 2)),
         ("depthwise_back", lambda x: (x.detach(), torch.rand(3, 3, 16), 1, 2, 17, 28)),
-        ("multiply", lambda x: (x, torch.rand(16, 5))),
         ("largest", lambda x: (x, 3, 1, 2)),
         ("largest_back", lambda x: (x.detach(), torch.full(x.shape, 4).byte(), 3, 1, 2, 17, 28)),
     ],
@@ -105,9 +96,7 @@ def test_operations_are_what_they_tell_a_compiler(
         (nn.Conv2d(16, 16, (3, 1), groups=16, bias=False), "not square"),
         (nn.Conv2d(16, 16, 3, dilation=2, groups=16, bias=False), "dilated"),
         (nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect", groups=16, bias=False), "other padding"),
-        (nn.Conv2d(32, 64, 1, bias=False), "wide on both sides"),
-        (nn.Conv2d(16, 512, 1, bias=False), "too wide"),
-        (nn.Conv2d(16, 32, 1, stride=2, bias=False), "a stride"),
+        (nn.Conv2d(16, 16, 3, bias=False), "all channels together"),
         (nn.MaxPool2d(3, 2, 1, ceil_mode=True), "places beyond the edge"),
         (nn.MaxPool2d((3, 2)), "not square"),
         (nn.AvgPool2d(2), "no maximum"),
@@ -122,7 +111,7 @@ def test_pooling_of_other_channels_is_pytorchs() -> None:
     torch.testing.assert_close(replaced(made("pooling"))(given), made("pooling")(given))
 
 
-@pytest.mark.parametrize(("builder", "kinds"), [("mobilenet_v2", {Depthwise, ThinPointwise}), ("resnet18", {Largest})])
+@pytest.mark.parametrize(("builder", "kinds"), [("mobilenet_v2", {Depthwise}), ("resnet18", {Largest})])
 def test_a_network_as_a_whole(builder: str, kinds: set[type]) -> None:
     backbone = BackboneConfig(name=builder, target=f"torchvision.models.{builder}")
     network = build_network(backbone, 10, 0).eval().requires_grad_(False)
@@ -161,9 +150,7 @@ def test_kernels_of_depthwise_convolutions(
     expected = layer(leaf)
     factor = torch.randn_like(expected)
     slope = torch.autograd.grad(expected, leaf, factor)[0]
-    out = interpreted.depthwise(given, taps, padding, stride, 1, *expected.shape[2:])
-    torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
-    back = interpreted.depthwise(factor, taps.flip(0, 1).contiguous(), size - 1 - padding, 1, stride, 6, width)
+    back = interpreted.depthwise_back(factor, taps, padding, stride, 6, width)
     torch.testing.assert_close(back, slope, rtol=1e-5, atol=1e-5)
 
 
@@ -185,14 +172,6 @@ def test_kernels_of_pooling(
     assert torch.equal(where, gpu_layers.largest(given, size, padding, stride)[1])
     back = interpreted.to_largest(factor, where, size, padding, stride, 7, width)
     torch.testing.assert_close(back, slope, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 96), (32, 16), (5, 7)])
-def test_kernels_of_thin_convolutions(interpreted: ModuleType, inputs: int, outputs: int) -> None:
-    given = torch.randn(2, inputs, 9, 16).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(inputs, outputs)
-    expected = torch.einsum("nkhw,km->nmhw", given, weight)
-    torch.testing.assert_close(interpreted.multiply(given, weight), expected, rtol=1e-5, atol=1e-5)
 
 
 @with_gpu

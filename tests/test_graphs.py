@@ -5,7 +5,6 @@ What is recorded is tested everywhere, called as it is; that a GPU replays it, w
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from cvdd.classifier import Classifier, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.engine import Engine, Passes, can_be_recorded, compiling, ready_voter, records
-from cvdd.graphs import WARM_UP_CALLS, Recorded, draws_by_itself
+from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.labels import ComputedLabels
 from cvdd.member import MemberModule
@@ -321,44 +320,3 @@ def test_a_gpu_replays_labels(bn_mode: str, caplog: pytest.LogCaptureFixture) ->
         made.append(torch.stack([labels.epoch(epoch)[1] for epoch in range(6)]))
     assert not warnings_of(caplog)
     torch.testing.assert_close(made[1], made[0], rtol=0, atol=0)
-
-
-# --- recording itself -------------------------------------------------------------------------------------------------
-
-
-@with_gpu
-def test_every_call_has_its_effects_once() -> None:
-    total = torch.zeros(3, device="cuda")
-
-    def add(values: Tensor) -> dict[str, Tensor]:
-        total.add_(values.sum())
-        return {"double": 2 * values}
-
-    recorded = Recorded(add, torch.device("cuda"), "adding")
-    expected = 0.0
-    for number in range(WARM_UP_CALLS + 4):
-        for count in (2, 3):
-            found = recorded(torch.full((count,), float(number), device="cuda"))
-            expected += number * count
-            assert found["double"].tolist() == [2.0 * number] * count
-            assert total.tolist() == [expected] * 3
-    assert len(recorded._recordings) == 2
-
-
-@with_gpu
-def test_what_waits_for_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    total = torch.zeros((), device="cuda")
-
-    def impatient(values: Tensor) -> Tensor:
-        total.add_(1)
-        return values * float(values.sum().item())
-
-    recorded = Recorded(impatient, torch.device("cuda"), "waiting")
-    with caplog.at_level(logging.WARNING):
-        for number in range(1, WARM_UP_CALLS + 4):
-            assert recorded(torch.ones(2, device="cuda")).tolist() == [2.0, 2.0]
-            assert total.item() == number
-    (warning,) = caplog.records
-    assert "waiting cannot be recorded" in warning.getMessage()
-    # And the device is as good as before.
-    assert torch.ones(2, device="cuda").sum().item() == 2
