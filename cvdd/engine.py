@@ -21,7 +21,7 @@ from cvdd.backbones import BackboneConfig, build_network
 from cvdd.config_base import ConfigError
 from cvdd.copies import sharing_copy
 from cvdd.depthwise import without_strided_depthwise
-from cvdd.fused_bn import fuse_statistics
+from cvdd.fusion import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.stem import with_folded_stem

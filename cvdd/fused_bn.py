@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
-from cvdd.config_base import ConfigError
-from cvdd.copies import sharing_copy
 from cvdd.layer_statistics import HALVES, Moments
 
 
@@ -27,9 +25,7 @@ class _NormaliseAndMeasure(torch.autograd.Function):
         # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
         deviation = _full(x) - _by_channel(centre)
         normalised = deviation * _by_channel(scale) + _by_channel(shift)
-        offset = _group_mean(deviation, groups)
-        variance = _group_mean(deviation.square(), groups) - offset.square()
-        return as_type(normalised, x.dtype), offset + centre, variance
+        return as_type(normalised, x.dtype), *_moments(deviation, centre, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -40,13 +36,53 @@ class _NormaliseAndMeasure(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, mean = ctx.saved_tensors
         of_map, of_mean, of_variance = gradients
-        groups = len(mean)
-        count = x.numel() / mean.numel()
-        slope, constant = 2 / count * of_variance, of_mean / count
-        grouped = _full(x).unflatten(0, (groups, -1))
-        own = (grouped - _by_group(mean)) * _by_group(slope) + _by_group(constant)
-        gradient = _full(of_map) * _by_channel(scale) + own.flatten(0, 1)
+        gradient = _full(of_map) * _by_channel(scale) + _through_moments(x, mean, of_mean, of_variance)
         return as_type(gradient, x.dtype), None, None, None, None
+
+
+class _Measure(torch.autograd.Function):
+    """Return mean and biased variance of each group's channels."""
+
+    @staticmethod
+    def forward(x: Tensor, centre: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        return _moments(_full(x) - _by_channel(centre), centre, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean = ctx.saved_tensors
+        return as_type(_through_moments(x, mean, *gradients), x.dtype), None, None
+
+
+def measure(x: Tensor, centre: Tensor, groups: int) -> Moments:
+    """Mean and biased variance of each group's channels, in one pass over the maps.
+
+    Args:
+        x: [n, c, h, w].
+        centre: [c], near the means.
+        groups: number of equal groups of consecutive images.
+
+    Returns:
+        [groups, c] each, in float32 at least.
+    """
+    return Moments(*_Measure.apply(x, centre, groups))
+
+
+def _moments(deviation: Tensor, centre: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    offset = _group_mean(deviation, groups)
+    return offset + centre, _group_mean(deviation.square(), groups) - offset.square()
+
+
+def _through_moments(x: Tensor, mean: Tensor, of_mean: Tensor, of_variance: Tensor) -> Tensor:
+    """Gradient of maps through their mean and variance."""
+    count = x.numel() / mean.numel()
+    slope, constant = 2 / count * of_variance, of_mean / count
+    grouped = _full(x).unflatten(0, (len(mean), -1))
+    own: Tensor = (grouped - _by_group(mean)) * _by_group(slope) + _by_group(constant)
+    return own.flatten(0, 1)
 
 
 def _group_mean(x: Tensor, groups: int) -> Tensor:
@@ -79,6 +115,9 @@ class FusedBatchNorm(nn.BatchNorm2d):
         name: of the layer.
         layer: with running statistics; parameters and buffers are shared. None of them may change any more.
         watch: who is told; while it has no groups, the layer only normalises.
+
+    Attributes:
+        carried: whether the statistics of what it normalises are known to the watch already.
     """
 
     centre: Tensor
@@ -89,7 +128,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
         super().__init__(layer.num_features, layer.eps, affine=False)
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
-        self.name, self.watch, self.after = name, watch, extras_after(layer)
+        self.name, self.watch, self.after, self.carried = name, watch, extras_after(layer), False
         mean, variance = running_moments(layer)
         scale = (variance + layer.eps).rsqrt()
         scale = scale if layer.weight is None else scale * layer.weight.detach()
@@ -101,9 +140,12 @@ class FusedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w] with the running statistics."""
         fixed = self.centre, self.scale, self.shift
-        if self.watch.groups == 0:
+        if self.watch.groups == 0 or self.carried:
             mean, scale, shift = (_by_channel(values) for values in fixed)
             out = as_type((_full(x) - mean) * scale + shift, x.dtype)
+            if self.watch.groups:
+                assert self.watch.carried is not None
+                self.watch.note(self.name, self.watch.carried)
         else:
             out, *moments = _NormaliseAndMeasure.apply(x, *fixed, self.watch.groups)
             self.watch.note(self.name, Moments(*moments))
@@ -151,10 +193,14 @@ class FusedStatistics(BatchStatistics):
 
     Args:
         network: whose BatchNorm layers are replaced.
+
+    Attributes:
+        carried: statistics of the maps at hand, where they were measured before they are normalised.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, 0)
+        self.carried: Moments | None = None
         for name, layer in batchnorm_layers(network):
             self._batchnorm[name] = FusedBatchNorm(name, layer, self)
             network.set_submodule(name, self._batchnorm[name])
@@ -167,29 +213,11 @@ class FusedStatistics(BatchStatistics):
             return super().distance(first_multiplier)
         return self._targets.distance(self.means, self.variances, first_multiplier)
 
+    def forget(self) -> None:
+        """Let go of what was measured, and of the graph behind it."""
+        super().forget()
+        self.carried = None
+
     def note(self, name: str, moments: Moments) -> None:
         """Take down what a layer measured."""
         self._measured[name] = moments
-
-
-def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
-    """Return a copy of a frozen network, with parameters shared, whose BatchNorm layers measure what they normalise.
-
-    A network with another kind of BatchNorm, or with layers that keep no running statistics, stays as it is and has
-    hooks.
-    """
-    if not all(_is_known(layer) for _, layer in batchnorm_layers(network)):
-        watch = BatchStatistics(network, 1)
-        watch.__enter__()
-        return network, watch
-    fused = sharing_copy(network)
-    return fused, FusedStatistics(fused)
-
-
-def _is_known(layer: nn.BatchNorm2d) -> bool:
-    try:
-        running_moments(layer)
-        extras_after(layer)
-    except ConfigError:
-        return False
-    return True

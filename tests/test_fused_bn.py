@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, statistics_distance
-from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure, fuse_statistics
+from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure
+from cvdd.fusion import fuse_statistics
 from cvdd.layer_statistics import Moments
 from cvdd.voting import Judgement, Voter, judge
 

@@ -1,0 +1,99 @@
+"""Dense blocks that measure each map once, against hooks at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
+
+from cvdd.backbones.densenet import densenet
+from cvdd.fused_bn import FusedStatistics, _Measure
+from cvdd.fused_dense import MeasuredDenseBlock
+from cvdd.fusion import fuse_statistics
+from cvdd.voting import Judgement, Voter, judge
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ours": lambda: densenet(4, blocks=(2, 3), growth=4),
+    "torchvision's": lambda: TorchvisionDenseNet(4, (2, 1, 1, 3), 8, num_classes=4),
+}
+
+
+def frozen(name: str) -> nn.Module:
+    """A network in double precision whose running statistics and affine parameters differ from layer to layer."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double().eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.bias):
+                assert values is not None
+                values.copy_(0.3 * torch.randn_like(values))
+            for values in (module.running_var, module.weight):
+                assert values is not None
+                values.copy_(torch.rand_like(values) + 0.5)
+    return network
+
+
+def judged(voter: Voter, images: Tensor, r_bn: float) -> tuple[Judgement, Tensor]:
+    leaf = images.clone().requires_grad_()
+    said = judge(leaf, torch.arange(4).expand(len(images), 4), voter, r_bn=r_bn)
+    return said, torch.autograd.grad(said.value.sum(), leaf)[0]
+
+
+def blocks_of(network: nn.Module) -> list[MeasuredDenseBlock]:
+    return [module for module in network.modules() if isinstance(module, MeasuredDenseBlock)]
+
+
+@pytest.mark.parametrize("r_bn", [0.3, 0.0])
+@pytest.mark.parametrize(("name", "count"), [("ours", 2), ("torchvision's", 4)])
+def test_a_dense_network_says_what_hooks_say(name: str, count: int, r_bn: float) -> None:
+    network = frozen(name)
+    images = 2 * torch.randn(3, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double() + 0.5
+    fused, watch = fuse_statistics(network)
+    assert isinstance(watch, FusedStatistics)
+    assert len(blocks_of(fused)) == count
+    assert not blocks_of(network)
+    for _ in range(2):
+        expected, slope = judged(Voter("a", network), images, r_bn)
+        found, gradient = judged(Voter("a", fused, watch=watch), images, r_bn)
+        torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-13)
+    assert watch.carried is None
+
+
+def test_parameters_are_shared() -> None:
+    network = frozen("ours")
+    fused, _ = fuse_statistics(network)
+    assert {id(one) for one in fused.parameters()} == {id(one) for one in network.parameters()}
+
+
+def test_a_block_that_nothing_known_follows_stays() -> None:
+    network = frozen("ours")
+    network.trans1 = nn.Sequential(nn.Identity(), network.trans1)
+    fused, watch = fuse_statistics(network)
+    assert len(blocks_of(fused)) == 1
+    images = torch.randn(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    expected, found = (judged(voter, images, 0.3)[0] for voter in (Voter("a", network), Voter("a", fused, watch=watch)))
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
+
+
+def test_the_gradient_of_what_is_measured_is_that_of_finite_differences() -> None:
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 2, 5, generator=source, dtype=torch.float64, requires_grad=True)
+    centre = torch.randn(3, generator=source, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _Measure.apply(x, centre, 2), (x,))
+
+
+@pytest.mark.slow
+def test_compiled_it_says_the_same() -> None:
+    network = frozen("ours").float()
+    images = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fused, watch = fuse_statistics(network)
+    expected, slope = judged(Voter("a", network), images, 0.3)
+    leaf = images.clone().requires_grad_()
+    said = torch.compile(judge)(leaf, torch.arange(4).expand(2, 4), Voter("a", fused, watch=watch), r_bn=0.3)
+    gradient = torch.autograd.grad(said.value.sum(), leaf)[0]
+    torch.testing.assert_close(tuple(said), tuple(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-6)
