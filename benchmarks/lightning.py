@@ -18,8 +18,7 @@ import torch
 
 from benchmarks import engine
 from benchmarks.cases import Case, make_program
-from cvdd.allocator import keep_freed_memory
-from cvdd.runtime import hide_absent_gpus
+from benchmarks.limits import usable_device
 
 CASES = {
     "images of digits": Case(
@@ -102,10 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=3, help="of which the median is shown")
     wanted = parser.parse_args()
-    hide_absent_gpus()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = usable_device()
     for name, case in CASES.items():
         taken = [shares(case, device) for _ in range(wanted.repetitions)]
         parts = sorted(1 - share.working / share.whole for share in taken)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cvdd.allocator import keep_freed_memory
+from cvdd.runtime import hide_absent_gpus
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -113,6 +116,15 @@ def count_work(step: Callable[[], object]) -> Work:
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_device() -> torch.device:
+    """A GPU if there is one, or else the CPU with what every command does there."""
+    hide_absent_gpus()
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 def measure_limits(device: torch.device, seconds: float | None = None) -> Limits:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import tempfile
 from multiprocessing.synchronize import Barrier
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from benchmarks.cases import Case, make_program
-from benchmarks.limits import synchronise, usable_cores
+from benchmarks.limits import synchronise, usable_cores, usable_device
 from benchmarks.timing import Program, Stopwatch, alternate, ratio
-from cvdd.allocator import keep_freed_memory
 from cvdd.backbones import build_network
 from cvdd.runtime import hide_absent_gpus
 
-SMALLER = {"digits": ("mobilenetv2",), "cifar": ("resnet18",)}
+STUDENTS = {"digits": ("mobilenetv2",), "cifar": ("resnet18",)}
 
 
 def student_program(case: Case, device: torch.device, folder: Path) -> Program:
@@ -121,18 +119,13 @@ def stacked(case: Case, device: torch.device, seeds: int, repetitions: int) -> f
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=sorted(SMALLER), default="cifar", help="sizes and networks")
+    parser.add_argument("--data", choices=sorted(STUDENTS), default="cifar", help="sizes and networks")
     parser.add_argument("--seeds", type=int, default=3, help="of the student")
     parser.add_argument("--epochs", type=int, default=1, help="in a repetition")
     parser.add_argument("--repetitions", type=int, default=3, help="of each way")
     wanted = parser.parse_args()
-    hide_absent_gpus()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-        # One thread more than there are cores costs more than it does.
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-    case = Case("student", wanted.data, SMALLER[wanted.data], images=100, steps=wanted.epochs)
+    device = usable_device()
+    case = Case("student", wanted.data, STUDENTS[wanted.data], images=100, steps=wanted.epochs)
     singly = statistics.median(in_turn(case, device, wanted.seeds, wanted.repetitions))
     beside_each_other = statistics.median(in_processes(case, device, wanted.seeds, wanted.repetitions))
     print(f"{wanted.seeds} seeds of {case.name}, medians of {wanted.repetitions}, {device.type}")

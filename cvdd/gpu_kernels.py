@@ -22,6 +22,24 @@ def _tiles(width: int, channels: int, rows: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _own(channels, out_width, columns: tl.constexpr, lanes: tl.constexpr):
+    """Channels and places of a row that a program computes, and the row, counted over all images."""
+    program = tl.program_id(0)
+    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
+    c = (program % slices) * lanes + tl.arange(0, lanes)
+    j = (program // slices % strips) * columns + tl.arange(0, columns)
+    return c, j, program // (slices * strips)
+
+
+@triton.jit
+def _window(left, stride: tl.constexpr, row, width, c, channels):
+    """Where in memory the windows of a row begin that see places ``left``, and which of them there are."""
+    b = left // stride
+    inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & (c < channels)[None, :]
+    return (row * width + b)[:, None] * channels + c[None, :], inside
+
+
+@triton.jit
 def _depthwise_back(
     gradient,
     taps,
@@ -41,23 +59,15 @@ def _depthwise_back(
 
     ``a = (i + padding - k) / stride``, where there is no remainder, and ``b`` likewise.
     """
-    program = tl.program_id(0)
-    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
-    c = (program % slices) * lanes + tl.arange(0, lanes)
-    j = (program // slices % strips) * columns + tl.arange(0, columns)
-    row = program // (slices * strips)
-    n, i = row // out_height, row % out_height
-    known = c < channels
+    c, j, row = _own(channels, out_width, columns, lanes)
+    n, i, known = row // out_height, row % out_height, c < channels
     total = tl.full([columns, lanes], 0.0, tl.float32)
     for k in tl.static_range(size):
         above = i + padding - k
         a = above // stride
         if (above >= 0) & (a * stride == above) & (a < height):
             for m in tl.static_range(size):
-                left = j + padding - m
-                b = left // stride
-                inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & known[None, :]
-                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
+                place, inside = _window(j + padding - m, stride, n * height + a, width, c, channels)
                 given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
                 tap = tl.load(taps + (k * size + m) * channels + c, mask=known, other=0.0)
                 total += given * tap[None, :]
@@ -106,13 +116,8 @@ def _largest(
     columns: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
-    c = (program % slices) * lanes + tl.arange(0, lanes)
-    j = (program // slices % strips) * columns + tl.arange(0, columns)
-    row = program // (slices * strips)
-    n, i = row // out_height, row % out_height
-    known = c < channels
+    c, j, row = _own(channels, out_width, columns, lanes)
+    n, i, known = row // out_height, row % out_height, c < channels
     best = tl.full([columns, lanes], float("-inf"), tl.float32)
     found = tl.full([columns, lanes], 0, tl.int32)
     for k in tl.static_range(size):
@@ -173,23 +178,15 @@ def _to_largest(
     columns: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    slices, strips = (channels + lanes - 1) // lanes, (out_width + columns - 1) // columns
-    c = (program % slices) * lanes + tl.arange(0, lanes)
-    j = (program // slices % strips) * columns + tl.arange(0, columns)
-    row = program // (slices * strips)
-    n, i = row // out_height, row % out_height
-    known = c < channels
+    c, j, row = _own(channels, out_width, columns, lanes)
+    n, i, known = row // out_height, row % out_height, c < channels
     total = tl.full([columns, lanes], 0.0, tl.float32)
     for k in tl.static_range(size):
         above = i + padding - k
         a = above // stride
         if (above >= 0) & (a * stride == above) & (a < height):
             for m in tl.static_range(size):
-                left = j + padding - m
-                b = left // stride
-                inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & known[None, :]
-                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
+                place, inside = _window(j + padding - m, stride, n * height + a, width, c, channels)
                 given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
                 chosen = tl.load(where + place, mask=inside, other=255)
                 total += tl.where(chosen == k * size + m, given, 0.0)

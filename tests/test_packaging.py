@@ -77,8 +77,9 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
 def test_every_import_is_a_requirement() -> None:
     names = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
     distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "hydra": "hydra-core", "yaml": "pyyaml"}
-    # pydantic brings its own core; wandb and what follows it are imported only where their extra is asked for.
-    optional = {"pydantic_core", "wandb", "wandb_workspaces", "tensorboard"}
+    # pydantic brings its own core, and PyTorch for GPUs brings Triton, which is imported only where there is one; wandb
+    # and what follows it are imported only where their extra is asked for.
+    optional = {"pydantic_core", "triton", "wandb", "wandb_workspaces", "tensorboard"}
     for path in (ROOT / "cvdd").rglob("*.py"):
         for module in _imports(path) - set(sys.stdlib_module_names) - optional - {"cvdd"}:
             assert canonicalize_name(distributions.get(module, module)) in names, f"{path.name} imports {module}"
