@@ -210,7 +210,12 @@ def arguments() -> argparse.Namespace:
         "--compile-when-needed", action="store_true", help="on a GPU, not all networks before anything is measured"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", default=None, metavar="NAME", help="of the file in benchmarks/results (cpu, or gpu)")
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="NAME",
+        help="of the file in benchmarks/results (cpu, or gpu; of some cases alone cpu_part, or gpu_part)",
+    )
     parser.add_argument("--list", action="store_true", help="only list the cases")
     return parser.parse_args()
 
@@ -233,7 +238,9 @@ def main() -> None:
         torch.set_num_threads(wanted.threads)
     device = torch.device("cuda") if wanted.gpu else torch.device("cpu")
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{wanted.out or device.type}.json"
+    # A part of the cases must not take the place of all of them.
+    part = "_part" if wanted.only or wanted.steps or wanted.set else ""
+    path = RESULTS / f"{wanted.out or device.type + part}.json"
 
     def save(result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
