@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cvdd.copies import with_layers
+
 
 class SlicedDepthwise(nn.Conv2d):
     """A strided depthwise convolution that computes all places and keeps those that the stride asks for.
@@ -27,7 +29,10 @@ class SlicedDepthwise(nn.Conv2d):
 
 def without_strided_depthwise(network: nn.Module) -> nn.Module:
     """Replace a network's strided depthwise convolutions, in place; return it."""
-    for name, module in list(network.named_modules()):
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1:
-            network.set_submodule(name, SlicedDepthwise(module))
-    return network
+    return with_layers(network, _sliced)
+
+
+def _sliced(module: nn.Module) -> nn.Module | None:
+    if type(module) is not nn.Conv2d or max(module.stride) == 1 or module.groups == 1:
+        return None
+    return SlicedDepthwise(module) if module.groups == module.in_channels else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +20,13 @@ from cvdd.fused_bn import FusedBatchNorm, FusedStatistics, measure
 from cvdd.layer_statistics import Moments
 
 
-class _Dense(NamedTuple):
-    """What a dense block consists of.
-
-    Attributes:
-        layers: first norm and convolution, second norm and convolution of each.
-        new_first: whether a layer's maps come before those that it was given, or after.
-    """
-
-    layers: list[tuple[nn.Module, nn.Module, nn.Module, nn.Module]]
-    new_first: bool
-
-
 class _Growth(nn.Module):
     """The maps that a layer adds."""
 
     def __init__(self, norm1: nn.Module, conv1: nn.Module, norm2: nn.Module, conv2: nn.Module) -> None:
         super().__init__()
+        assert isinstance(norm1, FusedBatchNorm)
+        assert isinstance(conv2, nn.Conv2d)
         self.norm1, self.conv1, self.norm2, self.conv2 = norm1, conv1, norm2, conv2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,82 +39,61 @@ class MeasuredDenseBlock(nn.Module):
     """A dense block of a network in evaluation mode.
 
     Args:
-        dense: its layers, whose norms are fused.
+        layers: of the block, whose norms are fused.
+        new_first: whether a layer's maps come before those that it was given, or after.
         following: the norm of all its maps, after the block.
         watch: who is told.
     """
 
-    def __init__(self, dense: _Dense, following: FusedBatchNorm, watch: FusedStatistics) -> None:
+    def __init__(
+        self, layers: Sequence[_Growth], new_first: bool, following: FusedBatchNorm, watch: FusedStatistics
+    ) -> None:
         super().__init__()
-        self.growths = nn.ModuleList(_Growth(*parts) for parts in dense.layers)
-        self.new_first, self.watch = dense.new_first, watch
-        norms = [parts[0] for parts in dense.layers] + [following]
-        centres: list[Tensor] = []
-        for norm, (*_, last) in zip(norms[1:], dense.layers, strict=True):
-            assert isinstance(norm, FusedBatchNorm)
-            assert isinstance(last, nn.Conv2d)
-            width = last.out_channels
-            centres.append(norm.centre[:width] if dense.new_first else norm.centre[-width:])
-        for norm in norms:
-            assert isinstance(norm, FusedBatchNorm)
+        self.layers, self.new_first, self.watch = nn.ModuleList(layers), new_first, watch
+        # Norm number k normalises what came in and the maps of k layers.
+        self._norms = [*(layer.norm1 for layer in layers), following]
+        for norm in self._norms:
             norm.carried = True
-        first = norms[0]
-        assert isinstance(first, FusedBatchNorm)
-        for number, centre in enumerate([first.centre, *centres]):
-            self.register_buffer(f"centre{number}", centre, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """From [n, c, h, w] to the maps that came in and those of all layers, as the block orders them."""
         watch, groups = self.watch, self.watch.groups
-        moments = measure(x, self.get_buffer("centre0"), groups) if groups else None
-        for number, growth in enumerate(self.growths, start=1):
+        centres = [norm.centre for norm in self._norms]
+        moments = measure(x, centres[0], groups) if groups else None
+        for layer, centre in zip(self.layers, centres[1:], strict=True):
             watch.carried = moments
-            new = growth(x)
+            new = layer(x)
             if moments is not None:
-                own = measure(new, self.get_buffer(f"centre{number}"), groups)
-                moments = Moments(*(torch.cat(self._ordered(*pair), dim=1) for pair in zip(own, moments, strict=True)))
-            x = torch.cat(self._ordered(new, x), dim=1)
+                added = new.shape[1]
+                own = measure(new, centre[:added] if self.new_first else centre[-added:], groups)
+                moments = Moments(*(self._joined(*pair) for pair in zip(own, moments, strict=True)))
+            x = self._joined(new, x)
         watch.carried = moments
         return x
 
-    def _ordered(self, new: Tensor, before: Tensor) -> list[Tensor]:
-        return [new, before] if self.new_first else [before, new]
+    def _joined(self, new: Tensor, before: Tensor) -> Tensor:
+        return torch.cat([new, before] if self.new_first else [before, new], dim=1)
 
 
 def measure_once(network: nn.Module, watch: FusedStatistics) -> None:
-    """Replace the dense blocks of a fused network, in place, where it is known what follows them."""
+    """Replace the dense blocks of a fused network, in place, where a norm of all their maps follows at once."""
     for path, parent in list(network.named_modules()):
-        children = list(parent.named_children())
-        for (name, block), (_, after) in itertools.pairwise(children):
-            dense, following = _dense_of(block), _first_norm(after)
-            if dense is not None and following is not None and _carries(dense, following):
-                network.set_submodule(f"{path}.{name}".lstrip("."), MeasuredDenseBlock(dense, following, watch))
+        for (name, block), (_, after) in itertools.pairwise(list(parent.named_children())):
+            following = after if isinstance(after, FusedBatchNorm) else next(after.children(), None)
+            names = _norms_and_convolutions(block)
+            if names is None or not isinstance(following, FusedBatchNorm):
+                continue
+            layers = [_Growth(*(layer.get_submodule(part) for part in names)) for layer in block.children()]
+            if following.num_features == layers[-1].norm1.num_features + layers[-1].conv2.out_channels:
+                measured = MeasuredDenseBlock(layers, type(block) is nn.Sequential, following, watch)
+                network.set_submodule(f"{path}.{name}".lstrip("."), measured)
 
 
-def _dense_of(block: nn.Module) -> _Dense | None:
-    layers: Sequence[nn.Module] = list(block.children())
-    if type(block) is nn.Sequential and layers and all(type(layer) is DenseLayer for layer in layers):
-        return _Dense([_parts(layer, "bn1", "conv1", "bn2", "conv2") for layer in layers], True)
-    known = torchvision_densenet._DenseLayer
-    if type(block) is torchvision_densenet._DenseBlock and all(type(layer) is known for layer in layers):
-        return _Dense([_parts(layer, "norm1", "conv1", "norm2", "conv2") for layer in layers], False)
+def _norms_and_convolutions(block: nn.Module) -> tuple[str, str, str, str] | None:
+    """What the layers of a dense block call their parts, in order; None for another module."""
+    kinds = {type(layer) for layer in block.children()}
+    if type(block) is nn.Sequential and kinds == {DenseLayer}:
+        return "bn1", "conv1", "bn2", "conv2"
+    if type(block) is torchvision_densenet._DenseBlock and kinds == {torchvision_densenet._DenseLayer}:
+        return "norm1", "conv1", "norm2", "conv2"
     return None
-
-
-def _parts(layer: nn.Module, *names: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-    one, two, three, four = (layer.get_submodule(name) for name in names)
-    return one, two, three, four
-
-
-def _first_norm(module: nn.Module) -> FusedBatchNorm | None:
-    found = module if isinstance(module, FusedBatchNorm) else next(module.children(), None)
-    return found if isinstance(found, FusedBatchNorm) else None
-
-
-def _carries(dense: _Dense, following: FusedBatchNorm) -> bool:
-    last, *_, convolution = dense.layers[-1]
-    return (
-        isinstance(last, FusedBatchNorm)
-        and isinstance(convolution, nn.Conv2d)
-        and following.num_features == last.num_features + convolution.out_channels
-    )

@@ -32,75 +32,6 @@ def _own(channels, out_width, columns: tl.constexpr, lanes: tl.constexpr):
 
 
 @triton.jit
-def _window(left, stride: tl.constexpr, row, width, c, channels):
-    """Where in memory the windows of a row begin that see places ``left``, and which of them there are."""
-    b = left // stride
-    inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & (c < channels)[None, :]
-    return (row * width + b)[:, None] * channels + c[None, :], inside
-
-
-@triton.jit
-def _depthwise_back(
-    gradient,
-    taps,
-    out,
-    height,
-    width,
-    channels,
-    out_height,
-    out_width,
-    size: tl.constexpr,
-    padding: tl.constexpr,
-    stride: tl.constexpr,
-    columns: tl.constexpr,
-    lanes: tl.constexpr,
-):
-    """One row of places: out[n, i, j, c] = sum over taps (k, m) of gradient[n, a, b, c] taps[k, m, c].
-
-    ``a = (i + padding - k) / stride``, where there is no remainder, and ``b`` likewise.
-    """
-    c, j, row = _own(channels, out_width, columns, lanes)
-    n, i, known = row // out_height, row % out_height, c < channels
-    total = tl.full([columns, lanes], 0.0, tl.float32)
-    for k in tl.static_range(size):
-        above = i + padding - k
-        a = above // stride
-        if (above >= 0) & (a * stride == above) & (a < height):
-            for m in tl.static_range(size):
-                place, inside = _window(j + padding - m, stride, n * height + a, width, c, channels)
-                given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-                tap = tl.load(taps + (k * size + m) * channels + c, mask=known, other=0.0)
-                total += given * tap[None, :]
-    place = (row * out_width + j)[:, None] * channels + c[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(j < out_width)[:, None] & known[None, :])
-
-
-def depthwise_back(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, width: int) -> Tensor:
-    """Gradient of a convolution of each channel by itself, with respect to its images.
-
-    Args:
-        gradient: [n, c, h, w] of its result, on a GPU, channels-last.
-        taps: [k, k, c] float32.
-        padding: places around the images.
-        stride: between places of the result.
-        height: of the images.
-        width: of the images.
-
-    Returns:
-        [n, c, height, width], channels-last.
-    """
-    n, c, rows, places = gradient.shape
-    out = torch.empty(
-        (n, c, height, width), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
-    )
-    columns, lanes, programs = _tiles(width, c, n * height)
-    _depthwise_back[(programs,)](
-        gradient, taps, out, rows, places, c, height, width, len(taps), padding, stride, columns, lanes
-    )
-    return out
-
-
-@triton.jit
 def _largest(
     x,
     out,
@@ -163,21 +94,27 @@ def largest(x: Tensor, size: int, padding: int, stride: int, height: int, width:
 
 
 @triton.jit
-def _to_largest(
+def _back(
     gradient,
-    where,
+    beside,
     out,
     height,
     width,
     channels,
     out_height,
     out_width,
+    weighted: tl.constexpr,
     size: tl.constexpr,
     padding: tl.constexpr,
     stride: tl.constexpr,
     columns: tl.constexpr,
     lanes: tl.constexpr,
 ):
+    """One row of places: out[n, i, j, c] = sum over k, m of gradient[n, a, b, c], each times what it counts.
+
+    ``a = (i + padding - k) / stride``, where there is no remainder, and ``b`` likewise from j and m. It counts
+    ``beside[k, m, c]`` if weighted, or 1 where ``beside[n, a, b, c]`` is ``k * size + m`` and 0 elsewhere.
+    """
     c, j, row = _own(channels, out_width, columns, lanes)
     n, i, known = row // out_height, row % out_height, c < channels
     total = tl.full([columns, lanes], 0.0, tl.float32)
@@ -186,12 +123,36 @@ def _to_largest(
         a = above // stride
         if (above >= 0) & (a * stride == above) & (a < height):
             for m in tl.static_range(size):
-                place, inside = _window(j + padding - m, stride, n * height + a, width, c, channels)
+                left = j + padding - m
+                b = left // stride
+                inside = ((left >= 0) & (b * stride == left) & (b < width))[:, None] & known[None, :]
+                place = ((n * height + a) * width + b)[:, None] * channels + c[None, :]
                 given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-                chosen = tl.load(where + place, mask=inside, other=255)
-                total += tl.where(chosen == k * size + m, given, 0.0)
+                if weighted:
+                    tap = tl.load(beside + (k * size + m) * channels + c, mask=known, other=0.0)
+                    total += given * tap[None, :]
+                else:
+                    chosen = tl.load(beside + place, mask=inside, other=255)
+                    total += tl.where(chosen == k * size + m, given, 0.0)
     place = (row * out_width + j)[:, None] * channels + c[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(j < out_width)[:, None] & known[None, :])
+
+
+def depthwise_back(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, width: int) -> Tensor:
+    """Gradient of a convolution of each channel by itself, with respect to its images.
+
+    Args:
+        gradient: [n, c, h, w] of its result, on a GPU, channels-last.
+        taps: [k, k, c] float32.
+        padding: places around the images.
+        stride: between places of the result.
+        height: of the images.
+        width: of the images.
+
+    Returns:
+        [n, c, height, width], channels-last.
+    """
+    return _launch_back(gradient, taps, True, len(taps), padding, stride, height, width)
 
 
 def to_largest(
@@ -211,12 +172,17 @@ def to_largest(
     Returns:
         [n, c, height, width], channels-last.
     """
+    return _launch_back(gradient, where, False, size, padding, stride, height, width)
+
+
+def _launch_back(
+    gradient: Tensor, beside: Tensor, weighted: bool, size: int, padding: int, stride: int, height: int, width: int
+) -> Tensor:
     n, c, rows, places = gradient.shape
     out = torch.empty(
         (n, c, height, width), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
     )
     columns, lanes, programs = _tiles(width, c, n * height)
-    _to_largest[(programs,)](
-        gradient, where, out, rows, places, c, height, width, size, padding, stride, columns, lanes
-    )
+    shapes = rows, places, c, height, width
+    _back[(programs,)](gradient, beside, out, *shapes, weighted, size, padding, stride, columns, lanes)
     return out

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 from torch.nn.grad import conv2d_input
 
+from cvdd.copies import with_layers
+from cvdd.stem import is_square_convolution
+
 ALIGNED = 16
 """Channels are a multiple of this where a kernel reads eight at once."""
 
@@ -22,6 +25,10 @@ LARGEST_INDEX = 2**31
 
 def _channels_last(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last)
+
+
+def _like(values: Tensor, height: int, width: int) -> Tensor:
+    return values.new_empty((*values.shape[:2], height, width)).to(memory_format=torch.channels_last)
 
 
 # --- depthwise convolutions -------------------------------------------------------------------------------------------
@@ -41,7 +48,7 @@ def depthwise_back(gradient: Tensor, taps: Tensor, padding: int, stride: int, he
 
 @depthwise_back.register_fake
 def _(gradient: Tensor, taps: Tensor, padding: int, stride: int, height: int, width: int) -> Tensor:
-    return gradient.new_empty((*gradient.shape[:2], height, width)).to(memory_format=torch.channels_last)
+    return _like(gradient, height, width)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -126,13 +133,13 @@ def largest_back(
 @largest.register_fake
 def _(x: Tensor, size: int, padding: int, stride: int) -> tuple[Tensor, Tensor]:
     height, width = (_places(side, size, padding, stride) for side in x.shape[2:])
-    values = x.new_empty((*x.shape[:2], height, width)).to(memory_format=torch.channels_last)
+    values = _like(x, height, width)
     return values, torch.empty_like(values, dtype=torch.uint8)
 
 
 @largest_back.register_fake
 def _(gradient: Tensor, where: Tensor, size: int, padding: int, stride: int, height: int, width: int) -> Tensor:
-    return gradient.new_empty((*gradient.shape[:2], height, width)).to(memory_format=torch.channels_last)
+    return _like(gradient, height, width)
 
 
 def _places(side: int, size: int, padding: int, stride: int) -> int:
@@ -180,29 +187,23 @@ class Largest(nn.Module):
 
 def with_gpu_layers(network: nn.Module) -> nn.Module:
     """Replace layers of a frozen network, in place, where this module has better ones for a GPU; return it."""
-    for name, module in list(network.named_modules()):
-        replacement: nn.Module | None = None
-        if isinstance(module, nn.Conv2d) and _is_depthwise(module):
-            replacement = Depthwise(module)
-        elif isinstance(module, nn.MaxPool2d) and _is_plain_pooling(module):
-            replacement = Largest(module)
-        if replacement is not None:
-            network.set_submodule(name, replacement)
-    return network
+    return with_layers(network, _better)
+
+
+def _better(module: nn.Module) -> nn.Module | None:
+    if is_square_convolution(module) and _is_depthwise(module):
+        return Depthwise(module)
+    if isinstance(module, nn.MaxPool2d) and _is_plain_pooling(module):
+        return Largest(module)
+    return None
 
 
 def _is_depthwise(module: nn.Conv2d) -> bool:
-    sides = module.kernel_size, module.stride, module.padding, module.dilation
     return (
-        type(module) is nn.Conv2d
-        and module.groups == module.in_channels == module.out_channels
+        module.groups == module.in_channels == module.out_channels
         and module.in_channels % ALIGNED == 0
         and module.bias is None
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and all(len(set(side)) == 1 for side in sides)
-        and module.dilation[0] == 1
-        and module.padding[0] < module.kernel_size[0] <= 7
+        and int(module.padding[0]) < module.kernel_size[0] <= 7
     )
 
 

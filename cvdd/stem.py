@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
+
+from cvdd.copies import with_layers
 
 ALIGNED = 8
 """Channels are a multiple of this where matrix units in half precision are to be used."""
@@ -58,25 +62,22 @@ def _blocks(x: Tensor) -> Tensor:
     return x.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, height // 2, -1)
 
 
-def can_be_folded(module: nn.Module) -> bool:
-    """Whether a module is a square convolution with stride 2 of few channels, with zeros around the images."""
+def is_square_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a convolution that treats both axes alike, without gaps, with zeros around the images."""
     return (
         type(module) is nn.Conv2d
-        and module.in_channels <= 4
-        and module.groups == 1
-        and module.stride == (2, 2)
-        and module.dilation == (1, 1)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and module.kernel_size[0] == module.kernel_size[1]
-        and module.padding[0] == module.padding[1]
+        and module.dilation == (1, 1)
+        and all(side[0] == side[1] for side in (module.kernel_size, module.stride, module.padding))
     )
+
+
+def can_be_folded(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a square convolution with stride 2 of few channels."""
+    return is_square_convolution(module) and module.in_channels <= 4 and module.groups == 1 and module.stride == (2, 2)
 
 
 def with_folded_stem(network: nn.Module) -> nn.Module:
     """Replace a network's convolutions that can be folded, in place; return it."""
-    for name, module in list(network.named_modules()):
-        if can_be_folded(module):
-            assert isinstance(module, nn.Conv2d)
-            network.set_submodule(name, FoldedStem(module))
-    return network
+    return with_layers(network, lambda module: FoldedStem(module) if can_be_folded(module) else None)
