@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 import torch._functorch.config
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from cvdd.backbones import BackboneConfig, build_network
+from cvdd.backbones import BackboneConfig
 from cvdd.config_base import ConfigError
 from cvdd.copies import sharing_copy
 from cvdd.depthwise import without_strided_depthwise
+from cvdd.footprint import profile_of
 from cvdd.fusion import fuse_statistics
 from cvdd.schema import EngineConfig, MethodConfig
 from cvdd.schema.method import StatisticsConfig
@@ -156,6 +156,11 @@ class Passes:
         compiled = {"compiled": True} if self.compile else {}
         return compiled | ({"precision": self.precision} if self.precision != "fp32" else {})
 
+    def compiled(self, network: nn.Module) -> Callable[..., torch.Tensor] | None:
+        """Return the compiled forward pass of a network, for one shape; None if nothing is compiled."""
+        # A function and not a module, so that the network's parameters are not found twice.
+        return torch.compile(network.forward, dynamic=False) if self.compile else None
+
     def around(self, device: torch.device) -> AbstractContextManager[object]:
         """Return what a forward pass is made inside."""
         if self.precision == "fp32":
@@ -225,14 +230,19 @@ def passes_of_labels(
 
 def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:
     """Decide how students compute."""
-    compiled = config.compile_students and has_compiler(device.type)
-    return Passes(compiled, precision_of(config.precision_students, device), records(config.cuda_graphs, device))
+    return _passes_while_learning(config.compile_students, config.precision_students, config, device)
 
 
 def passes_of_members(config: EngineConfig, device: torch.device) -> Passes:
     """Decide how members compute while they are trained."""
-    compiled = config.compile_members and has_compiler(device.type)
-    return Passes(compiled, precision_of(config.precision_members, device), records(config.cuda_graphs, device))
+    return _passes_while_learning(config.compile_members, config.precision_members, config, device)
+
+
+def _passes_while_learning(
+    compiled: bool, precision: Literal["auto", "fp32", "bf16"], config: EngineConfig, device: torch.device
+) -> Passes:
+    compiled = compiled and has_compiler(device.type)
+    return Passes(compiled, precision_of(precision, device), records(config.cuda_graphs, device))
 
 
 def can_be_recorded(method: MethodConfig, split: bool) -> bool:
@@ -295,18 +305,9 @@ def has_compiler(device: Literal["cpu", "cuda"] | str) -> bool:
     return found
 
 
-@functools.cache
-def _flops(backbone: str, classes: int, size: int) -> int:
-    network = build_network(BackboneConfig.model_validate_json(backbone), classes, 0).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, size, size))
-    return int(counter.get_total_flops())
-
-
 def forward_flops(backbone: BackboneConfig, classes: int, size: int) -> int:
     """Floating-point operations of a network's forward pass for one image; a multiplication and an addition are two."""
-    untrained = backbone.model_copy(update={"pretrained": False})
-    return _flops(untrained.model_dump_json(), classes, size)
+    return int(profile_of(backbone, classes, size, "forward").flops)
 
 
 def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) -> Voter:

@@ -127,15 +127,15 @@ def free_memory(device: torch.device) -> float:
     return 4e9
 
 
-def activation_bytes(backbone: BackboneConfig, classes: int, size: int, mode: Mode) -> float:
-    """Bytes that one image takes in a network in full precision, as :class:`Profile` has them; random weights do."""
-    return _activation_bytes(backbone.model_copy(update={"pretrained": False}).model_dump_json(), classes, size, mode)
+def profile_of(backbone: BackboneConfig, classes: int, size: int, mode: Mode) -> Profile:
+    """Return the profile of a backbone, counted once; random weights do."""
+    return _profile_of(backbone.model_copy(update={"pretrained": False}).model_dump_json(), classes, size, mode)
 
 
 @functools.cache
-def _activation_bytes(backbone: str, classes: int, size: int, mode: Mode) -> float:
+def _profile_of(backbone: str, classes: int, size: int, mode: Mode) -> Profile:
     network = build_network(BackboneConfig.model_validate_json(backbone), classes, 0)
-    return profile(network, classes, size, mode).activations
+    return profile(network, classes, size, mode)
 
 
 def surely_fits(images: int, size: int, networks: int, device: torch.device) -> bool:

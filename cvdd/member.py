@@ -52,8 +52,7 @@ class MemberModule(Classifier):
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self._pixels, self._labels = pixels, labels
         self._passes = passes or Passes()
-        # A function and not a module, so that the network's parameters are not found twice.
-        self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
+        self._compiled = self._passes.compiled(self.network)
 
     def on_fit_start(self) -> None:
         """Bring the images to the device, and make ready to record steps there."""
@@ -116,9 +115,8 @@ class MemberModule(Classifier):
         shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
         if shown.device.type == "cuda":
             shown = shown.contiguous(memory_format=torch.channels_last)
-        full = self._compiled is not None and len(shown) == part_size(self.recipe)
-        forward = self._compiled if full else self.network
-        assert forward is not None
+        full = len(shown) == part_size(self.recipe)
+        forward = self.network if self._compiled is None or not full else self._compiled
         with self._passes.around(shown.device):
             logits: Tensor = forward(shown)
         return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)

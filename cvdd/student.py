@@ -62,8 +62,7 @@ class StudentModule(Classifier):
         self.register_buffer("classes", classes, persistent=False)
         self.part = max(batch_size // protocol.accumulation, 1)
         self._passes = passes or Passes()
-        # A function and not a module, so that the network's parameters are not found twice.
-        self._compiled = torch.compile(self.network.forward, dynamic=False) if self._passes.compile else None
+        self._compiled = self._passes.compiled(self.network)
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def on_fit_start(self) -> None:

@@ -31,7 +31,7 @@ class Teachers:
     ) -> None:
         self.label = label
         self._passes = passes or Passes()
-        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
+        self._compiled: dict[nn.Module, Callable[..., Tensor] | None] = {}
         self._samples: int | None = None
         self._recorded: dict[int, Recorded] = {}
         self._streams: list[torch.cuda.Stream] = []
@@ -84,11 +84,11 @@ class Teachers:
         return total
 
     def _ready(self, network: nn.Module, samples: Tensor) -> Callable[..., Tensor]:
-        if not self._passes.compile or len(samples) != self._samples:
+        if len(samples) != self._samples:
             return network
         if network not in self._compiled:
-            self._compiled[network] = torch.compile(network.forward, dynamic=False)
-        return self._compiled[network]
+            self._compiled[network] = self._passes.compiled(network)
+        return self._compiled[network] or network
 
     def _logits(self, network: Callable[..., Tensor], samples: Tensor, batch_size: int) -> Tensor:
         if self.label.bn_mode == "running":

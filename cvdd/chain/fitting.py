@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from cvdd.artifact import write_atomically
 from cvdd.context import Context
 from cvdd.engine import Engine, Passes, judges_by_unit
-from cvdd.footprint import SHARE, activation_bytes, free_memory, surely_fits
+from cvdd.footprint import SHARE, free_memory, profile_of, surely_fits
 from cvdd.units import Stack
 
 log = logging.getLogger(__name__)
+
+LESS_MEMORY = "less_memory.tmp"
+"""Written into an unfinished artefact where memory was short."""
+
+
+def remembered(work: Path) -> dict[str, Any]:
+    """Return what was chosen for an unfinished artefact because memory was short; nothing if it was not."""
+    path = work / LESS_MEMORY
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def remember(work: Path, **chosen: Any) -> None:
+    """Write down what was chosen, so that later parts, and a resumed run, need not find out again."""
+    if chosen != remembered(work):
+        write_atomically(work / LESS_MEMORY, json.dumps(chosen).encode())
+
+
+def forget(work: Path) -> dict[str, Any]:
+    """Return what was chosen for an artefact that is finished now, and remove it."""
+    chosen = remembered(work)
+    (work / LESS_MEMORY).unlink(missing_ok=True)
+    return chosen
 
 
 def fit_units(context: Context, engine: Engine, stacks: Sequence[Stack]) -> Engine:
@@ -34,7 +61,7 @@ def fit_units(context: Context, engine: Engine, stacks: Sequence[Stack]) -> Engi
     size, classes = data.image_size, len(data.classes)
     half = 0.5 if engine.precision == "bf16" else 1.0
     each = {
-        index: half * activation_bytes(members[index].backbone, classes, size, "vote")
+        index: half * profile_of(members[index].backbone, classes, size, "vote").activations
         for index in {index for stack in stacks for index in stack.draw}
     }
 
@@ -74,7 +101,7 @@ def fit_batches(context: Context, names: Sequence[str], passes: Passes) -> int:
     if surely_fits(label.batch_size * label.stack, size, len(names), context.device):
         return label.stack
     backbones = [config.committee.members[name].backbone for name in names]
-    each = [activation_bytes(backbone, len(data.classes), size, "forward") for backbone in backbones]
+    each = [profile_of(backbone, len(data.classes), size, "forward").activations for backbone in backbones]
     # Groups are normalised in copies, and recorded teachers label side by side.
     batch = 2 * label.batch_size * (sum(each) if passes.record else max(each, default=0.0))
     free, stack = SHARE * free_memory(context.device), label.stack

@@ -15,9 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
-from cvdd.artifact.files import write_atomically
 from cvdd.chain.apm import make_apm_images
-from cvdd.chain.fitting import fit_units
+from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.mtt import make_mtt_images
@@ -32,9 +31,6 @@ from cvdd.engine import Engine, Work, choose_engine
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
 from cvdd.units import Stack, Unit, plan_stacks, plan_units
-
-FEWER_UNITS = "less_memory.tmp"
-"""Written where memory was short."""
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
@@ -96,8 +92,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
-            if method.iterations and not split and not (work / FEWER_UNITS).exists():
-                _note_units_per_pass(work, engine, fit_units(context, engine, stacks), stacks)
+            if method.iterations and not split and not remembered(work):
+                _note_engine(work, engine, fit_units(context, engine, stacks), stacks)
 
             def make(index: int) -> None:
                 stack = stacks[index]
@@ -105,17 +101,16 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                     context.world.say(f"{work.relative_to(context.store.root)} {index}")
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
-                kept = _read_units_per_pass(work, engine)
+                kept = replace(engine, **remembered(work))
                 used = recover_stack(context, kept, stack, drawn, shares, start, work, advance)
-                _note_units_per_pass(work, kept, used, [stack])
+                _note_engine(work, kept, used, [stack])
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
 
     def finish(work: Path) -> dict[str, Any]:
         counts: dict[str, Any] = {"units": len(units), "stacks": len(stacks), "images": ipc * len(data.classes)}
-        if (work / FEWER_UNITS).exists():
-            counts["units_per_pass_for_lack_of_memory"] = _read_units_per_pass(work, engine).units_per_pass
-        (work / FEWER_UNITS).unlink(missing_ok=True)
+        if less := forget(work):
+            counts["units_per_pass_for_lack_of_memory"] = less["units_per_pass"]
         return counts
 
     parts = Parts([f"stack{stack.index:05d}" for stack in stacks], done, maker, prepare)
@@ -128,17 +123,10 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     return images
 
 
-def _read_units_per_pass(work: Path, engine: Engine) -> Engine:
-    path = work / FEWER_UNITS
-    return replace(engine, **json.loads(path.read_text())) if path.exists() else engine
-
-
-def _note_units_per_pass(work: Path, planned: Engine, used: Engine, stacks: Sequence[Stack]) -> None:
-    """Write down that memory is short: later stacks, and a resumed run, need not find out again."""
+def _note_engine(work: Path, planned: Engine, used: Engine, stacks: Sequence[Stack]) -> None:
     if used != planned:
         most = max(len(stack.units) for stack in stacks)
-        less = {"units_per_pass": used.units_per_pass or most, "record": used.record}
-        write_atomically(work / FEWER_UNITS, json.dumps(less).encode())
+        remember(work, units_per_pass=used.units_per_pass or most, record=used.record)
 
 
 def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:

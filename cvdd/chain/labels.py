@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cvdd.artifact import Artifact, Maker, Parts, write_atomically
+from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.bn import require_batchnorm
-from cvdd.chain.fitting import fit_batches
+from cvdd.chain.fitting import fit_batches, forget, remember, remembered
 from cvdd.chain.images import load_images
 from cvdd.chain.members import load_network, make_member
 from cvdd.committee import vote_weights
@@ -30,9 +30,6 @@ from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
 
 log = logging.getLogger(__name__)
-
-FEWER_BATCHES = "less_memory.tmp"
-"""Written where memory was short."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +123,12 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
                 enough_memory("labelling the images", advice),
                 context.progress("relabel", layout.pool.labelled_epochs) as advance,
             ):
-                computed = _computed(context, teachers, weights, load_images(images)[0], _read_stack(work))
+                computed = _computed(context, teachers, weights, load_images(images)[0], remembered(work).get("stack"))
 
                 def make(index: int) -> None:
                     write_epochs(work, computed, layout, blocks[index], advance)
                     if computed.stack != label.stack:
-                        write_atomically(work / FEWER_BATCHES, str(computed.stack).encode())
+                        remember(work, stack=computed.stack)
 
                 yield Maker(
                     make,
@@ -141,9 +138,8 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
         def finish(work: Path) -> dict[str, Any]:
             require_reserved(work, layout)
             counts = {"bytes_logits": layout.logits_bytes, "bytes_parameters": layout.parameters_bytes}
-            if (fewer := _read_stack(work)) is not None:
-                counts["stack_for_lack_of_memory"] = fewer
-                (work / FEWER_BATCHES).unlink()
+            if less := forget(work):
+                counts["stack_for_lack_of_memory"] = less["stack"]
             return counts
 
         parts = Parts(
@@ -174,11 +170,6 @@ def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: 
     label = context.config.label
     layout = LabelLayout.of(label, len(pixels), len(data.classes))
     return StoredLabels(artifact.path, layout, label, data.image_size, made_for["seed"])
-
-
-def _read_stack(work: Path) -> int | None:
-    path = work / FEWER_BATCHES
-    return int(path.read_text()) if path.exists() else None
 
 
 def _seed(context: Context) -> int:
