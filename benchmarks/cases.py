@@ -20,7 +20,7 @@ from benchmarks.reference import member as plain_member
 from benchmarks.reference import recover as plain_recover
 from benchmarks.reference import relabel as plain_relabel
 from benchmarks.reference import student as plain_student
-from benchmarks.timing import Program, Stopwatch
+from benchmarks.timing import Program, timed
 from cvdd.backbones import build_network
 from cvdd.engine import Engine, Passes, passes_of_students
 from cvdd.schema import RunConfig
@@ -190,16 +190,6 @@ def make_program(case: Case, side: Side, device: torch.device, folder: Path) -> 
     return makers[case.kind](case, side, device, folder)
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> Program:
-    def program() -> float:
-        stopwatch = Stopwatch(device)
-        with stopwatch.running():
-            work()
-        return stopwatch.seconds
-
-    return program
-
-
 def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
     config = case.config
     images, targets = settings.random_units(config, case.units, case.images)
@@ -207,10 +197,14 @@ def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
         how = engine.engine_of(config, case.members, images, device)
         voters = [_voter(case, name, how, device) for name in case.members]
 
+        @functools.cache
+        def compiled() -> None:
+            # As was done ahead; it takes a moment where that was so, and belongs to the warm-up.
+            for name in case.members:
+                compile_member(case, name, device)
+
         def program() -> float:
-            for voter in voters if how.compile else ():
-                # As whatever compiled ahead did; it takes a moment where that has been done.
-                engine.judge_once(config, voter, how, images.to(device), targets.to(device))
+            compiled()
             return engine.recover(config, how, voters, images, targets, case.steps, folder, device)
 
         return program
@@ -218,7 +212,7 @@ def _recover(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     committee = plain_recover.Committee(members, [1 / len(members)] * len(members))
     plain = settings.recover_settings(config, device)
     units = images[: case.reference_units].to(device), targets[: case.reference_units].to(device)
-    return _timed(lambda: plain_recover.recover(committee, *units, plain, case.steps_of(side)), device)
+    return timed(lambda: plain_recover.recover(committee, *units, plain, case.steps_of(side)), device)
 
 
 _VOTERS: dict[tuple[object, ...], dict[tuple[str, Engine], Voter]] = {}
@@ -279,7 +273,7 @@ def _relabel(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
     for teacher in teachers:
         plain_relabel.use_batch_statistics(teacher)
     weights, plain = [1 / len(teachers)] * len(teachers), settings.relabel_settings(config)
-    return _timed(
+    return timed(
         lambda: plain_relabel.relabel(teachers, weights, pixels, plain, case.steps_of(side), fresh()),
         device,
     )
@@ -324,7 +318,7 @@ def _student(case: Case, side: Side, device: torch.device, folder: Path) -> Prog
         optimizer = plain_student.make_optimizer(network, plain)
         plain_student.train(network, optimizer, loader, records, plain, device)
 
-    return _timed(train, device)
+    return timed(train, device)
 
 
 def _member(case: Case, side: Side, device: torch.device, folder: Path) -> Program:
@@ -344,7 +338,7 @@ def _member(case: Case, side: Side, device: torch.device, folder: Path) -> Progr
         for _ in range(case.steps_of(side)):
             plain_member.train_epoch(network, optimizer, loader, device)
 
-    return _timed(train, device)
+    return timed(train, device)
 
 
 def _network(case: Case, device: torch.device) -> nn.Module:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import settings
-from benchmarks.timing import alternate, ratio, ratios
+from benchmarks.timing import alternate, ratio, ratios, timed
 from cvdd.allocator import keep_freed_memory
 from cvdd.label_store import LabelLayout, write_labels
 from cvdd.labels import ComputedLabels
 from cvdd.replay import Replay, draw_epoch
 
+CPU = torch.device("cpu")
 STREAMED_AT_ONCE = 2**24
 """Bytes of one write of the plain stream."""
 
@@ -71,18 +71,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=wanted.folder) as name:
         folder = Path(name)
 
-        def streamed() -> float:
-            started = time.perf_counter()
-            stream(folder / "stream", size)
-            return time.perf_counter() - started
+        writes = timed(lambda: write_labels(folder, known, layout, lambda epochs: None), CPU)
 
         def stored() -> float:
             for file in folder.iterdir():
                 file.unlink()
-            started = time.perf_counter()
-            write_labels(folder, known, layout, lambda epochs: None)
-            return time.perf_counter() - started
+            return writes()
 
+        streamed = timed(lambda: stream(folder / "stream", size), CPU)
         plain, store = alternate(streamed, stored, wanted.repetitions)
     low, high = (extreme(ratios(plain, store)) for extreme in (min, max))
     rates = [

@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from benchmarks.cases import Case, make_program
-from benchmarks.limits import synchronise, usable_cores, usable_device
-from benchmarks.timing import Program, Stopwatch, alternate, ratio
+from benchmarks.limits import usable_cores, usable_device
+from benchmarks.timing import alternate, ratio, timed
 from cvdd.backbones import build_network
 from cvdd.runtime import hide_absent_gpus
 
+PASSES = 5
+"""In a repetition of stacked weights."""
+
 STUDENTS = {"digits": ("mobilenetv2",), "cifar": ("resnet18",)}
-
-
-def student_program(case: Case, device: torch.device, folder: Path) -> Program:
-    """Return a program that trains a student on all its labelled epochs."""
-    return make_program(case, "engine", device, folder)
 
 
 def beside(case: Case, device: str, threads: int, start: Barrier, results: Any, repetitions: int) -> None:
@@ -37,15 +35,13 @@ def beside(case: Case, device: str, threads: int, start: Barrier, results: Any, 
     torch.set_num_threads(threads)
     hide_absent_gpus()
     with tempfile.TemporaryDirectory() as folder:
-        program = student_program(case, torch.device(device), Path(folder))
+        program = make_program(case, "engine", torch.device(device), Path(folder))
         program()
         for _ in range(repetitions):
             start.wait()
-            stopwatch = Stopwatch(torch.device(device))
-            with stopwatch.running():
-                program()
+            seconds = timed(program, torch.device(device))()
             start.wait()
-            results.put(stopwatch.seconds)
+            results.put(seconds)
 
 
 def in_processes(case: Case, device: torch.device, seeds: int, repetitions: int) -> list[float]:
@@ -66,16 +62,10 @@ def in_processes(case: Case, device: torch.device, seeds: int, repetitions: int)
 def in_turn(case: Case, device: torch.device, seeds: int, repetitions: int) -> list[float]:
     """Seconds in which this process trained as many students one after the other, by repetition."""
     with tempfile.TemporaryDirectory() as folder:
-        program = student_program(case, device, Path(folder))
+        program = make_program(case, "engine", device, Path(folder))
         program()
-        seconds = []
-        for _ in range(repetitions):
-            stopwatch = Stopwatch(device)
-            with stopwatch.running():
-                for _ in range(seeds):
-                    program()
-            seconds.append(stopwatch.seconds)
-    return seconds
+        all_of_them = timed(lambda: [program() for _ in range(seeds)], device)
+        return [all_of_them() for _ in range(repetitions)]
 
 
 def stacked(case: Case, device: torch.device, seeds: int, repetitions: int) -> float:
@@ -95,25 +85,14 @@ def stacked(case: Case, device: torch.device, seeds: int, repetitions: int) -> f
     together = vmap(grad(loss))
 
     def all_at_once() -> None:
-        together(parameters, buffers)
+        for _ in range(PASSES):
+            together(parameters, buffers)
 
     def one_by_one() -> None:
-        for network in networks:
+        for network in networks * PASSES:
             torch.autograd.grad(nn.functional.cross_entropy(network(images), targets), list(network.parameters()))
 
-    def timed(work: Any) -> Program:
-        def program() -> float:
-            stopwatch = Stopwatch(device)
-            with stopwatch.running():
-                for _ in range(5):
-                    work()
-            return stopwatch.seconds
-
-        return program
-
-    singly, at_once = alternate(timed(one_by_one), timed(all_at_once), repetitions)
-    synchronise(device)
-    return ratio(singly, at_once)
+    return ratio(*alternate(timed(one_by_one, device), timed(all_at_once, device), repetitions))
 
 
 def main() -> None:

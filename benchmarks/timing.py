@@ -54,6 +54,18 @@ class Program(Protocol):
         ...
 
 
+def timed(work: Callable[[], object], device: torch.device) -> Program:
+    """Return the program that does some work, all of which is steady."""
+
+    def program() -> float:
+        stopwatch = Stopwatch(device)
+        with stopwatch.running():
+            work()
+        return stopwatch.seconds
+
+    return program
+
+
 @dataclass(frozen=True)
 class Samples:
     """Measurements of one program.

@@ -20,6 +20,7 @@ from cvdd.data import FileSource, ImageSource
 from cvdd.measure import Accuracy
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
 from cvdd.validation import check
+from cvdd.voting import Judgement, Voter, judge
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -183,6 +184,13 @@ def same_layer(one: nn.Module, other: nn.Module, images: Tensor) -> None:
         out = layer(leaf)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def judged(voter: Voter, images: Tensor, r_bn: float = 0.3) -> tuple[Judgement, Tensor]:
+    """Judge units of four images; return what was said, and the gradient of the images."""
+    leaf = images.clone().requires_grad_()
+    said = judge(leaf, torch.arange(4).expand(len(images), 4), voter, r_bn=r_bn)
+    return said, torch.autograd.grad(said.value.sum(), leaf)[0]
 
 
 def label_config(**changes: Any) -> LabelConfig:

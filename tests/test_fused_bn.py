@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from helpers import small_network
+from helpers import judged, small_network
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure
 from cvdd.fusion import fuse_statistics
 from cvdd.layer_statistics import Moments
-from cvdd.voting import Judgement, Voter, judge
+from cvdd.voting import Voter, judge
 
 
 class Unknown(nn.BatchNorm2d):
@@ -23,13 +23,6 @@ class Unknown(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and scale."""
         return 2 * super().forward(x)
-
-
-def judged(voter: Voter, images: Tensor, r_bn: float = 0.3) -> tuple[Judgement, Tensor]:
-    """Judge three units of four images."""
-    leaf = images.clone().requires_grad_()
-    said = judge(leaf, torch.arange(4).expand(3, 4), voter, r_bn=r_bn)
-    return said, torch.autograd.grad(said.value.sum(), leaf)[0]
 
 
 def activated_network() -> nn.Module:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from helpers import judged
+from torch import nn
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 from cvdd.backbones.densenet import densenet
 from cvdd.fused_bn import FusedStatistics, _Measure
 from cvdd.fused_dense import MeasuredDenseBlock
 from cvdd.fusion import fuse_statistics
-from cvdd.voting import Judgement, Voter, judge
+from cvdd.voting import Voter, judge
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: densenet(4, blocks=(2, 3), growth=4),
@@ -34,12 +35,6 @@ def frozen(name: str) -> nn.Module:
                 assert values is not None
                 values.copy_(torch.rand_like(values) + 0.5)
     return network
-
-
-def judged(voter: Voter, images: Tensor, r_bn: float) -> tuple[Judgement, Tensor]:
-    leaf = images.clone().requires_grad_()
-    said = judge(leaf, torch.arange(4).expand(len(images), 4), voter, r_bn=r_bn)
-    return said, torch.autograd.grad(said.value.sum(), leaf)[0]
 
 
 def blocks_of(network: nn.Module) -> list[MeasuredDenseBlock]:
