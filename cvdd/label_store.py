@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.artifact import DamagedArtifact
+from cvdd.artifact import DamagedArtifact, write_atomically
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
 from cvdd.labels import ComputedLabels, epochs_together
@@ -126,8 +126,7 @@ def require_reserved(folder: Path, layout: LabelLayout) -> None:
 def epochs_written(folder: Path, block: range) -> int:
     """Count the epochs of a block that are on disk, from its first."""
     progress = folder / PROGRESS.format(block.start)
-    # It is empty if it was made, and no more.
-    return int(progress.read_text() or 0) if progress.exists() else 0
+    return int(progress.read_text()) if progress.exists() else 0
 
 
 def write_epochs(
@@ -153,17 +152,18 @@ def write_epochs(
     first = block.start + done
     pending: list[tuple[bytes, bytes]] = []
     held, saved = 0, time.monotonic()
-    with ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as writer:
+    progress = folder / PROGRESS.format(block.start)
+    with ThreadPoolExecutor(1) as writer:
         # The disk writes what was computed while more is computed, and one write waits for the one before.
         writing: Future[None] | None = None
 
         def save(start: int, epochs: Sequence[tuple[bytes, bytes]]) -> None:
             offset = start * layout.pool.count
             logits, parameters = (b"".join(parts) for parts in zip(*epochs, strict=True))
-            beside = other.submit(_write, folder / PARAMETERS, offset * layout.parameters_row, parameters)
             _write(folder / LOGITS, offset * layout.logits_row, logits)
-            beside.result()
-            _note_progress(folder, block, start + len(epochs) - block.start)
+            if parameters:
+                _write(folder / PARAMETERS, offset * layout.parameters_row, parameters)
+            write_atomically(progress, str(start + len(epochs) - block.start).encode())
 
         for epoch in range(first, block.stop):
             plan, logits = computed.epoch(epoch)
@@ -181,11 +181,6 @@ def write_epochs(
             writing.result()
 
 
-def _note_progress(folder: Path, block: range, done: int) -> None:
-    # In place, which costs the disk a third of what a new file does; so short a write is never half done.
-    _write(folder / PROGRESS.format(block.start), 0, f"{done:08d}".encode(), os.O_CREAT)
-
-
 def _reserve(path: Path, size: int) -> None:
     if path.exists() and path.stat().st_size == size:
         return
@@ -198,12 +193,10 @@ def _reserve(path: Path, size: int) -> None:
             os.truncate(stream.fileno(), size)
 
 
-def _write(path: Path, offset: int, content: bytes, creating: int = 0) -> None:
-    if not content:
-        return
+def _write(path: Path, offset: int, content: bytes) -> None:
     # O_DSYNC: it is on disk before it is noted as done. And a client of NFS sends exactly these bytes, where it would
     # otherwise send whole pages, with what another machine's neighbouring epoch had in them before.
-    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC | creating, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_DSYNC)
     try:
         rest = memoryview(content)
         while rest:
