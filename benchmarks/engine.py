@@ -22,8 +22,9 @@ from benchmarks.timing import Stopwatch
 from cvdd.artifact import Store
 from cvdd.augment import Views
 from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.compiler import compiling
 from cvdd.context import Context
-from cvdd.engine import Engine, Passes, Work, choose_engine, compiling, passes_of_labels, passes_of_members, ready_voter
+from cvdd.engine import Engine, Passes, Work, choose_engine, passes_of_labels, passes_of_members, ready_voter
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels

@@ -7,13 +7,12 @@ import copy
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch._functorch.config
 from torch import nn
 
 from cvdd.backbones import BackboneConfig
@@ -43,9 +42,6 @@ RATES = {"cpu": (60e9, 1e-3), "cuda": (60e12, 2e-5)}
 
 On an H200 a recorded, uncompiled judgement of ResNet18 at 32 pixels took 5.6 ms for 100 images, compiled 1.6 ms.
 """
-
-SPECIALISATIONS = 256
-"""PyTorch gives up after 8 shapes and networks, and a committee has more."""
 
 
 @dataclass(frozen=True)
@@ -352,16 +348,3 @@ def _in_half_precision(network: nn.Module) -> nn.Module:
             module.float()
             module.load_state_dict(original.state_dict())
     return cast
-
-
-@contextlib.contextmanager
-def compiling(compiled: bool) -> Iterator[None]:
-    """Let PyTorch compile for every network and shape inside."""
-    if not compiled:
-        yield
-        return
-    limits = {"recompile_limit": SPECIALISATIONS, "accumulated_recompile_limit": 8 * SPECIALISATIONS}
-    # What was compiled is found again by the next process, fused layers and all: seconds instead of minutes.
-    kept = {"autograd_cache_allow_custom_autograd_functions": True}
-    with torch._dynamo.config.patch(limits), torch._functorch.config.patch(kept):
-        yield

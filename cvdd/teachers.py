@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatisticsNetwork
-from cvdd.engine import Passes, compiling
+from cvdd.compiler import compiling
+from cvdd.engine import Passes
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.methods.gvbsm import balanced_mean
 from cvdd.schema import LabelConfig

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from cvdd.augment import normalise
 from cvdd.chain.members import make_member
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
+from cvdd.compiler import compiling
 from cvdd.data import Data, TensorSource
-from cvdd.engine import Passes, compiling
+from cvdd.engine import Passes
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule, augment
 from cvdd.schema import RecipeConfig

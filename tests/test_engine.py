@@ -11,13 +11,13 @@ from torch import Tensor
 
 import cvdd.engine
 from cvdd.backbones import BackboneConfig
+from cvdd.compiler import compiling
 from cvdd.engine import (
     Engine,
     Passes,
     Work,
     choose_engine,
     compiles,
-    compiling,
     forward_flops,
     has_compiler,
     precision_of,

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.classifier import Classifier, Positions, ShuffledBatches
+from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
-from cvdd.engine import Engine, Passes, can_be_recorded, compiling, ready_voter, records
+from cvdd.engine import Engine, Passes, can_be_recorded, ready_voter, records
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.labels import ComputedLabels

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cvdd.context
-from cvdd.engine import Passes, compiling
+from cvdd.compiler import compiling
+from cvdd.engine import Passes
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
 from cvdd.losses import soft_label_loss

@@ -18,10 +18,11 @@ from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
 from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
-from cvdd.engine import compiling, passes_of_members
+from cvdd.engine import passes_of_members
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images, part_size
 from cvdd.memory import enough_memory

@@ -20,9 +20,10 @@ from cvdd.augment import denormalise, normalise
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
 from cvdd.chain.unit_files import write_unit
+from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.engine import Engine, compiling, judges_by_unit, ready_voter
+from cvdd.engine import Engine, judges_by_unit, ready_voter
 from cvdd.grids import image_grid
 from cvdd.matching import Matcher
 from cvdd.memory import OutOfMemory, enough_memory

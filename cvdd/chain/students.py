@@ -10,8 +10,9 @@ from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.images import load_images
 from cvdd.chain.labels import Labels
 from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
+from cvdd.compiler import compiling
 from cvdd.context import Context
-from cvdd.engine import compiling, passes_of_students
+from cvdd.engine import passes_of_students
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.memory import enough_memory
 from cvdd.recorded_student import make_student_module
