@@ -326,8 +326,10 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     watch = None
     if engine.compile:
         if on_gpu:
-            network = _for_gpus(with_folded_stem(sharing_copy(network)))
+            network = with_folded_stem(sharing_copy(network))
         network, watch = fuse_statistics(network)
+        if on_gpu:
+            network = _for_gpus(network)
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
 

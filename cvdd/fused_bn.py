@@ -6,7 +6,7 @@ map, which it writes out in full precision. Here the map's gradient is one expre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,80 +15,74 @@ from torch import Tensor, nn
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
 from cvdd.layer_statistics import HALVES, Moments
+from cvdd.statistics_rows import StatisticsRows
 
 
 class _NormaliseAndMeasure(torch.autograd.Function):
-    """Return the normalised map, and mean and biased variance of each group's channels."""
+    """Return the normalised map, and of each image and channel the mean deviation and the mean squared deviation."""
 
     @staticmethod
-    def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
         deviation = _full(x) - _by_channel(centre)
         normalised = deviation * _by_channel(scale) + _by_channel(shift)
-        return as_type(normalised, x.dtype), *_moments(deviation, centre, groups)
+        return as_type(normalised, x.dtype), *_moments(deviation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, scale, _, _ = inputs
-        ctx.save_for_backward(x, scale, output[1])
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean = ctx.saved_tensors
-        of_map, of_mean, of_variance = gradients
-        gradient = _full(of_map) * _by_channel(scale) + _through_moments(x, mean, of_mean, of_variance)
-        return as_type(gradient, x.dtype), None, None, None, None
+        x, centre, scale = ctx.saved_tensors
+        of_map, of_mean, of_square = gradients
+        gradient = _full(of_map) * _by_channel(scale) + _through_moments(x, centre, of_mean, of_square)
+        return as_type(gradient, x.dtype), None, None, None
 
 
 class _Measure(torch.autograd.Function):
-    """Return mean and biased variance of each group's channels."""
+    """Return the mean deviation and the mean squared deviation of each image and channel."""
 
     @staticmethod
-    def forward(x: Tensor, centre: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        return _moments(_full(x) - _by_channel(centre), centre, groups)
+    def forward(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        return _moments(_full(x) - _by_channel(centre))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(inputs[0], output[0])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean = ctx.saved_tensors
-        return as_type(_through_moments(x, mean, *gradients), x.dtype), None, None
+        x, centre = ctx.saved_tensors
+        return as_type(_through_moments(x, centre, *gradients), x.dtype), None
 
 
-def measure(x: Tensor, centre: Tensor, groups: int) -> Moments:
-    """Mean and biased variance of each group's channels, in one pass over the maps.
+def measure(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure maps in one pass over them.
 
     Args:
         x: [n, c, h, w].
         centre: [c], near the means.
-        groups: number of equal groups of consecutive images.
 
     Returns:
-        [groups, c] each, in float32 at least.
+        mean deviation from the centre, and mean squared deviation, [n, c] each, in float32 at least.
     """
-    return Moments(*_Measure.apply(x, centre, groups))
+    mean, square = _Measure.apply(x, centre)
+    return mean, square
 
 
-def _moments(deviation: Tensor, centre: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    offset = _group_mean(deviation, groups)
-    return offset + centre, _group_mean(deviation.square(), groups) - offset.square()
+def _moments(deviation: Tensor) -> tuple[Tensor, Tensor]:
+    # Divided before it is added up, so that a compiler has the sums written where they are compared.
+    share = deviation / (deviation.shape[2] * deviation.shape[3])
+    return share.sum(dim=(2, 3)), (share * deviation).sum(dim=(2, 3))
 
 
-def _through_moments(x: Tensor, mean: Tensor, of_mean: Tensor, of_variance: Tensor) -> Tensor:
-    """Gradient of maps through their mean and variance."""
-    count = x.numel() / mean.numel()
-    slope, constant = 2 / count * of_variance, of_mean / count
-    grouped = _full(x).unflatten(0, (len(mean), -1))
-    own: Tensor = (grouped - _by_group(mean)) * _by_group(slope) + _by_group(constant)
-    return own.flatten(0, 1)
-
-
-def _group_mean(x: Tensor, groups: int) -> Tensor:
-    # Image by image, whose values are near each other in memory.
-    mean: Tensor = x.mean(dim=(2, 3)).unflatten(0, (groups, -1)).mean(dim=1)
-    return mean
+def _through_moments(x: Tensor, centre: Tensor, of_mean: Tensor, of_square: Tensor) -> Tensor:
+    """Gradient of maps through what was measured of them."""
+    places = x.shape[2] * x.shape[3]
+    constant, slope = (values[:, :, None, None] for values in (of_mean / places, 2 / places * of_square))
+    own: Tensor = (_full(x) - _by_channel(centre)) * slope + constant
+    return own
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,10 +98,6 @@ def _by_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _by_group(values: Tensor) -> Tensor:
-    return values[:, None, :, None, None]
-
-
 class FusedBatchNorm(nn.BatchNorm2d):
     """A frozen BatchNorm layer in evaluation mode that tells a watch the statistics of what it normalises.
 
@@ -117,7 +107,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
         watch: who is told; while it has no groups, the layer only normalises.
 
     Attributes:
-        carried: whether the statistics of what it normalises are known to the watch already.
+        measures: whether it measures what it normalises, which someone else does otherwise.
     """
 
     centre: Tensor
@@ -128,7 +118,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
         super().__init__(layer.num_features, layer.eps, affine=False)
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
-        self.name, self.watch, self.after, self.carried = name, watch, extras_after(layer), False
+        self.name, self.watch, self.after, self.measures = name, watch, extras_after(layer), True
         mean, variance = running_moments(layer)
         scale = (variance + layer.eps).rsqrt()
         scale = scale if layer.weight is None else scale * layer.weight.detach()
@@ -139,85 +129,79 @@ class FusedBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w] with the running statistics."""
-        fixed = self.centre, self.scale, self.shift
-        if self.watch.groups == 0 or self.carried:
-            mean, scale, shift = (_by_channel(values) for values in fixed)
-            out = as_type((_full(x) - mean) * scale + shift, x.dtype)
-            if self.watch.groups:
-                assert self.watch.carried is not None
-                self.watch.note(self.name, self.watch.carried)
+        if self.watch.groups and self.measures:
+            out, *moments = _NormaliseAndMeasure.apply(x, self.centre, self.scale, self.shift)
+            self.watch.note(self.name, *moments)
         else:
-            out, *moments = _NormaliseAndMeasure.apply(x, *fixed, self.watch.groups)
-            self.watch.note(self.name, Moments(*moments))
+            mean, scale, shift = (_by_channel(values) for values in (self.centre, self.scale, self.shift))
+            out = as_type((_full(x) - mean) * scale + shift, x.dtype)
         normalised: Tensor = self.after(out)
         return normalised
-
-
-class _Targets(nn.Module):
-    """Running statistics of all layers in one row of channels.
-
-    A module, because a compiler takes the sizes of a module's tensors as given, and compiles for any size where those
-    of other objects differ between members.
-
-    Args:
-        layers: of each, mean and variance [channels].
-    """
-
-    means: Tensor
-    variances: Tensor
-    first: Tensor
-    membership: Tensor
-
-    def __init__(self, layers: Sequence[Moments]) -> None:
-        super().__init__()
-        means = torch.cat([layer.mean for layer in layers])
-        lengths = torch.tensor([len(layer.mean) for layer in layers], device=means.device)
-        number = torch.arange(len(layers), device=means.device)
-        self.register_buffer("means", means)
-        self.register_buffer("variances", torch.cat([layer.variance for layer in layers]))
-        # [layers]: 1 for the first, 0 for the others; [channels, layers]: 1 where a channel belongs to a layer.
-        self.register_buffer("first", (number == 0).to(means.dtype))
-        self.register_buffer("membership", (number.repeat_interleave(lengths)[:, None] == number).to(means.dtype))
-
-    def distance(self, means: Sequence[Tensor], variances: Sequence[Tensor], first_multiplier: float) -> Tensor:
-        """Weighted sum over layers of the norms of both differences: [groups]."""
-        apart = torch.stack([self.means - torch.cat(list(means), 1), self.variances - torch.cat(list(variances), 1)])
-        squares = apart.square() @ self.membership
-        # The gradient of a root at 0 is not finite.
-        norms = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().sum(dim=0)
-        return norms @ (1 + (first_multiplier - 1) * self.first)
 
 
 class FusedStatistics(BatchStatistics):
     """What fused layers measure in a pass; used like the hooks that it stands for, but never entered.
 
     Args:
-        network: whose BatchNorm layers are replaced.
-
-    Attributes:
-        carried: statistics of the maps at hand, where they were measured before they are normalised.
+        network: whose BatchNorm layers are replaced. Each measures its own input, until someone says otherwise by
+            :meth:`compose`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, 0)
-        self.carried: Moments | None = None
+        self._deviations: dict[str, tuple[Tensor, Tensor]] = {}
+        self._centres: dict[str, Tensor] = {}
+        self._composed: dict[str, tuple[str, ...]] = {}
+        self._rows: StatisticsRows | None = None
         for name, layer in batchnorm_layers(network):
-            self._batchnorm[name] = FusedBatchNorm(name, layer, self)
-            network.set_submodule(name, self._batchnorm[name])
-        moments = [running_moments(layer) for layer in self._batchnorm.values()]
-        self._targets = _Targets(moments) if moments else None
+            fused = FusedBatchNorm(name, layer, self)
+            self._batchnorm[name] = fused
+            self._centres[name], self._composed[name] = fused.centre, (name,)
+            network.set_submodule(name, fused)
+
+    def compose(self, layer: FusedBatchNorm, maps: Mapping[str, Tensor]) -> None:
+        """Have a layer measure nothing, because its input consists of maps that are measured where they are made.
+
+        Args:
+            layer: one of the network's.
+            maps: by name, in the order of the layer's channels; of each, the values around which it is measured.
+        """
+        layer.measures = False
+        self._centres.pop(layer.name, None)
+        self._centres |= {name: centre for name, centre in maps.items() if name not in self._centres}
+        self._composed[layer.name] = tuple(maps)
+
+    def prepare(self) -> None:
+        """Lay out what is compared, now that all layers are composed."""
+        if self._batchnorm:
+            moments = [running_moments(layer) for layer in self._batchnorm.values()]
+            self._rows = StatisticsRows(moments, self._centres, list(self._composed.values()))
+
+    def note(self, name: str, mean: Tensor, square: Tensor) -> None:
+        """Take down mean deviation and mean squared deviation of a map, [images, channels] each."""
+        self._deviations[name] = mean, square
+
+    @property
+    def measured(self) -> dict[str, Moments]:
+        """Moments of each layer's input, [groups, channels], for the layers whose maps were all measured."""
+        whole = {name: maps for name, maps in self._composed.items() if all(one in self._deviations for one in maps)}
+        return {name: self._moments_of(maps) for name, maps in whole.items()}
+
+    def _moments_of(self, maps: Sequence[str]) -> Moments:
+        offset, square = (
+            torch.cat([self._deviations[one][kind] for one in maps], dim=1).unflatten(0, (self.groups, -1)).mean(dim=1)
+            for kind in (0, 1)
+        )
+        return Moments(offset + torch.cat([self._centres[one] for one in maps]), square - offset.square())
 
     def distance(self, first_multiplier: float) -> Tensor | None:
-        """:func:`cvdd.bn.statistics_distance`, of all layers at once, which a compiler reads in a few operations."""
-        if self._targets is None or len(self._measured) < len(self._batchnorm):
+        """:func:`cvdd.bn.statistics_distance`, of all layers at once if all were passed."""
+        if self._rows is None or len(self._deviations) < len(self._centres):
             return super().distance(first_multiplier)
-        return self._targets.distance(self.means, self.variances, first_multiplier)
+        means, squares = zip(*(self._deviations[name] for name in self._centres), strict=True)
+        return self._rows.distance(means, squares, self.groups, first_multiplier)
 
     def forget(self) -> None:
         """Let go of what was measured, and of the graph behind it."""
         super().forget()
-        self.carried = None
-
-    def note(self, name: str, moments: Moments) -> None:
-        """Take down what a layer measured."""
-        self._measured[name] = moments
+        self._deviations = {}

@@ -2,7 +2,7 @@
 
 Every layer of a dense block normalises the maps of all layers before it again, and so does what follows the block. Each
 of these BatchNorm layers has running statistics of its own, but the maps' means and variances are the same everywhere:
-here they are measured where a map is made, and carried along.
+here they are measured where a map is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torchvision.models import densenet as torchvision_densenet
 
 from cvdd.backbones.densenet import DenseLayer
 from cvdd.fused_bn import FusedBatchNorm, FusedStatistics, measure
-from cvdd.layer_statistics import Moments
 
 
 class _Growth(nn.Module):
@@ -39,6 +38,7 @@ class MeasuredDenseBlock(nn.Module):
     """A dense block of a network in evaluation mode.
 
     Args:
+        name: of the block.
         layers: of the block, whose norms are fused.
         new_first: whether a layer's maps come before those that it was given, or after.
         following: the norm of all its maps, after the block.
@@ -46,33 +46,35 @@ class MeasuredDenseBlock(nn.Module):
     """
 
     def __init__(
-        self, layers: Sequence[_Growth], new_first: bool, following: FusedBatchNorm, watch: FusedStatistics
+        self, name: str, layers: Sequence[_Growth], new_first: bool, following: FusedBatchNorm, watch: FusedStatistics
     ) -> None:
         super().__init__()
-        self.layers, self.new_first, self.watch = nn.ModuleList(layers), new_first, watch
-        # Norm number k normalises what came in and the maps of k layers.
-        self._norms = [*(layer.norm1 for layer in layers), following]
-        for norm in self._norms:
-            norm.carried = True
+        self.name, self.layers, self.new_first, self.watch = name, nn.ModuleList(layers), new_first, watch
+        # Norm number k normalises what came in, map 0, and the maps 1 to k of as many layers.
+        norms = [*(layer.norm1 for layer in layers), following]
+        self._centres = [norms[0].centre]
+        for before, norm in itertools.pairwise(norms):
+            added = norm.num_features - before.num_features
+            self._centres.append(norm.centre[:added] if new_first else norm.centre[-added:])
+        for number, norm in enumerate(norms):
+            maps = {self._called(one): self._centres[one] for one in range(number + 1)}
+            watch.compose(norm, dict(reversed(maps.items())) if new_first else maps)
 
     def forward(self, x: Tensor) -> Tensor:
         """From [n, c, h, w] to the maps that came in and those of all layers, as the block orders them."""
-        watch, groups = self.watch, self.watch.groups
-        centres = [norm.centre for norm in self._norms]
-        moments = measure(x, centres[0], groups) if groups else None
-        for layer, centre in zip(self.layers, centres[1:], strict=True):
-            watch.carried = moments
+        self._measure(0, x)
+        for number, layer in enumerate(self.layers, start=1):
             new = layer(x)
-            if moments is not None:
-                added = new.shape[1]
-                own = measure(new, centre[:added] if self.new_first else centre[-added:], groups)
-                moments = Moments(*(self._joined(*pair) for pair in zip(own, moments, strict=True)))
-            x = self._joined(new, x)
-        watch.carried = moments
+            self._measure(number, new)
+            x = torch.cat([new, x] if self.new_first else [x, new], dim=1)
         return x
 
-    def _joined(self, new: Tensor, before: Tensor) -> Tensor:
-        return torch.cat([new, before] if self.new_first else [before, new], dim=1)
+    def _measure(self, number: int, maps: Tensor) -> None:
+        if self.watch.groups:
+            self.watch.note(self._called(number), *measure(maps, self._centres[number]))
+
+    def _called(self, number: int) -> str:
+        return f"{self.name}:{number}"
 
 
 def measure_once(network: nn.Module, watch: FusedStatistics) -> None:
@@ -85,8 +87,9 @@ def measure_once(network: nn.Module, watch: FusedStatistics) -> None:
                 continue
             layers = [_Growth(*(layer.get_submodule(part) for part in names)) for layer in block.children()]
             if following.num_features == layers[-1].norm1.num_features + layers[-1].conv2.out_channels:
-                measured = MeasuredDenseBlock(layers, type(block) is nn.Sequential, following, watch)
-                network.set_submodule(f"{path}.{name}".lstrip("."), measured)
+                whole = f"{path}.{name}".lstrip(".")
+                new_first = type(block) is nn.Sequential
+                network.set_submodule(whole, MeasuredDenseBlock(whole, layers, new_first, following, watch))
 
 
 def _norms_and_convolutions(block: nn.Module) -> tuple[str, str, str, str] | None:

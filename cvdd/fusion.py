@@ -25,6 +25,7 @@ def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
     fused = sharing_copy(network)
     watch = FusedStatistics(fused)
     measure_once(fused, watch)
+    watch.prepare()
     return fused, watch
 
 

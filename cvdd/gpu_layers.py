@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, max_pool2d
+from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
 from torch.nn.grad import conv2d_input
 
 from cvdd.copies import with_layers
-from cvdd.stem import is_square_convolution
+from cvdd.stem import can_be_folded, is_square_convolution
 
 ALIGNED = 16
 """Channels are a multiple of this where a kernel reads eight at once."""
@@ -92,6 +92,54 @@ class Depthwise(nn.Module):
             return plain
         padding, stride = int(self.plain.padding[0]), self.plain.stride[0]
         out: Tensor = _Depthwise.apply(x, self.plain.weight, self.taps, padding, stride)
+        return out
+
+
+# --- other convolutions -----------------------------------------------------------------------------------------------
+
+
+class _Convolve(torch.autograd.Function):
+    """PyTorch's convolution, whose gradient of the images alone is PyTorch's too but does not ask for the images.
+
+    PyTorch's own asks for them, whatever is wanted of it. A compiler then keeps the map that goes into every
+    convolution, instead of telling from the layer before where it was cut off.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int) -> Tensor:
+        return conv2d(x, weight, bias, stride, padding, 1, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.stride, ctx.padding, ctx.groups = inputs
+        # Sides that a stride rounds down come back by padding.
+        reach = [ctx.stride * (places - 1) + weight.shape[2] - 2 * ctx.padding for places in output.shape[2:]]
+        ctx.beyond = [side - reached for side, reached in zip(x.shape[2:], reach, strict=True)]
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        own = conv_transpose2d(gradient, weight, None, ctx.stride, ctx.padding, ctx.beyond, ctx.groups)
+        return own, None, None, None, None, None
+
+
+class Convolution(nn.Module):
+    """A convolution.
+
+    Args:
+        convolution: frozen; see :func:`with_gpu_layers`.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.plain = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve [n, c, h, w]."""
+        plain = self.plain
+        padding, stride = int(plain.padding[0]), plain.stride[0]
+        out: Tensor = _Convolve.apply(x, plain.weight, plain.bias, stride, padding, plain.groups)
         return out
 
 
@@ -191,8 +239,9 @@ def with_gpu_layers(network: nn.Module) -> nn.Module:
 
 
 def _better(module: nn.Module) -> nn.Module | None:
-    if is_square_convolution(module) and _is_depthwise(module):
-        return Depthwise(module)
+    # What can be folded is FoldedStem's, the convolution inside one too.
+    if is_square_convolution(module) and not can_be_folded(module):
+        return Depthwise(module) if _is_depthwise(module) else Convolution(module)
     if isinstance(module, nn.MaxPool2d) and _is_plain_pooling(module):
         return Largest(module)
     return None

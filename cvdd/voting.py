@@ -171,6 +171,8 @@ def _look(
             logits = voter.network(images)
         return logits.to(precision), voter.matcher.distance(targets)
     if voter.watch is not None:
+        # What is measured goes into something new; else a compiler returns it all, for those who know the old one.
+        voter.watch.forget()
         voter.watch.groups = groups
         logits = voter.network(images)
         distance = voter.watch.distance(first_multiplier)

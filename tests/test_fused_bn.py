@@ -13,7 +13,6 @@ from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure
 from cvdd.fusion import fuse_statistics
-from cvdd.layer_statistics import Moments
 from cvdd.voting import Voter, judge
 
 
@@ -72,12 +71,11 @@ def test_a_distance_of_nothing_has_a_gradient() -> None:
     """Statistics that are met exactly: 0, and no gradient that is not finite."""
     network = small_network()
     fused, watch = fuse_statistics(network)
-    names = [name for name, _ in batchnorm_layers(network)]
-    leaves = []
-    for name in names:
+    watch.groups, leaves = 1, []
+    for name, _ in batchnorm_layers(network):
         layer = fused.get_submodule(name)
-        moments = [values[None].clone().requires_grad_() for values in (layer.running_mean, layer.running_var)]
-        watch.note(name, Moments(*moments))
+        moments = [values[None].clone().requires_grad_() for values in (0 * layer.running_mean, layer.running_var)]
+        watch.note(name, *moments)
         leaves += moments
     distance = watch.distance(10.0)
     assert distance is not None
@@ -89,16 +87,19 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
     source = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 2, 5, generator=source, dtype=torch.float64, requires_grad=True)
     mean, scale, shift = (torch.randn(3, generator=source, dtype=torch.float64) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda x: _NormaliseAndMeasure.apply(x, mean, scale, shift, 2), (x,))
+    assert torch.autograd.gradcheck(lambda x: _NormaliseAndMeasure.apply(x, mean, scale, shift), (x,))
 
 
 def test_a_mean_far_from_the_running_one_costs_little_precision() -> None:
-    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 30
-    zero, one = torch.zeros(3), torch.ones(3)
-    _, mean, variance = _NormaliseAndMeasure.apply(x, zero, one, zero, 1)
-    exact = x.double()
-    torch.testing.assert_close(mean[0].double(), exact.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance[0].double(), exact.var(dim=(0, 2, 3), unbiased=False), rtol=1e-3, atol=0)
+    network = small_network()
+    fused, watch = fuse_statistics(network)
+    x = torch.randn(8, 6, 16, 16, generator=torch.Generator().manual_seed(0)) + 30
+    watch.groups = 2
+    fused.get_submodule("1")(x)
+    mean, variance = watch.measured["1"]
+    exact = x.double().unflatten(0, (2, 4))
+    torch.testing.assert_close(mean.double(), exact.mean(dim=(1, 3, 4)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), exact.var(dim=(1, 3, 4), unbiased=False), rtol=1e-3, atol=0)
 
 
 def test_parameters_are_shared_and_the_original_stays() -> None:
@@ -154,8 +155,8 @@ def test_what_a_compiler_reads_has_the_same_gradient(dtype: torch.dtype) -> None
     centre, scale, shift = (torch.rand(4, generator=source, dtype=torch.float64).to(kind) for _ in range(3))
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        out, mean, variance = _NormaliseAndMeasure.apply(x, centre, scale, shift, 2)
-        return out.square().sum() + mean.square().sum() + variance.pow(3).sum()
+        out, mean, square = _NormaliseAndMeasure.apply(x, centre, scale, shift)
+        return out.square().sum() + mean.square().sum() + square.pow(3).sum()
 
     gradients = []
     for function in (loss, torch.compile(loss, backend="eager")):

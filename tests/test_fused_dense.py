@@ -11,9 +11,12 @@ from torch import nn
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 from cvdd.backbones.densenet import densenet
-from cvdd.fused_bn import FusedStatistics, _Measure
+from cvdd.copies import sharing_copy
+from cvdd.fused_bn import FusedStatistics, measure
 from cvdd.fused_dense import MeasuredDenseBlock
 from cvdd.fusion import fuse_statistics
+from cvdd.gpu_layers import Convolution, with_gpu_layers
+from cvdd.stem import with_folded_stem
 from cvdd.voting import Voter, judge
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -55,7 +58,19 @@ def test_a_dense_network_says_what_hooks_say(name: str, count: int, r_bn: float)
         found, gradient = judged(Voter("a", fused, watch=watch), images, r_bn)
         torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-13)
-    assert watch.carried is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_with_a_gpus_layers_it_says_the_same(name: str) -> None:
+    network = frozen(name)
+    images = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    fused, watch = fuse_statistics(with_folded_stem(sharing_copy(network)))
+    changed = with_gpu_layers(fused)
+    assert any(isinstance(module, Convolution) for module in blocks_of(changed)[0].modules())
+    expected, slope = judged(Voter("a", network), images, 0.3)
+    found, gradient = judged(Voter("a", changed, watch=watch), images, 0.3)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-13)
 
 
 def test_parameters_are_shared() -> None:
@@ -78,7 +93,7 @@ def test_the_gradient_of_what_is_measured_is_that_of_finite_differences() -> Non
     source = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 2, 5, generator=source, dtype=torch.float64, requires_grad=True)
     centre = torch.randn(3, generator=source, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: _Measure.apply(x, centre, 2), (x,))
+    assert torch.autograd.gradcheck(lambda x: measure(x, centre), (x,))
 
 
 @pytest.mark.slow

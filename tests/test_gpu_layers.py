@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cvdd import gpu_layers
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.copies import sharing_copy
-from cvdd.gpu_layers import Depthwise, Largest, with_gpu_layers
+from cvdd.gpu_layers import Convolution, Depthwise, Largest, with_gpu_layers
+from cvdd.stem import with_folded_stem
 
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYERS = {
@@ -25,6 +26,10 @@ LAYERS = {
     "depthwise with a stride": lambda: nn.Conv2d(48, 48, 3, stride=2, padding=1, groups=48, bias=False),
     "depthwise of 5 places": lambda: nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16, bias=False),
     "depthwise without padding": lambda: nn.Conv2d(16, 16, 3, groups=16, bias=False),
+    "convolution": lambda: nn.Conv2d(16, 32, 3, padding=1, bias=False),
+    "convolution with a stride": lambda: nn.Conv2d(16, 32, 3, stride=2, padding=1),
+    "convolution of one place": lambda: nn.Conv2d(16, 32, 1, stride=2, bias=False),
+    "convolution of groups": lambda: nn.Conv2d(16, 32, 5, stride=3, padding=1, groups=4),
     "pooling": lambda: nn.MaxPool2d(3, 2, 1),
     "pooling apart": lambda: nn.MaxPool2d(2),
 }
@@ -37,7 +42,7 @@ def made(name: str) -> nn.Module:
 
 def replaced(layer: nn.Module) -> nn.Module:
     (found,) = with_gpu_layers(nn.Sequential(layer)).children()
-    assert type(found) in (Depthwise, Largest)
+    assert type(found) in (Convolution, Depthwise, Largest)
     return found
 
 
@@ -59,7 +64,8 @@ def check(layer: nn.Module, given: Tensor, tolerance: float) -> None:
     expected = with_gradient(layer, given)
     found = with_gradient(replaced(layer), given)
     for one, other in zip(found, expected, strict=True):
-        assert one.is_contiguous(memory_format=torch.channels_last)
+        # What is PyTorch's on both sides is laid out as PyTorch likes.
+        assert isinstance(layer, nn.Conv2d) or one.is_contiguous(memory_format=torch.channels_last)
         assert (one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max()
 
 
@@ -90,13 +96,9 @@ def test_operations_are_what_they_tell_a_compiler(
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (nn.Conv2d(58, 58, 3, groups=58, bias=False), "channels that are no multiple of 16"),
-        (nn.Conv2d(16, 32, 3, groups=16, bias=False), "several channels from one"),
-        (nn.Conv2d(16, 16, 3, groups=16), "a bias"),
         (nn.Conv2d(16, 16, (3, 1), groups=16, bias=False), "not square"),
         (nn.Conv2d(16, 16, 3, dilation=2, groups=16, bias=False), "dilated"),
         (nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect", groups=16, bias=False), "other padding"),
-        (nn.Conv2d(16, 16, 3, bias=False), "all channels together"),
         (nn.MaxPool2d(3, 2, 1, ceil_mode=True), "places beyond the edge"),
         (nn.MaxPool2d((3, 2)), "not square"),
         (nn.AvgPool2d(2), "no maximum"),
@@ -106,16 +108,41 @@ def test_other_layers_stay(layer: nn.Module, why: str) -> None:
     assert next(with_gpu_layers(nn.Sequential(layer)).children()) is layer, why
 
 
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Conv2d(58, 58, 3, groups=58, bias=False), "channels that are no multiple of 16"),
+        (nn.Conv2d(16, 32, 3, groups=16, bias=False), "several channels from one"),
+        (nn.Conv2d(16, 16, 3, groups=16), "a bias"),
+        (nn.Conv2d(16, 16, 3, bias=False), "all channels together"),
+    ],
+)
+def test_other_convolutions_have_no_kernel_of_ours(layer: nn.Conv2d, why: str) -> None:
+    assert type(next(with_gpu_layers(nn.Sequential(layer)).children())) is Convolution, why
+
+
+def test_the_gradient_of_images_does_not_need_them() -> None:
+    given = torch.rand(2, 16, 9, 14, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda kept_one: kept.append(kept_one.shape) or kept_one, lambda x: x
+    ):
+        replaced(made("convolution"))(given)
+    assert kept == [(32, 16, 3, 3)]
+
+
 def test_pooling_of_other_channels_is_pytorchs() -> None:
     given = torch.rand(2, 7, 9, 14)
     torch.testing.assert_close(replaced(made("pooling"))(given), made("pooling")(given))
 
 
-@pytest.mark.parametrize(("builder", "kinds"), [("mobilenet_v2", {Depthwise}), ("resnet18", {Largest})])
+@pytest.mark.parametrize(
+    ("builder", "kinds"), [("mobilenet_v2", {Depthwise, Convolution}), ("resnet18", {Largest, Convolution})]
+)
 def test_a_network_as_a_whole(builder: str, kinds: set[type]) -> None:
     backbone = BackboneConfig(name=builder, target=f"torchvision.models.{builder}")
     network = build_network(backbone, 10, 0).eval().requires_grad_(False)
-    changed = with_gpu_layers(sharing_copy(network))
+    changed = with_gpu_layers(with_folded_stem(sharing_copy(network)))
     assert {type(module) for module in changed.modules()} >= kinds
     assert all(type(module) not in kinds for module in network.modules())
     given = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
