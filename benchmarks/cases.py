@@ -123,8 +123,12 @@ def cpu_cases() -> list[Case]:
     ]
 
 
-def gpu_cases() -> list[Case]:
-    """Full sizes, with all ten pairs of the committee; the most telling come first, in case time runs out."""
+def gpu_cases(more: bool = False) -> list[Case]:
+    """Full sizes, with all ten pairs of the committee; the most telling come first, in case time runs out.
+
+    Args:
+        more: also those that do not fit into ten minutes beside the others, whose compilers take most of it.
+    """
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
     # A run of 4,000 iterations is worth a compiler, even where IPC is so small that auto does without.
     once = ("engine.compile=true",)
@@ -138,6 +142,13 @@ def gpu_cases() -> list[Case]:
         ]
         for data, images, steps, units, few in (("cifar", 10, 25, 10, 5), ("imagenet", 100, 10, 1, 2))
     )
+    others = [
+        *(
+            Case("recover", "cifar", pair, images=100, steps=25, reference_steps=3, overrides=once)
+            for pair in (light, dense)
+        ),
+        Case("recover", "digits", light, images=10, steps=25, units=10, reference_steps=10, overrides=once),
+    ]
     return [
         student,
         relabel,
@@ -149,11 +160,7 @@ def gpu_cases() -> list[Case]:
         ),
         replace(student, overrides=("engine.precision_students=bf16",)),
         replace(relabel, overrides=("engine.precision_labels=bf16",)),
-        *(
-            Case("recover", "cifar", pair, images=100, steps=25, reference_steps=3, overrides=once)
-            for pair in (light, dense)
-        ),
-        Case("recover", "digits", light, images=10, steps=25, units=10, reference_steps=10, overrides=once),
+        *(others if more else []),
     ]
 
 

@@ -223,7 +223,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Compare, print a table, write a file."""
     wanted = arguments()
-    cases = chosen(gpu_cases() if wanted.gpu else cpu_cases(), wanted.only)
+    named = bool(wanted.only) or wanted.list
+    cases = chosen(gpu_cases(more=named) if wanted.gpu else cpu_cases(), wanted.only)
     if wanted.steps:
         cases = [replace(case, steps=wanted.steps) for case in cases]
     cases = [replace(case, overrides=(*case.overrides, *wanted.set)) for case in cases]

@@ -132,6 +132,8 @@ class StatisticsRows(nn.Module):
 
 def _users(source: Tensor, count: int) -> Tensor:
     """Of each of ``count`` places, the indices of those that take it [count, most]; the rest points past the end."""
-    of_place = [(source == place).nonzero()[:, 0] for place in range(count)]
-    most = max(len(users) for users in of_place)
-    return torch.stack([pad(users, (0, most - len(users)), value=len(source)) for users in of_place])
+    order, taken = source.argsort(stable=True), source.bincount(minlength=count)
+    number = torch.arange(len(source)) - (taken.cumsum(0) - taken).repeat_interleave(taken)
+    users = torch.full((count, int(taken.max())), len(source))
+    users[source[order], number] = order
+    return users

@@ -256,11 +256,12 @@ def test_peak_memory_is_that_of_the_program() -> None:
 
 
 def test_cases_have_names_of_their_own() -> None:
-    for cases in (cpu_cases(), gpu_cases()):
+    for cases in (cpu_cases(), gpu_cases(), gpu_cases(more=True)):
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
     assert [case.images for case in chosen(cpu_cases(), ["recover_cifar_10"])] == [10, 10, 10]
-    assert len(chosen(gpu_cases(), ["recover_imagenet"])) == 10
+    assert [len(chosen(gpu_cases(), [f"recover_{size}"])) for size in ("imagenet_100", "cifar_10")] == [10, 10]
+    assert [case.images for case in chosen(gpu_cases(more=True), ["recover_cifar_100"])] == [100, 100]
     assert chosen(cpu_cases(), []) == cpu_cases()
     with pytest.raises(ValueError, match=r"no case is called recover_cif; there are recover_digits"):
         chosen(cpu_cases(), ["recover_cif"])
