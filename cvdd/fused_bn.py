@@ -25,8 +25,7 @@ class _NormaliseAndMeasure(torch.autograd.Function):
     def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
         deviation = _full(x) - _by_channel(centre)
-        normalised = deviation * _by_channel(scale) + _by_channel(shift)
-        return as_type(normalised, x.dtype), *_moments(deviation)
+        return _scaled(deviation, scale, shift, x.dtype), *_moments(deviation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -69,6 +68,10 @@ def measure(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, square = _Measure.apply(x, centre)
     return mean, square
+
+
+def _scaled(deviation: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    return as_type(deviation * _by_channel(scale) + _by_channel(shift), dtype)
 
 
 def _moments(deviation: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +136,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
             out, *moments = _NormaliseAndMeasure.apply(x, self.centre, self.scale, self.shift)
             self.watch.note(self.name, *moments)
         else:
-            mean, scale, shift = (_by_channel(values) for values in (self.centre, self.scale, self.shift))
-            out = as_type((_full(x) - mean) * scale + shift, x.dtype)
+            out = _scaled(_full(x) - _by_channel(self.centre), self.scale, self.shift, x.dtype)
         normalised: Tensor = self.after(out)
         return normalised
 

@@ -58,6 +58,7 @@ def test_a_dense_network_says_what_hooks_say(name: str, count: int, r_bn: float)
         found, gradient = judged(Voter("a", fused, watch=watch), images, r_bn)
         torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-13)
+    assert not watch.measured
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -62,10 +62,11 @@ def with_gradient(function: Callable[[Tensor], Tensor], given: Tensor) -> tuple[
 def check(layer: nn.Module, given: Tensor, tolerance: float) -> None:
     """Hold a replacement against the layer, value and gradient."""
     expected = with_gradient(layer, given)
-    found = with_gradient(replaced(layer), given)
+    replacement = replaced(layer)
+    found = with_gradient(replacement, given)
     for one, other in zip(found, expected, strict=True):
         # What is PyTorch's on both sides is laid out as PyTorch likes.
-        assert isinstance(layer, nn.Conv2d) or one.is_contiguous(memory_format=torch.channels_last)
+        assert isinstance(replacement, Convolution) or one.is_contiguous(memory_format=torch.channels_last)
         assert (one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max()
 
 
@@ -124,9 +125,12 @@ def test_other_convolutions_have_no_kernel_of_ours(layer: nn.Conv2d, why: str) -
 def test_the_gradient_of_images_does_not_need_them() -> None:
     given = torch.rand(2, 16, 9, 14, requires_grad=True)
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda kept_one: kept.append(kept_one.shape) or kept_one, lambda x: x
-    ):
+
+    def keep(values: Tensor) -> Tensor:
+        kept.append(tuple(values.shape))
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
         replaced(made("convolution"))(given)
     assert kept == [(32, 16, 3, 3)]
 
