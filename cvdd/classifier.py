@@ -343,9 +343,14 @@ def added_up(parts: Iterable[Part], count: int, statistics: RunningStatistics) -
 def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
     """Return a gradient that lies in memory as its parameter does."""
     # Optimisers take both side by side, and their last bits depend on how a gradient lies in memory.
-    if gradient.stride() == parameter.stride():
-        return gradient
+    if _steps(gradient) == _steps(parameter):
+        # Axes of one place may have any stride, and are slow to copy.
+        return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(gradient)
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

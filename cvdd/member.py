@@ -57,8 +57,7 @@ class MemberModule(Classifier):
     def on_fit_start(self) -> None:
         """Bring the images to the device, and make ready to record steps there."""
         self._labels = self._labels.to(self.device)
-        if self.device.type == "cuda":
-            self.network.to(memory_format=torch.channels_last)
+        self._passes.prepare(self.network, self.device)
         if self._pixels is not None:
             self._pixels = self._pixels.to(self.device)
             if self._passes.record:
@@ -113,8 +112,7 @@ class MemberModule(Classifier):
 
     def _part_loss(self, pixels: Tensor, labels: Tensor, drawn: Augmentation) -> Tensor:
         shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
-        if shown.device.type == "cuda":
-            shown = shown.contiguous(memory_format=torch.channels_last)
+        shown = self._passes.laid_out(shown)
         full = len(shown) == part_size(self.recipe)
         forward = self.network if self._compiled is None or not full else self._compiled
         with self._passes.around(shown.device):

@@ -66,9 +66,10 @@ class StudentModule(Classifier):
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Bring the network into the form in which a GPU trains it fastest."""
-        if self.device.type == "cuda":
-            self.network.to(memory_format=torch.channels_last)
+        """Bring the network into the form in which the device trains it fastest."""
+        for network in (self.network, self.average):
+            if network is not None:
+                self._passes.prepare(network, self.device)
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""
@@ -79,9 +80,7 @@ class StudentModule(Classifier):
         return self.protocol.accumulation == 1 and len(losses) == 1
 
     def _losses_by_part(self, batch: LabelledBatch) -> list[PartLoss]:
-        samples = replay(self.images, batch.replay, self.mean, self.std)
-        if self.device.type == "cuda":
-            samples = samples.contiguous(memory_format=torch.channels_last)
+        samples = self._passes.laid_out(replay(self.images, batch.replay, self.mean, self.std))
         return [partial(self._part_loss, samples, batch, part) for part in parts_of(len(samples), self.part)]
 
     def _part_loss(
