@@ -296,7 +296,16 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
 @functools.cache
 def _compiled() -> Callable[..., Judgement]:
     # Trying several block sizes for each of hundreds of kernels takes longer than all else, and wins little.
-    return torch.compile(judge, options={"triton.autotune_pointwise": False})
+    compiled = torch.compile(judge, options={"triton.autotune_pointwise": False})
+
+    def judged(images: torch.Tensor, *arguments: Any, **options: Any) -> Judgement:
+        for side in (-2, -1):
+            # Stages may have two sizes of images. Code for all of them would be slower, and PyTorch 2.11 fails at it.
+            torch._dynamo.mark_static(images, images.ndim + side)
+        said: Judgement = compiled(images, *arguments, **options)
+        return said
+
+    return judged
 
 
 @functools.cache

@@ -307,3 +307,14 @@ def test_evaluation_view_of_fixed_size_images_is_the_identity() -> None:
     source = make_source()
     assert torch.equal(to_eval_tensor(source, 8, 16, [3, 1]), source.stacked()[[3, 1]])
     assert to_eval_tensor(source, 4, None, torch.tensor([0])).shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("evaluate_on", ["test", "validation"])
+def test_a_larger_test_resize_leaves_the_centre_of_images_in_memory(evaluate_on: str, store: Store) -> None:
+    plain = load_data(read_yaml("digits_photo", evaluate_on=evaluate_on), store)
+    zoomed = load_data(read_yaml("digits_photo", evaluate_on=evaluate_on, test_resize=40), store)
+    one = plain.test.image(3)
+    expected = torchvision.transforms.v2.functional.resize(one, [40], antialias=True)[:, 4:36, 4:36]
+    assert torch.equal(zoomed.test.image(3), expected)
+    assert torch.equal(zoomed.train.stacked(), plain.train.stacked())
+    assert torch.equal(zoomed.test.labels, plain.test.labels)

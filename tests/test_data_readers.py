@@ -181,6 +181,29 @@ def test_tiny_imagenet_from_its_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(store.artifacts()) == 2, "decoded once, whichever of the two folders root names"
 
 
+@pytest.mark.parametrize("name", ["tiny_imagenet", "cifar10"])
+def test_a_larger_test_resize_leaves_the_centre(name: str, tmp_path: Path, store: Store) -> None:
+    if name == "cifar10":
+        side, folder, config = 32, tmp_path / "test" / "cat", make_config("cifar10", tmp_path, classes=["cat", "dog"])
+        for part in ("train", "test"):
+            for label in ("cat", "dog"):
+                save(tmp_path / part / label / "0.jpg", 50, (32, 32))
+    else:
+        make_tiny(tmp_path)
+        side, folder, config = 64, tmp_path / "val" / "images", tiny_config(tmp_path)
+    # A white frame around a black picture, which the crop cuts off.
+    for path in folder.iterdir():
+        framed = Image.new("RGB", (side, side), "white")
+        framed.paste("black", (4, 4, side - 4, side - 4))
+        framed.save(path, quality=95)
+    whole = load_data(config, store)
+    centre = load_data(config.model_copy(update={"test_resize": side + 16}), store)
+    assert int(whole.test.image(0)[0, 0, 0]) > 200
+    assert int(centre.test.image(0)[:, 1:-1, 1:-1].max()) < 60
+    assert centre.test.image(0).shape == (3, side, side)
+    assert torch.equal(centre.train.stacked(), whole.train.stacked())
+
+
 @pytest.mark.parametrize(
     "line", ["../../secret.JPEG\tn01440764", "/etc/x.JPEG\tn01440764", "..\tn01440764", "val_0.JPEG"]
 )

@@ -12,12 +12,13 @@ from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 from cvdd.backbones.densenet import densenet
 from cvdd.copies import sharing_copy
+from cvdd.engine import Engine
 from cvdd.fused_bn import FusedStatistics, measure
 from cvdd.fused_dense import MeasuredDenseBlock
 from cvdd.fusion import fuse_statistics
 from cvdd.gpu_layers import Convolution, with_gpu_layers
 from cvdd.stem import with_folded_stem
-from cvdd.voting import Voter, judge
+from cvdd.voting import Voter
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: densenet(4, blocks=(2, 3), growth=4),
@@ -98,13 +99,16 @@ def test_the_gradient_of_what_is_measured_is_that_of_finite_differences() -> Non
 
 
 @pytest.mark.slow
-def test_compiled_it_says_the_same() -> None:
+def test_compiled_it_says_the_same_in_stages_of_two_sizes() -> None:
     network = frozen("ours").float()
-    images = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     fused, watch = fuse_statistics(network)
-    expected, slope = judged(Voter("a", network), images, 0.3)
-    leaf = images.clone().requires_grad_()
-    said = torch.compile(judge)(leaf, torch.arange(4).expand(2, 4), Voter("a", fused, watch=watch), r_bn=0.3)
-    gradient = torch.autograd.grad(said.value.sum(), leaf)[0]
-    torch.testing.assert_close(tuple(said), tuple(expected), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-6)
+    compiled = Engine(compile=True).opinion
+    for number, (units, count, side) in enumerate([(2, 4, 32), (2, 4, 40), (2, 3, 32), (3, 2, 40)]):
+        images = torch.randn(units, count, 3, side, side, generator=torch.Generator().manual_seed(number))
+        expected, slope = judged(Voter("a", network), images, 0.3)
+        leaf = images.clone().requires_grad_()
+        targets = torch.arange(count).expand(units, count)
+        said = compiled(leaf, targets, Voter("a", fused, watch=watch), r_bn=0.3)
+        gradient = torch.autograd.grad(said.value.sum(), leaf)[0]
+        torch.testing.assert_close(tuple(said), tuple(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-6)

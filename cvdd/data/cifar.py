@@ -14,6 +14,7 @@ from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import RawData, check_same_classes
 from cvdd.data.folders import data_root, missing_data, scan, sorted_classes
 from cvdd.data.packing import pack, read_images
+from cvdd.data.resize import views_to_measure
 from cvdd.data.source import ImageSource, TensorSource
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def _read_published(config: DatasetConfig, reader: type[CIFAR10], layout: str) -
         images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
         return TensorSource(images, torch.tensor(raw.targets, dtype=torch.int64))
 
-    return RawData(config.classes, load(True), lambda: load(False), config.mean, config.std)
+    return RawData(
+        config.classes, load(True), lambda: views_to_measure(load(False), config.test_resize), config.mean, config.std
+    )
 
 
 def _unreadable(config: DatasetConfig, reader: type[CIFAR10], root: Path, error: Exception) -> ConfigError:
@@ -84,11 +87,13 @@ def _unreadable(config: DatasetConfig, reader: type[CIFAR10], root: Path, error:
 def _read_folders(config: DatasetConfig, store: Store, root: Path) -> RawData:
     _check_side(config)
 
-    def load(part: str) -> ImageSource:
+    def load(part: str, shorter_side: int | None) -> ImageSource:
         if not (root / part).is_dir():
             raise missing_data(config, f"{part}/<class>/*.jpg", downloadable=False)
         files = scan(root / part, sorted_classes(config, root / part))
         identity = {"source": config.source, "part": part}
-        return read_images(pack(store, f"{config.name}-{part}", identity, files, _SIDE))
+        return read_images(pack(store, f"{config.name}-{part}", identity, files, _SIDE, shorter_side))
 
-    return RawData(config.classes, load("train"), lambda: load("test"), config.mean, config.std)
+    return RawData(
+        config.classes, load("train", None), lambda: load("test", config.test_resize), config.mean, config.std
+    )

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from cvdd.data.config import DatasetConfig, DigitsOptions
 from cvdd.data.dataset import RawData, check_same_classes
 from cvdd.data.packing import ARTIFACT_KIND, read_images, write_images
+from cvdd.data.resize import views_to_measure
 from cvdd.data.source import TensorSource
 from cvdd.seeds import generator
 
@@ -102,4 +103,10 @@ def read(config: DatasetConfig, store: Store) -> RawData:
 
         return read_images(store.make(ARTIFACT_KIND, f"{config.name}-{part}", identity, [], build))
 
-    return RawData(config.classes, load("train"), lambda: load("test"), config.mean, config.std)
+    return RawData(
+        config.classes,
+        load("train"),
+        lambda: views_to_measure(load("test"), config.test_resize),
+        config.mean,
+        config.std,
+    )

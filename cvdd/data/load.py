@@ -10,7 +10,8 @@ from cvdd.config_base import ConfigError
 from cvdd.data import cifar, digits, image_folder, imagenet1k, imagenette, tiny_imagenet
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import Data, RawData, class_hash
-from cvdd.data.source import ImageSource
+from cvdd.data.resize import views_to_measure
+from cvdd.data.source import ImageSource, TensorSource
 from cvdd.data.splits import keep_per_class, split_validation
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def load_data(config: DatasetConfig, store: Store) -> Data:
         )
     if config.evaluate_on == "validation":
         train, test = split_validation(raw.train, raw.classes, config.validation_fraction, config.split_seed)
+        if isinstance(test, TensorSource):
+            test = views_to_measure(test, config.test_resize)
     else:
         train, test = raw.train, raw.test()
     if config.train_per_class is not None:

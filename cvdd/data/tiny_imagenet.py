@@ -36,14 +36,15 @@ def read(config: DatasetConfig, store: Store) -> RawData:
     root = _find(config)
     classes = sorted_classes(config, root / "train")
 
-    def load(part: str, files: FileSource) -> TensorSource:
+    def load(part: str, files: FileSource, shorter_side: int | None = None) -> TensorSource:
         identity = {"source": config.source, "part": part}
-        return read_images(pack(store, f"{config.name}-{part}", identity, files, config.image_size))
+        packed = pack(store, f"{config.name}-{part}", identity, files, config.image_size, shorter_side)
+        return read_images(packed)
 
     return RawData(
         classes,
         load("train", scan(root / "train", classes)),
-        lambda: load("test", annotated_files(root / "val", classes)),
+        lambda: load("test", annotated_files(root / "val", classes), config.test_resize),
         config.mean,
         config.std,
     )
