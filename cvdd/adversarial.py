@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.methods.apm import ImageTerms, Snapshots, chunked_gradient, is_refresh
+from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schema.apm import ApmConfig
 from cvdd.seeds import derive_seed, generator
 from cvdd.surrogate import Augment, fit_surrogate
@@ -164,11 +165,8 @@ class AdversarialModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader[tuple[int, int]]:
         """Ranges of iterations of the current epoch, each up to the next log row."""
-        first = self.current_epoch * self.pace.checkpoint_every
-        last = min(first + self.pace.checkpoint_every, self.pace.iterations)
-        step = self.pace.log_every
-        ranges = [(begin, min(begin + step, last)) for begin in range(first, last, step)]
-        return DataLoader(ranges, batch_size=None)  # type: ignore[arg-type]
+        pace = self.pace
+        return ranges_of_epoch(self.current_epoch, 0, pace.iterations, pace.checkpoint_every, pace.log_every)
 
     def training_step(self, batch: tuple[int, int], batch_index: int) -> None:
         """Optimise the images from one log row to the next."""
@@ -262,12 +260,18 @@ class AdversarialModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the log rows, and the students and the teacher that judge until the next refresh."""
+        note_pace(checkpoint, self.pace.checkpoint_every)
         checkpoint["rows"] = [asdict(row) for row in self.rows]
         assert self._snapshots is not None
         checkpoint["surrogate"] = {"states": self._snapshots.states, "teacher": self._teacher, "fit": self._fit}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the log rows, the students and the teacher."""
+        """Restore the log rows, the students and the teacher.
+
+        Raises:
+            ConfigError: ``method.checkpoint_every`` is another than it was.
+        """
+        require_pace(checkpoint, self.pace.checkpoint_every)
         self.rows = [AdversarialRow(**row) for row in checkpoint["rows"]]
         surrogate = checkpoint["surrogate"]
         self._teacher, self._fit = int(surrogate["teacher"]), float(surrogate["fit"])

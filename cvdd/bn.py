@@ -24,13 +24,18 @@ class BatchStatistics(InputWatch[Moments]):
 
     Args:
         network: the network to watch.
-        groups: number of equal groups of consecutive samples in the batch; it may be changed between passes.
+        groups: number of equal groups of consecutive samples in the batch; it may be changed between passes, and with 0
+            nothing is measured.
         across: adds up over the ranks that have the other samples of each group; None if there are none.
     """
 
     def __init__(self, network: nn.Module, groups: int, across: Reduce | None = None) -> None:
         self._batchnorm, self.groups, self._across = dict(batchnorm_layers(network)), groups, across
         super().__init__(self._batchnorm, self._moments)
+
+    def _collect(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.groups:
+            super()._collect(name, layer, inputs)
 
     def _moments(self, name: str, inputs: Tensor) -> Moments:
         return channel_moments(inputs, self.groups, self._across)

@@ -75,6 +75,7 @@ class Classifier(pl.LightningModule):
         measure: accuracy on held-out images.
         measured_at: whether to measure after an epoch (counted from 0).
         on_epoch: called after each epoch with its number and what is known about it.
+        rate: the field that holds the learning rate, for messages.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class Classifier(pl.LightningModule):
         measure: Measure,
         measured_at: Callable[[int], bool],
         on_epoch: EpochLog,
+        rate: str = "recipe.lr or protocol.lr",
     ) -> None:
         super().__init__()
         self.network = network
         self.seed = seed
-        self._name = name
+        self._name, self._rate = name, rate
         self._measure, self._measured_at, self._on_epoch = measure, measured_at, on_epoch
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
@@ -233,10 +235,14 @@ class Classifier(pl.LightningModule):
             if not math.isfinite(row.get(key, 0.0)):
                 raise NonFiniteTraining(
                     f"the {key.replace('_', ' ')} of {self._name} is {row[key]} in epoch {self.current_epoch + 1}. The "
-                    "last checkpoint is kept; choose a smaller learning rate (recipe.lr or protocol.lr)."
+                    f"last checkpoint is kept; choose a smaller learning rate ({self._rate})."
                 )
         self.curve.append(row)
         self._on_epoch(self.current_epoch, row)
+
+    def on_fit_end(self) -> None:
+        """Let go of what was recorded: it refers to this module, so its memory would wait for the garbage collector."""
+        self._recorded = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Keep the curve, so that a resumed run has all of it."""

@@ -99,10 +99,10 @@ class Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             # What ends a recording that failed may fail too, and hide why.
+            self._pool = torch.cuda.graph_pool_handle()
             if any(is_out_of_memory(cause) for cause in _causes(error)):
                 raise MemoryError(f"no more memory on {held[0].device if held else 'the GPU'}") from error
             self._failures += 1
-            self._pool = torch.cuda.graph_pool_handle()
             if self._failures < ATTEMPTS:
                 return None
             first = list(_causes(error))[-1]
@@ -155,12 +155,15 @@ def side_by_side(calls: Sequence[Callable[[], Result]], streams: Sequence[torch.
         return (call() for call in calls)
     here = torch.cuda.current_stream(streams[0].device)
     results = []
-    for call, stream in zip(calls, streams, strict=False):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            results.append(call())
-    for stream in streams[: len(calls)]:
-        here.wait_stream(stream)
+    try:
+        for call, stream in zip(calls, streams, strict=False):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                results.append(call())
+    finally:
+        # Also when a call fails: a recording whose streams are not joined cannot be ended, nor its memory freed.
+        for stream in streams[: len(calls)]:
+            here.wait_stream(stream)
     return results
 
 

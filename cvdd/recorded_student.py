@@ -15,7 +15,7 @@ from cvdd.engine import Passes
 from cvdd.graphs import Recorded, draws_by_itself, side_by_side
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset, WholeEpochs
 from cvdd.replay import Replay
-from cvdd.schedules import optimizer_of, set_rate, student_rate
+from cvdd.schedules import optimizer_of, set_rate
 from cvdd.schema import ProtocolConfig
 from cvdd.student import PartLoss, StudentModule
 
@@ -40,11 +40,17 @@ class RecordedStudent(StudentModule):
         self._step: Any = self._optimise
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW of the protocol, whose rate is set in every epoch where a recorded step reads it."""
+        """AdamW of the protocol, whose rate lies where a recorded step reads it."""
         protocol = self.protocol
         on_gpu = self.device.type == "cuda"
         rate = torch.tensor(protocol.lr, device=self.device) if on_gpu else protocol.lr
         return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, capturable=on_gpu)
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            # What was loaded may be that of a student that was not recorded.
+            group["capturable"] = self.device.type == "cuda"
+        set_rate(optimizer, rate, self.device)
 
     def on_fit_start(self) -> None:
         """Make ready to record steps."""
@@ -54,10 +60,13 @@ class RecordedStudent(StudentModule):
             if self.part * self.protocol.accumulation * self.images.shape[-1] ** 2 <= PIXELS_SIDE_BY_SIDE:
                 self._streams = [torch.cuda.Stream(self.device) for _ in range(self.protocol.accumulation + 1)]
 
+    def on_fit_end(self) -> None:
+        """Let go of what was recorded: it refers to this module, so its memory would wait for the garbage collector."""
+        self._step = self._optimise
+        self._replicas.clear()
+
     def training_step(self, batch: list[LabelledBatch], batch_index: int) -> None:  # type: ignore[override]
         """Optimise the network by all batches of an epoch."""
-        rate = self.protocol.lr * student_rate(self.protocol, self.current_epoch)
-        set_rate(optimizer_of(self), rate, self.device)
         for one in batch:
             drawn = one.replay.drawn()
             self._names = tuple(drawn)

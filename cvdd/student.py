@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cvdd.classifier import Classifier, parts_of
@@ -16,7 +15,7 @@ from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
 from cvdd.replay import replay
-from cvdd.schedules import student_rate
+from cvdd.schedules import optimizer_of, student_rate
 from cvdd.schema import ProtocolConfig
 
 PartLoss = Callable[..., Tensor]
@@ -70,6 +69,16 @@ class StudentModule(Classifier):
         for network in (self.network, self.average):
             if network is not None:
                 self._passes.prepare(network, self.device)
+
+    def on_train_epoch_start(self) -> None:
+        """Set the rate of the epoch: from its number, so that whatever a student was interrupted in, it goes on."""
+        super().on_train_epoch_start()
+        self._set_rate(optimizer_of(self), self.protocol.lr * student_rate(self.protocol, self.current_epoch))
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            # What was loaded may be that of a recorded student.
+            group |= {"lr": rate} | ({"capturable": False} if "capturable" in group else {})
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""
@@ -127,16 +136,12 @@ class StudentModule(Classifier):
             mine.copy_(buffer)
         return self.average
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimiser of the protocol, with decay on what it says; the schedule steps per epoch."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Optimiser of the protocol, with decay on what it says; :meth:`on_train_epoch_start` sets its rate."""
         protocol, groups = self.protocol, self._parameter_groups()
-        optimizer: torch.optim.Optimizer
         if protocol.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: student_rate(protocol, epoch))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+            return torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum)
+        return torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol

@@ -21,6 +21,7 @@ from cvdd.distributed import sum_over_ranks
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.layer_statistics import HALVES
 from cvdd.methods.gvbsm import densification
+from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schedules import optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
@@ -117,6 +118,7 @@ class DistillModule(pl.LightningModule):
 
     targets: Tensor
     weights: Tensor
+    turns: Tensor
     low: Tensor
     high: Tensor
 
@@ -157,6 +159,7 @@ class DistillModule(pl.LightningModule):
         self.stage = stage or Stage(0, 0, method.iterations, images.shape[-1])
         # Whose turn it is must be known without asking the device.
         self._turns = turn_weights(weights.cpu(), method.turns, method.iterations, method.seed)
+        self.register_buffer("turns", self._turns, persistent=False)
         self._on_row = on_row
         self.rows: list[LogRow] = []
 
@@ -188,11 +191,8 @@ class DistillModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader[tuple[int, int]]:
         """Ranges of iterations of the current epoch."""
-        first = self.stage.first + self.current_epoch * self.method.checkpoint_every
-        last = min(first + self.method.checkpoint_every, self.stage.last)
-        step = self.method.log_every
-        ranges = [(begin, min(begin + step, last)) for begin in range(first, last, step)]
-        return DataLoader(ranges, batch_size=None)  # type: ignore[arg-type]
+        stage, method = self.stage, self.method
+        return ranges_of_epoch(self.current_epoch, stage.first, stage.last, method.checkpoint_every, method.log_every)
 
     def training_step(self, batch: tuple[int, int], batch_index: int) -> None:
         """Optimise the images from one log row to the next."""
@@ -259,7 +259,7 @@ class DistillModule(pl.LightningModule):
         method = self.method
         everyone = method.turns == "all"
         judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
-        weights = self.weights if everyone else self._turns[iteration, judging].to(self.device)
+        weights = self.weights if everyone else self.turns[iteration, judging]
         gradient, said, own = torch.zeros_like(seen), list[Judgement](), list[Tensor]()
         calls = [partial(self._ask, iteration, self._voters[index], seen) for index in judging]
         for (judgement, slope), weight in zip(side_by_side(calls, self._streams), weights, strict=True):
@@ -376,13 +376,23 @@ class DistillModule(pl.LightningModule):
                     )
         raise AssertionError("called without a term that is not finite")
 
+    def on_fit_end(self) -> None:
+        """Let go of what was recorded: it refers to this module, so its memory would wait for the garbage collector."""
+        self._recorded = None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the log rows and the moving averages of statistics, so that a resumed run has all of them."""
+        note_pace(checkpoint, self.method.checkpoint_every)
         checkpoint["rows"] = [asdict(row) for row in self.rows]
         checkpoint["statistics"] = [voter.matcher.state() if voter.matcher else {} for voter in self._voters]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the log rows and the moving averages."""
+        """Restore the log rows and the moving averages.
+
+        Raises:
+            ConfigError: ``method.checkpoint_every`` is another than it was.
+        """
+        require_pace(checkpoint, self.method.checkpoint_every)
         self.rows = [LogRow(**row) for row in checkpoint["rows"]]
         for voter, state in zip(self._voters, checkpoint["statistics"], strict=True):
             if voter.matcher is not None:

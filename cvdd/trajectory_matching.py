@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.methods.mtt import FlatNetwork, Matched, Step, Synthetic, Task, draw_batches, draw_step, first_bad_step, match
+from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schema import MethodConfig
 from cvdd.seeds import generator
 from cvdd.trajectories import Trajectories
@@ -159,11 +160,8 @@ class MatchingModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader[tuple[int, int]]:
         """Ranges of iterations of the current epoch."""
-        first = self.current_epoch * self.method.checkpoint_every
-        last = min(first + self.method.checkpoint_every, self.method.iterations)
-        step = self.method.log_every
-        ranges = [(begin, min(begin + step, last)) for begin in range(first, last, step)]
-        return DataLoader(ranges, batch_size=None)  # type: ignore[arg-type]
+        method = self.method
+        return ranges_of_epoch(self.current_epoch, 0, method.iterations, method.checkpoint_every, method.log_every)
 
     def training_step(self, batch: tuple[int, int], batch_index: int) -> None:
         """Update the synthetic set from one log row to the next.
@@ -246,10 +244,16 @@ class MatchingModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the log rows, so that a resumed run has all of them."""
+        note_pace(checkpoint, self.method.checkpoint_every)
         checkpoint["rows"] = [asdict(row) for row in self.rows]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the log rows."""
+        """Restore the log rows.
+
+        Raises:
+            ConfigError: ``method.checkpoint_every`` is another than it was.
+        """
+        require_pace(checkpoint, self.method.checkpoint_every)
         self.rows = [MatchRow(**row) for row in checkpoint["rows"]]
 
 

@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from cvdd.config_base import ConfigError
 from cvdd.fields import Field, field_at, fields, model_at
-from cvdd.schema import RunConfig, with_overrides
+from cvdd.prior_overrides import prior_overrides
+from cvdd.schema import RunConfig, needs_priors, with_overrides
 
 __all__ = ["Field", "check", "field_at", "fields"]
 
@@ -72,18 +73,31 @@ def check(config: DictConfig) -> RunConfig:
         run = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error))) from error
+    rows = [run]
     for name, overrides in run.compare.items():
-        _check_row(run, f"compare.{name}", overrides)
+        rows.append(_check_row(run, f"compare.{name}", overrides))
+    for row in rows:
+        _check_priors(row)
     return run
 
 
-def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> None:
+def _check_priors(run: RunConfig) -> None:
+    if run.prior.source == "given" or not needs_priors(run):
+        return
+    try:
+        with_overrides(run, prior_overrides(run, next(iter(run.committee.members))))
+    except ValidationError as error:
+        advice = "; change prior.*, or give the priors: prior.source=given"
+        raise ConfigError("\n".join(f"measuring priors: {line}{advice}" for line in explain(error))) from error
+
+
+def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> RunConfig:
     known = [field.key for field in fields()]
     for key, value in overrides.items():
         if not _exists(run, key):
             raise ConfigError(f"{row}: {key}={_typed(value)}: there is no such field{_close(key, known)}")
     try:
-        with_overrides(run, dict(overrides))
+        return with_overrides(run, dict(overrides))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{row}: {line}" for line in explain(error))) from error
 
@@ -107,8 +121,12 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def _key(location: Sequence[str | int]) -> str:
-    """Write a location as ``part.name[0]``, without the alternatives of unions that pydantic adds to it."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location if not _BRANCH.match(str(part))]
+    """Write a location as ``part.name[0]``, without the alternatives of unions and the marks that pydantic adds to it.
+
+    A key of a dictionary that is wrong itself has such a mark.
+    """
+    own = [part for part in location if part != "[key]" and not _BRANCH.match(str(part))]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in own]
     return "".join(parts).removeprefix(".")
 
 

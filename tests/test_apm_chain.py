@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_an_interrupted_part_goes_on_to_the_same_bits(
     monkeypatch.setattr(cvdd.chain.apm, "_log_row", noting)
     with pytest.raises(RuntimeError, match="pulled plug"):
         make_apm_images(context)
+    with pytest.raises(ConfigError, match=r"set method\.checkpoint_every=2 to go on with it"):
+        make_apm_images(context.differing({"method.checkpoint_every": 4}, ""))
     made = make_apm_images(context)
     assert rows[3:6] == [(0, 3), (0, 4), (0, 5)]
     assert same_files(made, images)
@@ -200,6 +203,11 @@ def test_teachers_made_elsewhere_must_belong_to_the_configuration(home: Path, im
     ]:
         with pytest.raises(ConfigError, match=message):
             make_apm_teachers(small_context(home, chosen, *changes))
+    elsewhere = Path(own[0]).parents[2] / "another store" / "teachers"
+    for path in own:
+        shutil.copytree(path, elsewhere / Path(path).name)
+    moved = ",".join(f"'{elsewhere / Path(path).name}'" for path in own)
+    assert make_apm_images(small_context(home, f"method.apm.teachers.paths=[{moved}]")).digest == images.digest
     other = f"method.apm.teachers.paths=[{images.path},{images.path}]"
     with pytest.raises(ConfigError, match="is an artefact of kind images, not teachers"):
         make_apm_teachers(small_context(home, other))

@@ -130,6 +130,12 @@ def test_other_layers_keep_hooks(layer: nn.Module) -> None:
     assert type(watch) is BatchStatistics
     fused(torch.randn(4, 3, 12, 12))
     assert list(watch.measured) == ["1", "4"]
+    watch.forget()
+    # Nothing is measured where nothing is matched, in groups or not.
+    images, targets = torch.randn(2, 4, 3, 12, 12), torch.arange(4).expand(2, 4)
+    said = judge(images, targets, Voter("a", fused, watch=watch), r_bn=0)
+    torch.testing.assert_close(tuple(said), tuple(judge(images, targets, Voter("a", network), r_bn=0)))
+    assert watch.measured == {}
 
 
 def test_a_network_of_timm_as_a_whole() -> None:

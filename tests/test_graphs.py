@@ -6,6 +6,7 @@ What is recorded is tested everywhere, called as it is; that a GPU replays it, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +26,12 @@ from helpers import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.classifier import Classifier, Positions, ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.engine import Engine, Passes, can_be_recorded, ready_voter, records
 from cvdd.graphs import Recorded, draws_by_itself
-from cvdd.label_batches import SoftLabelDataset
+from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels
 from cvdd.member import MemberModule
 from cvdd.recorded_student import RecordedStudent, make_student_module
@@ -178,12 +179,26 @@ def labels_of(device: str) -> ComputedLabels:
     return ComputedLabels(teachers, random_pixels(20).to(device), label, 0, MEAN, STD)
 
 
-def train_student(
-    accumulation: int, device: str, passes: Passes, network: nn.Module | None = None
-) -> tuple[StudentModule, dict[str, Tensor]]:
+def recordings_at_the_end(kind: type[Any], name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count what modules of a kind have recorded before they let go of it."""
+    counts: list[int] = []
+    end = kind.on_fit_end
+
+    def counted(module: Any) -> None:
+        counts.append(len(getattr(module, name)._recordings))
+        end(module)
+        assert not isinstance(getattr(module, name), Recorded)
+
+    monkeypatch.setattr(kind, "on_fit_end", counted)
+    return counts
+
+
+def student_of(
+    accumulation: int, device: str, passes: Passes, network: nn.Module
+) -> tuple[StudentModule, DataLoader[Any]]:
     protocol = protocol_config(accumulation=accumulation, ema=0.9, epochs=8)
     dataset = SoftLabelDataset(labels_of(device), torch.device(device))
-    module, loader = make_student_module(
+    return make_student_module(
         protocol,
         dataset,
         random_pixels(20),
@@ -193,12 +208,22 @@ def train_student(
         passes,
         looks=False,
         shared=False,
-        **training_arguments(network or trainable()),
+        **training_arguments(network),
     )
-    fit(module, loader, 8, device)
+
+
+def state_of(module: StudentModule) -> dict[str, Tensor]:
     assert module.average is not None
     averaged = {f"average.{key}": value for key, value in module.average.named_parameters()}
-    return module, dict(module.network.state_dict()) | averaged
+    return dict(module.network.state_dict()) | averaged
+
+
+def train_student(
+    accumulation: int, device: str, passes: Passes, network: nn.Module | None = None
+) -> tuple[StudentModule, dict[str, Tensor]]:
+    module, loader = student_of(accumulation, device, passes, network or trainable())
+    fit(module, loader, 8, device)
+    return module, state_of(module)
 
 
 def member(accumulation: int, crop: str, passes: Passes) -> MemberModule:
@@ -253,14 +278,36 @@ def test_a_recorded_student_learns_the_same(accumulation: int) -> None:
     same(found, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_student_that_goes_on_recorded_or_not_learns_the_same(device: str, first: bool, tmp_path: Path) -> None:
+    _, expected = train_student(2, device, Passes(record=first))
+    begun, loader = student_of(2, device, Passes(record=first), trainable())
+    trainer = quiet_trainer(3, loader, device)
+    trainer.fit(begun, loader)
+    trainer.save_checkpoint(tmp_path / "begun.ckpt")
+    other, loader = student_of(2, device, Passes(record=not first), trainable(seed=5))
+    assert type(begun) is not type(other)
+    assert isinstance(loader.sampler, EpochSampler)
+    loader.sampler.set_epoch(3)
+    quiet_trainer(8, loader, device).fit(other, loader, ckpt_path=str(tmp_path / "begun.ckpt"), weights_only=True)
+    found = state_of(other)
+    if device == "cpu":
+        same(found, expected)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4, msg=key)
+
+
 @with_gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gpu_replays_students(accumulation: int, precision: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_replays_students(
+    accumulation: int, precision: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings = recordings_at_the_end(RecordedStudent, "_step", monkeypatch)
     _, expected = train_student(accumulation, "cuda", Passes(precision=precision))
-    module, found = train_student(accumulation, "cuda", Passes(precision=precision, record=True))
-    assert isinstance(module, RecordedStudent)
-    assert len(module._step._recordings) == 2
+    _, found = train_student(accumulation, "cuda", Passes(precision=precision, record=True))
+    assert recordings == [2]
     assert not warnings_of(caplog)
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     for key in expected:
@@ -296,12 +343,13 @@ def test_a_recorded_step_of_a_member_is_a_step(device: str, crop: str, accumulat
 @with_gpu
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_gpu_replays_members(crop: str, accumulation: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_replays_members(
+    crop: str, accumulation: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = train_member(member(accumulation, crop, Passes()), "cuda")
-    module = member(accumulation, crop, Passes(record=True))
-    replayed = train_member(module, "cuda")
-    assert isinstance(module, Classifier)
-    assert isinstance(module._recorded, Recorded)
+    recordings = recordings_at_the_end(MemberModule, "_recorded", monkeypatch)
+    replayed = train_member(member(accumulation, crop, Passes(record=True)), "cuda")
+    assert recordings[0] > 0
     assert not warnings_of(caplog)
     same(replayed, plain)
 

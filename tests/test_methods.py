@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import PRIORS, TINY, configure, same_files, tiny_context
+from torch import Tensor
 
 import cvdd.chain.recover
 from cvdd.artifact import Artifact, Store
@@ -15,6 +17,8 @@ from cvdd.chain.images import load_history, load_images, make_images
 from cvdd.chain.priors import find_priors
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.synthesis import DistillModule
+from cvdd.units import Stage
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -90,10 +94,19 @@ def test_residual_pulls_images_back_to_where_they_began(chain_home: Path) -> Non
     assert 1 < pulled < 0.8 * free
 
 
-def test_stages_may_have_sizes_of_their_own(chain_home: Path) -> None:
+def test_stages_may_have_sizes_of_their_own(chain_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: set[tuple[int, int, int]] = set()
+
+    def module(images: Tensor, *arguments: Any, **options: Any) -> DistillModule:
+        stage = next(one for one in arguments if isinstance(one, Stage))
+        sides.add((stage.index, stage.size, images.shape[-1]))
+        return DistillModule(images, *arguments, **options)
+
+    monkeypatch.setattr(cvdd.chain.recover, "DistillModule", module)
     changes = ("method=fadrm", "method.iterations=4", "method.stages=2")
     small = load_images(images_of(chain_home, *changes, "method.sizes=[24,32]"))[0]
     assert small.shape == (20, 3, 32, 32)
+    assert sides == {(0, 24, 24), (1, 32, 32)}
     assert not torch.equal(small, load_images(images_of(chain_home, *changes))[0])
     with pytest.raises(ConfigError, match=r"method\.sizes=\[32, 24\] ends at 24, and dataset\.image_size=32"):
         images_of(chain_home, *changes, "method.sizes=[32,24]")

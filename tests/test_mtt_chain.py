@@ -145,6 +145,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         patched.setattr(owner, name, stopping)
         with pytest.raises(PulledPlug):
             make_mtt_images(context)
+    if owner is MatchingModule:
+        with pytest.raises(ConfigError, match=r"set method\.checkpoint_every=2 to go on with it"):
+            make_mtt_images(context.differing({"method.checkpoint_every": 4}, ""))
     resumed: list[int] = []
 
     def noting(*arguments: Any) -> Any:

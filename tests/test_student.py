@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 import cvdd.context
 from cvdd.compiler import compiling
 from cvdd.engine import Passes
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
+from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
 from cvdd.losses import soft_label_loss
 from cvdd.measure import Accuracy
 from cvdd.replay import replay
+from cvdd.schedules import optimizer_of
 from cvdd.student import StudentModule, parts_of
 from cvdd.teachers import Teachers
 
@@ -54,8 +55,8 @@ def test_epoch_sampler_counts_on() -> None:
     assert len(sampler) == 3
 
 
-def soft_labels(count: int = 20, batch_size: int = 8) -> ComputedLabels:
-    label = label_config(batch_size=batch_size, dtype="float32", epochs=4)
+def soft_labels(count: int = 20, batch_size: int = 8, epochs: int = 4) -> ComputedLabels:
+    label = label_config(batch_size=batch_size, dtype="float32", epochs=epochs)
     teachers = Teachers([small_network(seed=9)], [1.0], label)
     return ComputedLabels(teachers, random_pixels(count, SIZE), label, 0, MEAN, STD)
 
@@ -142,7 +143,7 @@ def test_a_step_is_the_sum_of_separate_parts(batch: int) -> None:
 
 def test_weight_decay_is_for_weights_of_two_or_more_axes() -> None:
     module = student(trainable(), soft_labels(), weight_decay=0.05)
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
@@ -155,14 +156,18 @@ def test_weight_decay_is_for_weights_of_two_or_more_axes() -> None:
 def test_the_rate_changes_by_epoch() -> None:
     """LR(e) = lr/2 (1 + cos(pi e / (E eta))): stretched by 2 it ends at about half."""
     rates = []
-    options = student(trainable(), soft_labels(), epochs=10, eta=2, lr=0.004).configure_optimizers()
-    for _ in range(10):
-        rates.append(options["optimizer"].param_groups[0]["lr"])
-        options["optimizer"].step()
-        options["lr_scheduler"]["scheduler"].step()
+    labels = soft_labels(epochs=10)
+    module = student(trainable(), labels, epochs=10, eta=2, lr=0.004)
+
+    def noted(batch: LabelledBatch, index: int) -> None:
+        if index == 0:
+            rates.append(optimizer_of(module).param_groups[0]["lr"])
+
+    module.on_train_batch_start = noted
+    fit(module, batches(labels), 10)
     assert rates[0] == pytest.approx(0.004)
     assert rates[-1] == pytest.approx(0.004 * 0.5 * (1 + math.cos(math.pi * 9 / 20)))
-    assert options["lr_scheduler"]["interval"] == "epoch"
+    assert len(rates) == 10
 
 
 def test_a_student_is_trained_once_per_stored_batch() -> None:
@@ -240,7 +245,7 @@ def test_parts_of_a_mixed_batch_keep_their_partners() -> None:
 
 
 def test_decay_of_all_parameters() -> None:
-    optimizer = student(trainable(), soft_labels(), weight_decay=0.05, decay="all").configure_optimizers()["optimizer"]
+    optimizer = student(trainable(), soft_labels(), weight_decay=0.05, decay="all").configure_optimizers()
     (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.05
     assert len(group["params"]) == len(list(small_network().parameters()))
@@ -249,7 +254,7 @@ def test_decay_of_all_parameters() -> None:
 def test_a_step_of_sgd_with_momentum() -> None:
     """Two steps with the gradients 1 and 1: w - lr g, then w - lr (m g + g); vectors do not decay."""
     module = student(trainable(), soft_labels(), optimizer="sgd", lr=0.1, momentum=0.875, weight_decay=0.5)
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     vector, matrix = module.network[1].bias, module.network[-1].weight
     before, weights = vector.detach().clone(), matrix.detach().clone()
@@ -315,10 +320,12 @@ def test_a_student_with_an_average_goes_on_after_an_interruption(
         options = {"epochs": 4, "ema": 0.8, "optimizer": "sgd", "warmup": 1, "schedule": "early_late"}
         module = student(trainable(), labels, measure=measured, measured_at=lambda epoch: True, **options)
         if stop is not None:
+            begin = module.on_train_epoch_start
 
             def pull() -> None:
                 if module.current_epoch == stop:
                     raise InterruptedError
+                begin()
 
             module.on_train_epoch_start = pull
         context.fit(module, batches(labels), 4, folder / "training.ckpt.tmp")

@@ -10,6 +10,7 @@ import torch
 from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
 
+from cvdd.config_base import ConfigError
 from cvdd.synthesis import (
     DistillModule,
     LogRow,
@@ -181,13 +182,15 @@ def test_a_gradient_that_is_not_finite_is_noticed() -> None:
 def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
     """Epochs are of six iterations; the checkpoint has images, Adam's moments, rows and place in the schedule."""
 
-    def build() -> DistillModule:
-        return module_of(start(2), SLOTS[:2], voters(a=small_network()))
+    def build(**changes: object) -> DistillModule:
+        return module_of(start(2), SLOTS[:2], voters(a=small_network()), **changes)
 
     whole = fit(build())
     first = quiet_trainer(1)
     first.fit(build())
     first.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(ConfigError, match=r"method\.checkpoint_every=12: .* in steps of 6; set .*every=6 to go on"):
+        quiet_trainer(2).fit(build(checkpoint_every=12), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     resumed = build()
     quiet_trainer(2).fit(resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.equal(whole.images, resumed.images)

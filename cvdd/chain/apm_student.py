@@ -89,6 +89,7 @@ def make_apm_student(
                 measure=measured_in(context, input_space(context, whitening), part),
                 measured_at=every(config.protocol.eval_every, training.epochs),
                 on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
+                rate="method.apm.student.lr",
             )
             context.fit(module, loader, training.epochs, work / "training.ckpt.tmp")
         return save_student(work, module.curve)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
@@ -121,6 +121,7 @@ def _train(
             measure=measure,
             measured_at=ten_times(teachers.epochs),
             on_epoch=log_epochs(context, f"train/teacher{index}", advance),
+            rate="method.apm.teachers.lr",
         )
         context.fit(module, loader, teachers.epochs, work / "training.ckpt.tmp")
     save_curve(work / CURVE, module.curve)
@@ -134,7 +135,8 @@ def _train(
 
 
 def _made_elsewhere(context: Context, path: Path, whitening: Artifact | None) -> Artifact:
-    artifact = context.store.open(path)
+    # In a store of its own: this run's store keeps account of its own artefacts only.
+    artifact = Store(path.absolute().parent.parent).open(path.absolute())
     if artifact.kind != KIND:
         raise ConfigError(f"method.apm.teachers.paths: {path} is an artefact of kind {artifact.kind}, not {KIND}")
     found = artifact.manifest["identity"]

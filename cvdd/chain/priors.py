@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
 from cvdd.context import Context
+from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, with_overrides
 
 
@@ -56,36 +56,8 @@ def measure_prior(context: Context, member: str) -> Priors:
     The observer labels also where the configuration itself has hard labels or a pruned store.
     Every step is an ordinary artefact, so a prior is measured once whatever is changed later in the committee.
     """
-    config = context.config
-    prior = config.prior
-    overrides: dict[str, Any] = {
-        "committee.size": 1,
-        "committee.draw": "fixed",
-        "committee.fixed": [[member]],
-        "committee.voter": "equal",
-        "method.name": f"prior-{member}",
-        "method.iterations": prior.iterations,
-        "ipc.images_per_class": prior.images_per_class,
-        "patches.images_per_class": max(prior.images_per_class, config.patches.images_per_class),
-        "label.teachers": [prior.observer],
-        "label.epochs": prior.epochs,
-        "label.store": "none",
-        "label.keep": 1.0,
-        "protocol.loss": "kl" if config.label.teachers == "none" else config.protocol.loss,
-        "protocol.epochs": prior.epochs,
-        "protocol.eval_every": prior.epochs,
-        # A prior is measured with this member alone in the plain recover loop, whatever else makes the images.
-        "method.voters": "drawn",
-        "method.turns": "all",
-        "method.stages": 1,
-        "method.sizes": None,
-        "method.residual": 1.0,
-        "method.apm": None,
-        "method.mtt": None,
-        "protocol.student": "protocol",
-        "compare": {},
-    }
-    single = context.differing(overrides, f"prior of {member}")
+    config, prior = context.config, context.config.prior
+    single = context.differing(prior_overrides(config, member), f"prior of {member}")
     images = make_images(single, {})
     labels = make_labels(single, images, {})
     backbone = config.committee.members[prior.observer].backbone

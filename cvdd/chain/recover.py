@@ -126,8 +126,8 @@ def _optimise(
 
     for stage in plan_stages(method, data.image_size):
         finished = work / f"stack{stack.index:05d}.stage{stage.index}.tmp"
-        if stage.index:
-            images = adjustable_residual(images, initial, method.residual, stage.size)
+        kept = method.residual if stage.index else 1.0
+        images = adjustable_residual(images, initial, kept, stage.size)
         if is_whole(finished):
             images, rows = _load_stage(finished)
             advance(stage.last - done)
@@ -159,6 +159,7 @@ def _optimise(
                     context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
                 break
             except OutOfMemory as error:
+                module.on_fit_end()
                 fewer = engine.fewer(len(stack.units)) if judges_by_unit(method) and not split else None
                 if fewer is None:
                     raise

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def adjustable_residual(images: Tensor, initial: Tensor, kept: float, size: int) -> Tensor:
-    """Blend images with those that they started from, both at the next stage's size.
+    """Blend images with those that they started from, both at the next stage's size (specification, section 2).
 
     Args:
         images: [units, images, 3, h, w] as the stage left them.
@@ -17,6 +17,8 @@ def adjustable_residual(images: Tensor, initial: Tensor, kept: float, size: int)
     Returns:
         [units, images, 3, size, size].
     """
+    if kept == 1:
+        return _resized(images, size)
     return kept * _resized(images, size) + (1 - kept) * _resized(initial, size)
 
 

@@ -1,0 +1,64 @@
+"""A prior says how good a member is, and not how the images around it are made."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Compose
+
+from cvdd.config_base import ConfigError
+from cvdd.prior_overrides import prior_overrides
+from cvdd.schema import RunConfig, needs_priors, with_overrides
+
+MEASURED = "prior=measured_small"
+STRENGTHS = {"lr", "r_bn", "ce", "crop_scale", "jitter", "checkpoint_every", "log_every", "grid_every"}
+"""Of the method, which a measurement takes from the run."""
+
+
+def measured(config: RunConfig, member: str = "resnet18") -> RunConfig:
+    return with_overrides(config, prior_overrides(config, member))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=full",),
+        ("method=full", "label=committee", "protocol=paper"),
+        ("method=gvbsm", "label=committee", "protocol=paper"),
+        ("method=edc", "label=edc", "protocol=edc", "label.weights=prior"),
+        ("method=lpld", "label=committee"),
+        ("method=cda", "label=committee"),
+        ("method=fadrm_plus", "label=committee"),
+        ("method=sampled_residual", "label=hard", "protocol=hard"),
+        ("method=cvdd", "label=hard", "protocol=hard"),
+        ("method=cvdd", "label=committee", "label.mix=mixup", "label.randaugment=true", "label.keep=0.5"),
+    ],
+    ids=" ".join,
+)
+def test_a_prior_is_measured_in_the_plain_loop_with_plain_labels(overrides: tuple[str, ...], compose: Compose) -> None:
+    usual = measured(compose("evaluate", "method=cvdd", "label=committee", "protocol=paper", MEASURED))
+    run = compose("evaluate", *overrides, MEASURED)
+    assert needs_priors(run)
+    found = measured(run)
+    assert found.method.model_dump(exclude=STRENGTHS) == usual.method.model_dump(exclude=STRENGTHS)
+    assert found.method.crop_scale is not None
+    label = {"bn_mode": "batch", "halves": True, "mix": "cutmix", "randaugment": False, "shuffle": 1, "keep": 1.0}
+    assert found.label.model_dump(include=set(label)) == label
+    assert (found.label.teachers, found.protocol.loss) == (["resnet18"], "kl")
+    assert found.compare == {}
+    assert not needs_priors(found)
+
+
+def test_a_member_is_measured_alone(compose: Compose) -> None:
+    run = compose("evaluate", MEASURED)
+    found = measured(run, "densenet121")
+    assert found.committee.fixed == [["densenet121"]]
+    assert found.method.name == "prior-densenet121"
+    assert found.method.iterations == run.prior.iterations
+    assert found.protocol.epochs == found.label.epochs == run.prior.epochs
+
+
+def test_a_measurement_that_cannot_run_is_refused_before_any_work(compose: Compose) -> None:
+    cannot = ("protocol.warmup=80", "prior.epochs=60")
+    with pytest.raises(ConfigError, match=r"measuring priors: .*protocol\.warmup=80.*; change prior\.\*, or give the"):
+        compose("evaluate", *cannot, MEASURED)
+    compose("evaluate", *cannot, MEASURED, "committee.voter=equal", "label.weights=equal")
