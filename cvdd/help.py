@@ -22,6 +22,11 @@ PUBLISHED = re.compile(r"\w+_(table\d+|results)_\w+")
 SHARED = "experiment/base"
 """What these files share; not to be chosen by itself."""
 
+PLACES: Mapping[str, str] = MappingProxyType(
+    {"backbone": "+backbone@students.NAME=choice, backbone@committee.members.NAME.backbone=choice"}
+)
+"""Groups that are chosen for a place in the configuration, and how: a run has several of them."""
+
 CHAIN = (
     "Whatever is missing on the way is made first, so that each command can be the first one; what exists is found "
     "again by the part of the configuration that made it, so that repeating a command costs seconds and an interrupted "
@@ -68,7 +73,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
             ("", "the whole chain on the embedded data set; nothing is downloaded"),
             ("ipc=50 students=tiny_all", "fifty images per class, a cross-architecture table"),
             ("--multirun committee.size=1,2,3 temperature=1,5", "a sweep over N and T; members are trained once"),
-            ("dataset=cifar10 committee=small recipe=cifar prior=cifar10 students=small protocol=paper", "CIFAR-10"),
+            (
+                "dataset=cifar10 committee=small recipe=cifar prior=cifar10 patches=medium method=cvdd label=committee "
+                "protocol=paper students=small",
+                "CIFAR-10 with the published settings instead of the embedded data set's",
+            ),
             ("debug=smoke", "every stage for a moment, to see that a configuration runs"),
         ),
     }
@@ -115,7 +124,8 @@ def group_table() -> str:
         names = sorted(hydra.config_loader.get_group_options(group))
         published = [name for name in names if group == "experiment" and PUBLISHED.fullmatch(name)]
         more = [f"and {len(published)} of published numbers (python -m cvdd.report experiments)"] if published else []
-        lines.append(f"{group}: {', '.join([*(name for name in names if name not in published), *more])}")
+        place = f" ({PLACES[group]})" if group in PLACES else ""
+        lines.append(f"{group}{place}: {', '.join([*(name for name in names if name not in published), *more])}")
     return "\n".join(lines)
 
 
