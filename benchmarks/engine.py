@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.timing import Stopwatch
 from cvdd.artifact import Store
-from cvdd.augment import Views
+from cvdd.augment import Views, pixel_bounds
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.context import Context
@@ -33,7 +33,7 @@ from cvdd.measure import Accuracy
 from cvdd.member import MemberModule
 from cvdd.recorded_student import make_student_module
 from cvdd.schema import LabelConfig, MethodConfig, RunConfig
-from cvdd.synthesis import DistillModule, pixel_bounds
+from cvdd.synthesis import DistillModule
 from cvdd.teachers import Teachers
 from cvdd.units import Stage, Unit, unit_matrices, unit_views
 from cvdd.voting import Voter

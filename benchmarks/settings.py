@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.reference import recover, relabel, student
 from cvdd.arguments import prepare
+from cvdd.augment import pixel_bounds
 from cvdd.backbones import build_network
 from cvdd.cli import config_directory
 from cvdd.rows import expand_rows
 from cvdd.schema import RunConfig
-from cvdd.synthesis import pixel_bounds
 from cvdd.validation import check
 
 EXPERIMENTS = {

@@ -281,3 +281,9 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float], tru
     std_t = torch.tensor(std, device=images.device).view(shape)
     scaled = (images * std_t + mean_t).clamp(0, 1) * 255
     return (scaled if truncate else scaled.round()).to(torch.uint8)
+
+
+def pixel_bounds(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Normalised values of black and white: two tensors [3, 1, 1]."""
+    mean_t, std_t = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    return -mean_t / std_t, (1 - mean_t) / std_t

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
 
+FEATURES_AT_ONCE = 500
+"""Images in a forward pass."""
+
 
 def herd(features: Tensor, count: int) -> Tensor:
     """Choose samples whose mean is that of all, one after the other (Welling, 2009).
@@ -38,7 +41,7 @@ def herd(features: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = 500) -> Tensor:
+def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = FEATURES_AT_ONCE) -> Tensor:
     """What each network's classifier sees of some images, on a common scale.
 
     Every feature is divided by its standard deviation over the images, and every network by the root of its number of

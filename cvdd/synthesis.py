@@ -397,9 +397,3 @@ class DistillModule(pl.LightningModule):
         for voter, state in zip(self._voters, checkpoint["statistics"], strict=True):
             if voter.matcher is not None:
                 voter.matcher.load_state(state)
-
-
-def pixel_bounds(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Normalised values of black and white: two tensors [3, 1, 1]."""
-    mean_t, std_t = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-    return -mean_t / std_t, (1 - mean_t) / std_t

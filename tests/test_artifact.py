@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from cvdd.artifact import (
     MANIFEST,
     Artifact,
     DamagedArtifact,
+    Parts,
     Store,
     StoreError,
     digest_of,
@@ -86,6 +88,16 @@ def test_the_second_call_opens_it(artifact: Artifact) -> None:
     assert reopened(artifact).digest == artifact.digest
 
 
+def test_another_name_opens_it_too(store: Store, artifact: Artifact) -> None:
+    def never(work: Path) -> Mapping[str, Any]:
+        raise AssertionError("it is there")
+
+    assert store.make("things", "the same thing", IDENTITY, [], never).path == artifact.path
+    parts = Parts(["one"], lambda work, index: False, lambda work: contextlib.nullcontext(never))
+    assert store.make_parts("things", "in parts", IDENTITY, [], parts, never).path == artifact.path
+    assert store.make("things", "thing", {**IDENTITY, "seed": 1}, [], build).path != artifact.path
+
+
 def test_the_digest_covers_kind_identity_and_parents(artifact: Artifact) -> None:
     digests = {
         digest_of("things", IDENTITY, []),
@@ -96,6 +108,13 @@ def test_the_digest_covers_kind_identity_and_parents(artifact: Artifact) -> None
     }
     assert len(digests) == 5
     assert digest_of("things", {"seed": 0, "size": 3}, []) == artifact.digest
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../../escaped", "/escaped"])
+def test_a_name_cannot_lead_out_of_its_directory(name: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be the name of an artefact"):
+        store.make("things", name, IDENTITY, [], build)
+    assert not list(tmp_path.rglob("*.txt"))
 
 
 def test_parents_are_recorded(store: Store, artifact: Artifact) -> None:
@@ -282,6 +301,20 @@ def test_a_full_disk_while_sealing(store: Store, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(StoreError, match=FULL):
             make(store)
     assert make(store).metrics["answer"] == 42
+
+
+def test_a_full_disk_without_a_name_may_be_that_of_the_output(store: Store) -> None:
+    """As the system refuses a write into an open file, of the artefact's or of a log beside it."""
+
+    def full(work: Path) -> Mapping[str, Any]:
+        if not os.path.exists("/dev/full"):
+            pytest.skip("/dev/full is Linux's")
+        with open("/dev/full", "w") as stream:
+            stream.write("a row")
+        return {}
+
+    with pytest.raises(StoreError, match=r"the run's output\. Free some .*paths\.output=DIR or paths\.store=DIR"):
+        make(store, full)
 
 
 def test_a_full_disk_in_the_words_of_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

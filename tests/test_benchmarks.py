@@ -20,12 +20,11 @@ from benchmarks.limits import Limits, Work, count_work, measure_limits
 from benchmarks.reference import recover, relabel, student
 from benchmarks.table import markdown
 from cvdd.artifact.manifest import manifest_checksum
-from cvdd.augment import Views, apply_matrices
+from cvdd.augment import Views, apply_matrices, pixel_bounds
 from cvdd.chain.unit_files import write_unit
 from cvdd.engine import Passes
 from cvdd.losses import soft_label_loss
 from cvdd.replay import replay
-from cvdd.synthesis import pixel_bounds
 from cvdd.teachers import Teachers
 from cvdd.units import Unit, unit_matrices
 from cvdd.voting import Voter, voting_loss

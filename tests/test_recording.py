@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Compose
 from helpers import as_files, small_network, tiny_context, with_source
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import channel_moments, patch_moments
 from cvdd.recording import Recorded, pool, record_statistics
 from cvdd.schema import StatisticsConfig
+
+pytest_plugins = ["chain_fixtures"]
 
 CLASSES = 4
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 2, 2, 2, 1])
@@ -242,3 +245,17 @@ def test_what_is_recorded_is_part_of_the_identity(change: str, made: Artifact, h
 )
 def test_what_changes_nothing_is_not(change: str, made: Artifact, home: Path) -> None:
     assert digest(home, change) == made.digest
+
+
+def test_the_batch_of_recorded_statistics_is_chosen_and_belongs_to_them(chain_home: Path) -> None:
+    def recorded(batch: int) -> Artifact:
+        overrides = ("method=lpld", f"method.statistics.batch={batch}", "ipc.images_per_class=1")
+        return make_statistics(tiny_context(chain_home, *overrides), "resnet18")
+
+    assert recorded(64).digest != recorded(256).digest
+    assert recorded(256).manifest["identity"]["batch"] == 256
+
+
+def test_a_batch_of_nothing_that_is_recorded_is_refused(compose: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"method\.statistics\.batch=256 is of statistics that are recorded"):
+        compose("evaluate", "method=cvdd", "method.statistics.batch=256")

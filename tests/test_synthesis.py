@@ -10,13 +10,13 @@ import torch
 from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
 
+from cvdd.augment import pixel_bounds
 from cvdd.config_base import ConfigError
 from cvdd.synthesis import (
     DistillModule,
     LogRow,
     NonFiniteLoss,
     cosine,
-    pixel_bounds,
 )
 from cvdd.units import Stage, Unit, plan_stages, unit_views
 from cvdd.voting import Voter

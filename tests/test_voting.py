@@ -11,8 +11,9 @@ from helpers import FIXTURES, method_config, small_network
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cvdd.augment import pixel_bounds
 from cvdd.committee import vote_weights
-from cvdd.synthesis import DistillModule, LogRow, pixel_bounds
+from cvdd.synthesis import DistillModule, LogRow
 from cvdd.voting import Voter, VoteTerms, voting_loss
 
 EXPECTED = json.loads((FIXTURES / "voting_step" / "expected.json").read_text())

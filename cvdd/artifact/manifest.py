@@ -82,6 +82,22 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sealed_as(path: Path) -> Path | None:
+    """Return the directory of a sealed artefact: this one, or another of its digest, whatever name it was given there.
+
+    Args:
+        path: ``kind/name-digest`` inside a store.
+
+    Returns:
+        None if it is not sealed.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    digest = path.name.rpartition("-")[2]
+    same = sorted(path.parent.glob(f"*-{digest}/{MANIFEST}"))
+    return same[0].parent if same else None
+
+
 def read_manifest(path: Path) -> Artifact:
     """Read an artefact's manifest without looking at its files.
 

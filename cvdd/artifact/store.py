@@ -12,7 +12,16 @@ from typing import Any
 
 from cvdd.artifact.claims import claims_for, held
 from cvdd.artifact.files import store_errors
-from cvdd.artifact.manifest import FORMAT, MANIFEST, Artifact, DamagedArtifact, digest_of, read_manifest, verify
+from cvdd.artifact.manifest import (
+    FORMAT,
+    MANIFEST,
+    Artifact,
+    DamagedArtifact,
+    digest_of,
+    read_manifest,
+    sealed_as,
+    verify,
+)
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
 from cvdd.artifact.sealing import peak_memory, seal
 from cvdd.artifact.sessions import Session, seconds_of_sessions
@@ -66,8 +75,8 @@ class Store:
         """
         making = _Making(kind, name, digest_of(kind, identity, parents), identity, parents)
         path = making.path(self.root)
-        if (path / MANIFEST).exists():
-            return self.open(path)
+        if (sealed := sealed_as(path)) is not None:
+            return self.open(sealed)
         with store_errors(self.root), self._lock(path):
             if (path / MANIFEST).exists():
                 return self.open(path)
@@ -108,6 +117,8 @@ class Store:
         """
         making = _Making(kind, name, digest_of(kind, identity, parents), identity, parents)
         path = making.path(self.root)
+        if (sealed := sealed_as(path)) is not None:
+            return self.open(sealed)
         folder = self.root / kind / ".locks" / f"{path.name}.parts"
         with store_errors(self.root):
             watched = False
@@ -188,7 +199,11 @@ class _Making:
     parents: Sequence[Artifact]
 
     def path(self, root: Path) -> Path:
-        return root / self.kind / f"{self.name}-{self.digest}"
+        directory = f"{self.name}-{self.digest}"
+        if Path(directory).name != directory:
+            # Names are checked with the configuration; none may lead out of the store all the same.
+            raise ValueError(f"{self.name!r} cannot be the name of an artefact: it is part of one directory's name")
+        return root / self.kind / directory
 
     def manifest(self, work: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
         sessions = seconds_of_sessions(work)

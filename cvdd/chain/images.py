@@ -185,13 +185,13 @@ def _all_images(context: Context) -> Artifact:
     return context.store.make("images", f"{data.name}-all", identity, [], build)
 
 
-def _ignored(method: MethodConfig) -> set[str]:
+def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     ignored = {"name", "seed", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     if method.iterations:
-        # The draws and their weights are part of the identity by themselves.
-        return ignored | {"voters"}
+        # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
+        return {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
     kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "jpeg_round_trip"}
-    return ignored | (set(MethodConfig.model_fields) - kept)
+    return dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)
 
 
 def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.augment import denormalise, normalise
+from cvdd.augment import denormalise, normalise, pixel_bounds
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
 from cvdd.chain.unit_files import write_unit
@@ -34,7 +34,7 @@ from cvdd.report.terms import effective_terms
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
-from cvdd.synthesis import DistillModule, LogRow, pixel_bounds
+from cvdd.synthesis import DistillModule, LogRow
 from cvdd.tensor_files import is_whole, save_tensors
 from cvdd.units import Stack, Unit, plan_stages, unit_views
 from cvdd.voting import Voter

@@ -22,8 +22,6 @@ from cvdd.recording import Recorded, Table, record_statistics
 from cvdd.seeds import derive_seed, generator
 
 STATISTICS = "statistics.safetensors"
-BATCH = 64
-"""Images per batch, as released for small images; the global variance and ``moving`` depend on it."""
 
 
 def make_statistics(context: Context, name: str) -> Artifact:
@@ -52,7 +50,7 @@ def make_statistics(context: Context, name: str) -> Artifact:
         "patch": wanted.patch if wanted.layers == "bn_and_conv" else None,
         "class_statistics": wanted.class_statistics if wanted.class_share else None,
         "augmentation": recipe.model_dump(mode="json", include=used),
-        "batch": BATCH,
+        "batch": wanted.batch,
         "seed": seed,
     }
 
@@ -61,7 +59,7 @@ def make_statistics(context: Context, name: str) -> Artifact:
             _require_all_classes(context)
         backbone = config.committee.members[name].backbone
         network = load_network(context, member, backbone).to(context.device)
-        with context.progress(f"statistics of {name}", -(-len(data.train) // BATCH)) as advance:
+        with context.progress(f"statistics of {name}", -(-len(data.train) // wanted.batch)) as advance:
             recorded = record_statistics(network, _batches(context, seed, advance), wanted, len(data.classes))
         save_file(_flat(recorded), work / STATISTICS)
         layers = set(recorded.layers) | set(recorded.classes)
@@ -110,7 +108,8 @@ def _require_all_classes(context: Context) -> None:
 def _batches(context: Context, seed: int, advance: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all training images once, shuffled: normalised [n, 3, size, size] and their labels [n], on the device."""
     data, recipe, device = context.data(), context.config.recipe, context.device
-    order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(BATCH)
+    size = context.config.method.statistics.batch
+    order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(size)
     for index, (pixels, labels) in enumerate(_pixels(context, list(order))):
         seen = augment(pixels.to(device), recipe, data.image_size, generator(seed, "augment", index))
         yield normalise(seen, data.mean, data.std), labels.to(device)

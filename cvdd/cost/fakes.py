@@ -230,7 +230,7 @@ def run_of(step: Step, images: int, build: Build, device: torch.device) -> Run:
 
 def _optimising(module: Classifier, batch: Any) -> Run:
     configured: Any = module.configure_optimizers()
-    optimizer = configured["optimizer"]
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     step: Any = module.train().training_step
 
     def run() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cvdd.artifact import Artifact, Parts, Store, digest_of
-from cvdd.artifact.manifest import MANIFEST, read_manifest
+from cvdd.artifact.manifest import read_manifest, sealed_as
 from cvdd.chain.apm_teachers import make_apm_teachers
 from cvdd.chain.compare import compare, distil
 from cvdd.chain.images import make_images
@@ -115,10 +115,13 @@ class PlanStore(Store):
 
     def _note(self, kind: str, name: str, identity: Mapping[str, Any], parents: Sequence[Artifact]) -> Artifact:
         digest = digest_of(kind, identity, parents)
-        path = self.root / kind / f"{name}-{digest}"
-        made = (path / MANIFEST).exists()
-        if made:
-            artifact = read_manifest(path)
+        # Under the name that it is asked for first, as it will be made.
+        known = (piece.artifact for piece in self.pieces.values())
+        asked = (artifact.path for artifact in known if (artifact.kind, artifact.digest) == (kind, digest))
+        path = next(asked, self.root / kind / f"{name}-{digest}")
+        made = sealed_as(path)
+        if made is not None:
+            artifact = read_manifest(made)
         elif kind == "data":
             raise NotMade(name)
         else:
@@ -135,7 +138,7 @@ class PlanStore(Store):
         context = self.context
         if context is not None and kind != "data":
             stage = _stage(kind, name, context)
-            piece = Piece(stage, artifact, made, tuple(parents), context.config, context.data())
+            piece = Piece(stage, artifact, made is not None, tuple(parents), context.config, context.data())
             self.pieces.setdefault(piece.name, piece)
         return artifact
 

@@ -56,7 +56,7 @@ class TrainStep:
     @staticmethod
     def of(network: Network, recipe: RecipeConfig, in_memory: bool) -> TrainStep:
         """Return the step of a recipe, whatever its length and rate."""
-        same = {"name": "", "epochs": 1, "lr": 1e-3, "schedule": "constant", "cosine_period": None}
+        same = {"name": "any", "epochs": 1, "lr": 1e-3, "schedule": "constant", "cosine_period": None}
         return TrainStep(network, recipe.model_copy(update=same).model_dump_json(), in_memory)
 
     @property
@@ -82,7 +82,7 @@ class StudentStep:
     @staticmethod
     def of(network: Network, protocol: ProtocolConfig, label: LabelConfig) -> StudentStep:
         """Return the step of a protocol, whatever its length, rate and measurements."""
-        same = {"name": "", "epochs": 1, "warmup": 0, "lr": 1e-3, "seeds": [0], "eval_every": 1, "images": "once"}
+        same = {"name": "any", "epochs": 1, "warmup": 0, "lr": 1e-3, "seeds": [0], "eval_every": 1, "images": "once"}
         shown = protocol.model_copy(update={**same, "full_data": False})
         return StudentStep(network, shown.model_dump_json(), _plain(label))
 
@@ -130,7 +130,7 @@ class MoveStep:
     @staticmethod
     def of(units: int, images: int, size: int, method: MethodConfig) -> MoveStep:
         """Return the step of a method, whatever its length."""
-        same = {"name": "", "seed": 0, "iterations": 16, "stages": 1, "sizes": None, "residual": 1.0}
+        same = {"name": "any", "seed": 0, "iterations": 16, "stages": 1, "sizes": None, "residual": 1.0}
         changed = method.model_copy(update=same)
         return MoveStep(units, images, size, changed.model_dump_json())
 
@@ -262,5 +262,5 @@ Step = (
 def _plain(label: LabelConfig) -> str:
     teachers = "none" if label.teachers == "none" else "committee"
     store = "none" if teachers == "none" else "logits"
-    same = {"name": "", "epochs": 1, "teachers": teachers, "store": store, "parameters": "stored", "keep": 1.0}
+    same = {"name": "any", "epochs": 1, "teachers": teachers, "store": store, "parameters": "stored", "keep": 1.0}
     return label.model_copy(update=same).model_dump_json()

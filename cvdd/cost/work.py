@@ -9,7 +9,6 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.chain.members import MEASURED_AT_ONCE
-from cvdd.chain.statistics import BATCH
 from cvdd.chain.training import every, ten_times
 from cvdd.classifier import ShuffledBatches
 from cvdd.cost.plan import Piece
@@ -32,6 +31,7 @@ from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
+from cvdd.selection import FEATURES_AT_ONCE
 
 
 @dataclass
@@ -211,14 +211,14 @@ def _herd(piece: Piece, work: Work) -> None:
     data = piece.data
     count = min(piece.config.patches.candidates * len(data.classes), len(data.train))
     for member in piece.parents:
-        work.use(MeasureStep(_network(piece, member.manifest["identity"]), BATCH), count)
+        work.use(MeasureStep(_network(piece, member.manifest["identity"]), FEATURES_AT_ONCE), count)
     work.other_bytes = _pixels(piece, piece.config.ipc.images_per_class * len(data.classes))
     _decode(piece, work, count, in_workers=False)
 
 
 def _statistics(piece: Piece, work: Work) -> None:
     network = _network(piece, piece.parents[0].manifest["identity"])
-    _measure(piece, work, network, len(piece.data.train), BATCH)
+    _measure(piece, work, network, len(piece.data.train), piece.config.method.statistics.batch)
 
 
 _COUNTING = {

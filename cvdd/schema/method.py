@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cvdd.config_base import StrictConfig
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.mtt import MttConfig
-from cvdd.schema.types import Pair, Positive, Range, Share
+from cvdd.schema.types import Name, Pair, Positive, Range, Share
 from cvdd.schema.unread import unread_settings
 
 
@@ -34,6 +34,10 @@ class PatchesConfig(StrictConfig):
     images_per_class: Positive = Field(description="images made per class; slot k starts from image k")
 
 
+BATCH = 64
+"""As released for small images."""
+
+
 class StatisticsConfig(StrictConfig):
     """What the members' statistics of the images are matched to (specifications of G-VBSM, EDC and LPLD)."""
 
@@ -45,6 +49,10 @@ class StatisticsConfig(StrictConfig):
         "images",
         description="of a class: mean over its images of each one's own mean and variance (EDC), mean and variance of "
         "all of them together, or a moving average over batches (LPLD)",
+    )
+    batch: Positive = Field(
+        BATCH,
+        description="real images a batch while statistics are recorded; global variances and moving ones depend on it",
     )
     patch: Positive = Field(4, description="side of the patches of bn_and_conv, in cells of the feature map")
     momentum: float | None = Field(
@@ -61,6 +69,12 @@ class StatisticsConfig(StrictConfig):
             raise ValueError(
                 "method.statistics.drop_rate leaves out convolutions; set method.statistics.layers=bn_and_conv"
             )
+        if self.batch != BATCH and not self.recorded:
+            raise ValueError(
+                f"method.statistics.batch={self.batch} is of statistics that are recorded, which "
+                "method.statistics.layers=bn_and_conv and a class_share above 0 need; set it to "
+                f"{BATCH}, or one of these"
+            )
         return self
 
     @property
@@ -72,7 +86,7 @@ class StatisticsConfig(StrictConfig):
 class MethodConfig(StrictConfig):
     """How synthetic images are made."""
 
-    name: str = Field(description="name of the method, shown in results")
+    name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
     init: Literal["patches", "real", "herding", "noise", "all"] = Field(
         description="initial images: herding chooses real ones whose mean is that of the class, in the members' "

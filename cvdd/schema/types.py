@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -19,6 +20,17 @@ def _none_is_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _name(value: str) -> str:
+    # Artefacts, points of sweeps and pictures have it in their paths, and must not end up in other directories.
+    if not re.fullmatch(r"[\w+-][\w.+ -]*", value):
+        raise ValueError(
+            f"{value!r} cannot be part of a file's name; use letters, digits and _ + -, and after the first of them "
+            "also . and spaces"
+        )
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Range = Annotated[tuple[Share, Share], BeforeValidator(_pair)]
 Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
 # In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
