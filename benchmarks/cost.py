@@ -27,7 +27,7 @@ from cvdd.arguments import prepare
 from cvdd.artifact import Artifact, Store
 from cvdd.cli import config_directory
 from cvdd.cost import measured_seconds, plan_pieces, planning, predict_run
-from cvdd.launching import register_resolver
+from cvdd.launching import register_resolvers
 from cvdd.provenance import code_version
 from cvdd.report.tables import readable_seconds
 from cvdd.rows import expand_rows
@@ -131,7 +131,7 @@ def counting() -> Iterator[Counter[str]]:
 
 def configure(root: Path, overrides: tuple[str, ...]) -> RunConfig:
     """Compose and check a configuration whose files lie under a folder."""
-    register_resolver()
+    register_resolvers()
     places = [f"paths.{name}={root / name}" for name in ("data", "store", "output")]
     conf = config_directory()
     with initialize_config_dir(str(conf), version_base="1.3"):

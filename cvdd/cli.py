@@ -12,12 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, prepare
-from cvdd.launching import check_launcher, check_multirun, launcher_field, register_resolver, require_launcher
+from cvdd.launching import check_launcher, check_multirun, launcher_field, register_resolvers, require_launcher
 from cvdd.outcome import USER_ERROR, told
 from cvdd.sweep import with_points
 
 # A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
-register_resolver()
+register_resolvers()
 
 
 def config_directory() -> Path:

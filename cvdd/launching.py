@@ -6,7 +6,8 @@ The launchers themselves are in ``hydra_plugins``, where Hydra looks for them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from cvdd.schema.surroundings import TrainerConfig
 
 RESOLVER = "cvdd_launcher"
+COMMAND = "cvdd_command"
 SHARE = "CVDD_SHARE"
 """Environment variable of a job that shares a point with others, INDEX/TOTAL."""
 
@@ -28,9 +30,11 @@ _GROUP = "hydra/launcher="
 _SUBMITIT = ("slurm", "slurm_units", "slurm_ddp")
 
 
-def register_resolver() -> None:
-    """Make ``${cvdd_launcher:FIELD,OTHERWISE}`` known to OmegaConf."""
+def register_resolvers() -> None:
+    """Make ``${cvdd_launcher:FIELD,OTHERWISE}`` and ``${cvdd_command:}`` known to OmegaConf."""
     OmegaConf.register_new_resolver(RESOLVER, _of_launcher, replace=True)
+    # Like Hydra's time of day, and handed on to the points of a multirun with it: the same wherever it is asked for.
+    OmegaConf.register_new_resolver(COMMAND, lambda: command_number(os.environ), use_cache=True, replace=True)
 
 
 def _of_launcher(field: str, otherwise: Any = None) -> Any:
@@ -48,6 +52,20 @@ def launcher_field(name: str) -> Any:
     if name == "tasks_per_node" and launcher["_target_"].endswith(".UnitsLauncher"):
         return 1
     return launcher.get(name)
+
+
+def command_number(environment: Mapping[str, str]) -> str:
+    """Return what tells this command from another of the same second; its ranks, which compose alike, agree on it.
+
+    Args:
+        environment: of this process.
+    """
+    if "RANK" in environment:
+        return environment.get("MASTER_PORT", "0")
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
+    # Process ids are small and alike in containers.
+    return f"{datetime.now():%f}"
 
 
 def require_launcher(arguments: Sequence[str]) -> None:
@@ -101,3 +119,12 @@ def share_of_work() -> tuple[int, int]:
     """Return which of how many jobs this one is that share a point: (0, 1) if nobody shares it."""
     index, _, total = os.environ.get(SHARE, "0/1").partition("/")
     return int(index), int(total)
+
+
+def speaks_for_all(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the first of those that torchrun or srun started for a command, or the only one.
+
+    Args:
+        environment: of this process. Under torchrun its rank counts: all ranks of a machine are of one task of srun.
+    """
+    return int(environment.get("RANK", environment.get("SLURM_PROCID", 0))) == 0

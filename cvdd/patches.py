@@ -51,13 +51,14 @@ def make_patches(
     return stitch(patches[ranked], count, config.factor, size), loss[ranked].view(-1, count).T.contiguous()
 
 
-def require_candidates(name: str, images: int, config: PatchesConfig) -> None:
+def require_candidates(name: str, images: int, config: PatchesConfig, field: str = "ipc.images_per_class") -> None:
     """Refuse more patches of a class than it has candidates.
 
     Args:
         name: of the class.
         images: its real images.
         config: how patches are made.
+        field: that says, beside ``patches.images_per_class``, how many are needed.
 
     Raises:
         ConfigError: there are too few.
@@ -66,7 +67,7 @@ def require_candidates(name: str, images: int, config: PatchesConfig) -> None:
     if offered < needed:
         raise ConfigError(
             f"class {name} offers {offered} candidates for {needed} patches, one per real image. Lower "
-            "ipc.images_per_class or patches.images_per_class, or raise patches.candidates "
+            f"{field} or patches.images_per_class, or raise patches.candidates "
             f"(now {config.candidates}; the class has {images} images)."
         )
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from cvdd.schema import RunConfig
+
+_PATH = re.compile(
+    r"""(?<=')/[^']*  | (?<=")/[^"]*                                    # quoted, it may hold anything else
+    | (?:(?<=[=,\[({\s]) | (?<=:)(?!//)) / (?:\\.|[^,\])}'"\\])*        # a value or a part of one, but no address""",
+    re.VERBOSE,
+)
+"""An absolute path in an override."""
 
 
 def portable_config(config: RunConfig) -> dict[str, Any]:
@@ -14,10 +22,24 @@ def portable_config(config: RunConfig) -> dict[str, Any]:
     A path inside one of ``paths`` is written as ``<paths.data>/...``, any other absolute one as ``<elsewhere>/NAME``;
     the results do not depend on where that is.
     """
-    tree = config.model_dump(mode="json")
-    del tree["cost"]
-    roots = {value: f"<paths.{name}>" for name, value in tree.pop("paths").items()}
+    tree = config.model_dump(mode="json", exclude={"paths", "cost"})
+    roots = _roots(config)
     return {key: _replace(value, roots) for key, value in tree.items()}
+
+
+def portable_override(override: str, config: RunConfig | None = None) -> str:
+    """Return what was typed with its paths written as :func:`portable_config` writes them.
+
+    Args:
+        override: as it was typed, a list or a dictionary of paths included.
+        config: whose ``paths`` are known by their names; None if none are.
+    """
+    roots = {} if config is None else _roots(config)
+    return _PATH.sub(lambda match: str(_replace(match[0], roots)), override)
+
+
+def _roots(config: RunConfig) -> dict[str, str]:
+    return {value: f"<paths.{name}>" for name, value in config.paths.model_dump(mode="json").items()}
 
 
 def _replace(tree: Any, roots: dict[str, str]) -> Any:

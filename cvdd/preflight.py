@@ -17,6 +17,7 @@ from cvdd.context import Context
 from cvdd.engine import records
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
+from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, teachers_of
 from cvdd.units import plan_units
 
@@ -36,10 +37,9 @@ def check_before_work(context: Context) -> None:
     labels = config.verb in ("relabel", "evaluate")
     for row in rows if labels else ():
         check_batches(_images(row, classes), row.config.label)
-    measured = config.verb != "train" and config.prior.source == "measured" and priors_needed(config)
-    if measured:
-        label = config.label.model_copy(update={"teachers": [config.prior.observer], "keep": 1.0})
-        check_batches(config.prior.images_per_class * classes, label)
+    measuring = _measuring(context)
+    for row in measuring:
+        check_batches(_images(row, classes), row.config.label)
     members = {
         name: _try(f"committee.members.{name}", member.backbone, classes, config.dataset.image_size)
         for name, member in config.committee.members.items()
@@ -51,11 +51,13 @@ def check_before_work(context: Context) -> None:
         return
     needed = dict.fromkeys(name for row in rows for name in _matched(row.config, classes))
     needed |= dict.fromkeys(name for row in rows if labels for name in _replaced(row.config))
-    needed |= dict.fromkeys(_measuring(config) if measured else ())
+    needed |= dict.fromkeys(name for row in measuring for name in _measured(row.config))
     for name in needed:
         require_batchnorm(members[name], name)
+    for row in measuring:
+        _check_real_images(row, "prior.images_per_class")
     for row in rows:
-        _check_real_images(row, measured and row is context)
+        _check_real_images(row, "ipc.images_per_class")
         if row.config.method.apm is not None:
             check_apm(row)
 
@@ -63,6 +65,14 @@ def check_before_work(context: Context) -> None:
 def _rows(context: Context) -> list[Context]:
     # The other verbs make the configuration's own row alone.
     return [row for _, row in rows_of(context)] if context.config.verb == "evaluate" else [context]
+
+
+def _measuring(context: Context) -> list[Context]:
+    """List what measures the priors: nothing if none are, and one for all members, who do not differ in what counts."""
+    config = context.config
+    if config.verb == "train" or config.prior.source != "measured" or not priors_needed(config):
+        return []
+    return [context.differing(prior_overrides(config, config.prior.observer), "")]
 
 
 def _images(context: Context, classes: int) -> int:
@@ -108,7 +118,7 @@ def _replaced(config: RunConfig) -> list[str]:
     return [name for name in teachers_of(config) if config.label.bn_mode == "batch" and members[name].bn_scale]
 
 
-def _measuring(config: RunConfig) -> list[str]:
+def _measured(config: RunConfig) -> list[str]:
     """Names of the members whose statistics the measurement of the priors needs."""
     members, prior = config.committee.members, config.prior
     alone = [name for name in members if members[name].bn_scale and config.method.r_bn and prior.iterations]
@@ -116,16 +126,15 @@ def _measuring(config: RunConfig) -> list[str]:
     return [*alone, *([prior.observer] if labels else [])]
 
 
-def _check_real_images(context: Context, measured: bool) -> None:
-    config, data = context.config, context.data()
-    least = config.prior.images_per_class if measured else 0
-    patches = config.patches
-    patches = patches.model_copy(update={"images_per_class": max(patches.images_per_class, least)})
+def _check_real_images(context: Context, field: str) -> None:
+    """Refuse classes with fewer real images than the field asks for."""
+    config, data, patches = context.config, context.data(), context.config.patches
+    ipc = config.ipc.images_per_class
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     for name, count in zip(data.classes, counts, strict=True):
         if config.method.init == "real":
-            require_real_images(name, count, max(config.ipc.images_per_class, least))
+            require_real_images(name, count, ipc, field=field)
         elif config.method.init == "herding":
-            require_real_images(name, min(count, patches.candidates), max(config.ipc.images_per_class, least))
+            require_real_images(name, count, ipc, patches.candidates, field)
         elif config.method.init == "patches":
-            require_candidates(name, count, patches)
+            require_candidates(name, count, patches, field)

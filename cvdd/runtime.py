@@ -17,7 +17,7 @@ from cvdd.context import Context
 from cvdd.distributed import World
 from cvdd.jobs import sign_in
 from cvdd.loggers import make_loggers, reporting_to
-from cvdd.portable import portable_config
+from cvdd.portable import portable_config, portable_override
 from cvdd.preflight import check_before_work
 from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
@@ -104,7 +104,8 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:
     """Name of a run on a dashboard: the verb and what was typed, without where things are and run."""
-    chosen = [override for override in invocation.overrides if not _SURROUNDINGS.match(override)]
+    typed = (override for override in invocation.overrides if not _SURROUNDINGS.match(override))
+    chosen = [portable_override(override, config) for override in typed]
     return " ".join([config.verb, *chosen])
 
 
@@ -115,8 +116,9 @@ def run_id(config: RunConfig) -> str:
 
 
 def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:
-    """The command that repeats this run."""
-    return [f"python {config.verb}.py {' '.join(_quoted(override) for override in invocation.overrides)}".strip()]
+    """The command that repeats this run, with names for the directories of this machine."""
+    typed = [_quoted(portable_override(override, config)) for override in invocation.overrides]
+    return [" ".join([f"python {config.verb}.py", *typed])]
 
 
 def _quoted(override: str) -> str:

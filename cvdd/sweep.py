@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cvdd.arguments import FIELDS, ArgumentError
 from cvdd.config_base import StrictConfig
+from cvdd.launching import speaks_for_all
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,11 @@ class SweepConfig(StrictConfig):
         if self.plot == "heat_map" and len(self.axes) == 1:
             raise ValueError("plot=heat_map needs two axes")
         for name, point in self.points.items():
-            if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"points.{name}: a point's name is that of a directory: letters, digits, _ . + -")
+            if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+                raise ValueError(
+                    f"points.{name}: a point's name is that of a directory: letters, digits and _ + -, and after the "
+                    "first of them also ."
+                )
             if len(point.at) != len(self.axes):
                 raise ValueError(f"points.{name}.at needs a place on each of {', '.join(self.axes)}")
         return self
@@ -197,7 +201,7 @@ class SweepCallback(Callback):
     """Notes how far each point is, and writes the sweep's report after each.
 
     After each, because Hydra calls nothing at the end of a multirun with a failed point. A launcher may run points in
-    other processes, each with a copy of this callback.
+    other processes, each with a copy of this callback; of several that are ranks of one point only the first writes.
 
     Args:
         sweep: the fields of :class:`SweepConfig`.
@@ -217,11 +221,16 @@ class SweepCallback(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note that a point is being made."""
+        if not speaks_for_all(os.environ):
+            return
         self._started = time.monotonic()
         self._note(config, "running")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note how a point ended, and write the report."""
+        if not speaks_for_all(os.environ):
+            # Its seconds are the first one's too, and that one may still be writing the results.
+            return
         seconds = time.monotonic() - self._started
         if job_return.status is JobStatus.COMPLETED:
             self._note(config, "done", seconds=seconds)

@@ -21,11 +21,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from cvdd.outcome import INTERRUPTED
+
 log = logging.getLogger(__name__)
 
 
 class PointLost(RuntimeError):
-    """The process of a point ended without a result: it was killed."""
+    """The process of a point ended without a result: it was killed, or ended itself for want of a rank."""
 
 
 class FreshProcessLauncher(Launcher):
@@ -72,10 +74,10 @@ class FreshProcessLauncher(Launcher):
         if result is not None:
             return result
         assert process.exitcode is not None
-        if process.exitcode > 0:
-            # It was interrupted and has said so; then the sweep is.
-            sys.exit(process.exitcode)
-        lost = PointLost(f"point {index} was killed by {signal.Signals(-process.exitcode).name}")
+        if process.exitcode == INTERRUPTED:
+            # It has said so; then the sweep is interrupted, too.
+            sys.exit(INTERRUPTED)
+        lost = PointLost(f"point {index} {_ended(process.exitcode)}")
         log.error("%s", lost)
         return JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=lost)
 
@@ -107,6 +109,10 @@ def _point(launcher: FreshProcessLauncher, overrides: list[str], index: int, sen
     except Exception as error:
         # Not every exception can be sent; what it said can.
         sender.send(JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=RuntimeError(str(error))))
+
+
+def _ended(code: int) -> str:
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
 
 def _end_with_parent() -> None:

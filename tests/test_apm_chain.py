@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 import cvdd.chain.apm
 import cvdd.context
 from cvdd.artifact import Artifact
+from cvdd.backbones import BackboneConfig
 from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
 from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.apm_teachers import load_teachers, make_apm_teachers
 from cvdd.chain.images import load_history, load_images
+from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.seeds import generator
@@ -141,6 +143,14 @@ def test_students_of_any_architecture_are_measured(home: Path, images: Artifact)
         assert set(student.metrics) == {"top1", "top5", "loss", "best_top1", "best_epoch"}
         assert 0 <= student.metrics["top1"] <= student.metrics["best_top1"] <= 100
         assert student.kind == "students"
+
+
+def test_what_diverges_names_the_field_of_its_own_rate(home: Path, images: Artifact) -> None:
+    context = small_context(home, "method.apm.student.lr=1e30")
+    with pytest.raises(NonFiniteTraining, match=r"student convnet3 seed 0 .*rate \(method\.apm\.student\.lr\)"):
+        make_apm_student(context, images, "convnet3", BackboneConfig.model_validate(BACKBONE), 0)
+    with pytest.raises(NonFiniteTraining, match=r"teacher 0 .*rate \(method\.apm\.teachers\.lr\)"):
+        make_apm_teachers(small_context(home, "method.apm.teachers.lr=1e30"))
 
 
 def test_noise_is_a_start_too(home: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from cvdd.arguments import ArgumentError
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
-from cvdd.launching import SHARE, check_launcher, launcher_field, require_launcher, share_of_work
+from cvdd.launching import SHARE, check_launcher, command_number, launcher_field, require_launcher, share_of_work
+from cvdd.outcome import INTERRUPTED
 from cvdd.schema.surroundings import TrainerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +105,50 @@ def test_site_values_do_not_disturb_other_commands(site: Path) -> None:
 def test_points_have_directories_without_the_numbers_of_jobs() -> None:
     config = composed("hydra/launcher=slurm")
     assert OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"] == "${hydra:job.num}"  # type: ignore[index,call-overload]
+
+
+# --- directories ------------------------------------------------------------------------------------------------------
+
+
+class Noon(datetime):
+    """All commands of the tests below start in one second."""
+
+    microsecond_of_next = itertools.count(7)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return datetime(2026, 1, 2, 12, 0, 0, next(cls.microsecond_of_next))
+
+
+@pytest.mark.parametrize("directory", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_commands_of_one_second_have_directories_of_their_own(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("hydra.core.utils", "cvdd.launching"):
+        monkeypatch.setattr(f"{module}.datetime", Noon)
+    one, other = composed(), composed()
+    first, second = (str(OmegaConf.select(config, directory)) for config in (one, other))
+    assert "2026-01-02_12-00-00_" in first
+    assert first != second
+    # Wherever it is asked for, and in a job that SLURM has put back into the queue.
+    assert str(OmegaConf.select(one, directory)) == first
+    assert str(OmegaConf.select(pickle.loads(pickle.dumps(one)), directory)) == first
+
+
+def test_points_know_the_directory_of_their_sweep() -> None:
+    sweep = composed()
+    directory = str(sweep.hydra.sweep.dir)
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        point = hydra.config_loader.load_sweep_config(pickle.loads(pickle.dumps(sweep)), ["seed=1"])
+    assert str(point.hydra.sweep.dir) == directory
+
+
+def test_ranks_agree_on_the_number_of_their_command() -> None:
+    torchrun = {"RANK": "0", "MASTER_PORT": "29501"}
+    assert command_number(torchrun) == command_number({**torchrun, "RANK": "1"}) == "29501"
+    srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_PROCID": "0"}
+    assert command_number(srun) == command_number({**srun, "SLURM_PROCID": "1"}) == "12-3"
+    assert re.fullmatch(r"\d{6}", command_number({}))
 
 
 # --- the trainer's fields ---------------------------------------------------------------------------------------------
@@ -280,11 +329,29 @@ def test_a_killed_point_fails_and_the_sweep_goes_on(monkeypatch: pytest.MonkeyPa
         _ = result.return_value
 
 
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_point_that_ends_by_itself_fails_and_the_sweep_goes_on(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As :mod:`cvdd.ranks` ends it, once another rank is lost and this one waits for it in vain."""
+    made = fresh(monkeypatch, lambda overrides, index: os._exit(code) if index == 3 else returning(overrides, index))
+    result = made._run(["seed=0"], 3)
+    assert result.status is JobStatus.FAILED
+    assert result.overrides == ["seed=0"]
+    with pytest.raises(RuntimeError, match=f"point 3 ended with exit code {code}"):
+        _ = result.return_value
+    assert made._run(["seed=1"], 4).overrides == ["seed=1"]
+
+
+def test_a_result_of_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fresh(monkeypatch, lambda overrides, index: os._exit(0))
+    with pytest.raises(RuntimeError, match="point 0 ended with exit code 0"):
+        _ = made._run(["seed=0"], 0).return_value
+
+
 def test_an_interrupted_point_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, lambda overrides, index: sys.exit(130))
+    made = fresh(monkeypatch, lambda overrides, index: sys.exit(INTERRUPTED))
     with pytest.raises(SystemExit) as stopped:
         made._run(["seed=0"], 0)
-    assert stopped.value.code == 130
+    assert stopped.value.code == INTERRUPTED
 
 
 def test_a_result_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

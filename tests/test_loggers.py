@@ -27,7 +27,7 @@ from cvdd.chain.priors import Priors
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.portable import portable_config
-from cvdd.runtime import Invocation, run, run_id, run_name
+from cvdd.runtime import Invocation, invocation_lines, run, run_id, run_name
 from cvdd.synthesis import NonFiniteLoss
 
 SMALL = (
@@ -298,6 +298,28 @@ def test_seeds_with_images_of_their_own_are_told_apart(tmp_path: Path, monkeypat
 )
 def test_names_say_what_was_chosen(typed: tuple[str, ...], name: str, tmp_path: Path) -> None:
     assert run_name(configure(tmp_path, verb="train"), Invocation(typed)) == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("dataset.root=/home/alice/my data", "dataset.root=<elsewhere>/my data"),
+        ("dataset.root='/home/alice/a,b'", "dataset.root='<elsewhere>/a,b'"),
+        ("+committee.members.x.checkpoint=/scratch/y.pth", "+committee.members.x.checkpoint=<elsewhere>/y.pth"),
+        ("method.apm.teachers.paths=[/a/b,'/c/d']", "method.apm.teachers.paths=[<elsewhere>/b,'<elsewhere>/d']"),
+        ("+compare.x={dataset.root:/a/b, seed: 1}", "+compare.x={dataset.root:<elsewhere>/b, seed: 1}"),
+        ("+compare.x=[dataset.root=/a/b,seed=1]", "+compare.x=[dataset.root=<elsewhere>/b,seed=1]"),
+        ("dataset.origin=https://site.org/data", "dataset.origin=https://site.org/data"),
+        ("dataset.root=../raw", "dataset.root=../raw"),
+        ("dataset.root=DATA/raw", "dataset.root=<paths.data>/raw"),
+    ],
+)
+def test_what_was_typed_is_shown_without_the_directories_of_the_machine(typed: str, shown: str, tmp_path: Path) -> None:
+    config = configure(tmp_path, verb="train")
+    invocation = Invocation((typed.replace("DATA", str(config.paths.data)), "seed=3"))
+    assert run_name(config, invocation) == f"train {shown} seed=3"
+    (line,) = invocation_lines(config, invocation)
+    assert line.replace(f"'{shown}'", shown) == f"python train.py {shown} seed=3"
 
 
 def test_other_machines_give_the_same_identity(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("method.init=real", "ipc.images_per_class=31"),
         r"class 0 has 30 images; ipc\.images_per_class=31 needs as many",
     ),
+    "few real images to herd": (
+        "distill",
+        ("method.init=herding", "ipc.images_per_class=11"),
+        r"patches\.candidates=10 images of class 0 are looked at, of 30; ipc\.images_per_class=11 needs as many. Raise",
+    ),
+    "few images for the measurement": (
+        "distill",
+        (*MEASURED, "prior.epochs=1", "method.init=real", "prior.images_per_class=31", "ipc.images_per_class=1"),
+        r"class 0 offers 10 candidates for 31 patches, .* Lower prior\.images_per_class",
+    ),
     "few candidates": (
         "distill",
         ("ipc.images_per_class=11",),

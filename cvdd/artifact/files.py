@@ -58,11 +58,14 @@ def store_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         # Where a file is copied, the second name is that of the copy, which is what is refused.
         refused = error.filename if error.filename2 is None else error.filename2
-        if isinstance(refused, str | os.PathLike) and not Path(refused).is_relative_to(root):
+        known = isinstance(refused, str | os.PathLike)
+        if known and not Path(refused).is_relative_to(root):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # A write into an open file names none, and logs and pictures are written while an artefact is made.
+            place, choice = (root, "") if known else (f"{root} or for the run's output", "paths.output=DIR or ")
             raise StoreError(
-                f"no space left for {root}. Free some or choose another place with paths.store=DIR; "
+                f"no space left for {place}. Free some or choose another place with {choice}paths.store=DIR; "
                 "finished units are kept and the same command goes on."
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):

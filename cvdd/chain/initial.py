@@ -76,9 +76,9 @@ def make_herd(context: Context) -> Artifact:
         with context.progress("herding", len(data.classes)) as advance:
             for label, name in enumerate(data.classes):
                 images = (data.train.labels == label).nonzero()[:, 0]
+                require_real_images(name, len(images), ipc, candidates)
                 source = generator(seed, "candidates", label)
                 looked_at = images[torch.randperm(len(images), generator=source)[:candidates]]
-                require_real_images(name, len(looked_at), ipc)
                 pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, looked_at)
                 features = member_features(networks, normalise(pixels, data.mean, data.std))
                 chosen.append(pixels[herd(features, ipc)])
@@ -125,11 +125,25 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     return pixels.view(len(data.classes), ipc, *pixels.shape[1:])
 
 
-def require_real_images(name: str, images: int, ipc: int) -> None:
+def require_real_images(
+    name: str, images: int, needed: int, candidates: int | None = None, field: str = "ipc.images_per_class"
+) -> None:
     """Refuse to start more images of a class than it has.
+
+    Args:
+        name: of the class.
+        images: its real images.
+        needed: images to start.
+        candidates: of the real images, how many are looked at; None for all.
+        field: that says how many are needed.
 
     Raises:
         ConfigError: there are too few.
     """
-    if images < ipc:
-        raise ConfigError(f"class {name} has {images} images; ipc.images_per_class={ipc} needs as many")
+    if images < needed:
+        raise ConfigError(f"class {name} has {images} images; {field}={needed} needs as many")
+    if candidates is not None and candidates < needed:
+        raise ConfigError(
+            f"patches.candidates={candidates} images of class {name} are looked at, of {images}; {field}={needed} "
+            "needs as many. Raise patches.candidates"
+        )

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.config_base import ConfigError
+from cvdd.portable import portable_override
 from cvdd.report.headline import with_error
 from cvdd.report.sweep_plots import Cell, plot, standalone
 from cvdd.sweep import STATE, SweepConfig, read_sweep, replace_file, same_command
@@ -95,10 +96,10 @@ def read_directory(directory: Path) -> Sweep:
     if sweep is None:
         axes, points = _points_without_names(directory)
         shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
-        command = " ".join([f"python {verb}.py --multirun", *overrides])
-        return Sweep(name, name, axes, shape, command, points)
+        command = [f"python {verb}.py --multirun", *map(portable_override, overrides)]
+        return Sweep(name, name, axes, shape, " ".join(command), points)
     # The points are the sweep's own: they need not be typed.
-    typed = [item for item in overrides if not item.startswith("+point=")]
+    typed = [portable_override(item) for item in overrides if not item.startswith("+point=")]
     points = tuple(_read_point(directory, point, sweep, overrides) for point in sweep.points)
     return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
 

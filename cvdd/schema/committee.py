@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import StrictConfig
-from cvdd.schema.types import Numbers, Positive
+from cvdd.schema.types import Name, Numbers, Positive
 
 
 class MemberConfig(StrictConfig):
@@ -24,7 +24,7 @@ class CommitteeConfig(StrictConfig):
     """Who votes on a slot, and how."""
 
     name: str = Field(description="name of the committee, shown in results")
-    members: dict[str, MemberConfig] = Field(description="the members by name, in order")
+    members: dict[Name, MemberConfig] = Field(description="the members by name, in order")
     size: Positive = Field(description="N, the number of members that vote on a slot")
     draw: Literal["in_turn", "random", "best", "fixed"] = Field(
         description="in_turn (all subsets, slot after slot), random per slot, best (highest priors), or the list fixed"

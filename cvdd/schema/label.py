@@ -8,13 +8,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
-from cvdd.schema.types import Positive, Range, Share
+from cvdd.schema.types import Name, Positive, Range, Share
 
 
 class LabelConfig(StrictConfig):
     """Soft labels: which view of which image, scored by whom."""
 
-    name: str = Field(description="name of the label recipe, shown in results")
+    name: Name = Field(description="name of the label recipe, shown in results")
     teachers: Literal["committee", "none"] | list[str] = Field(
         description="all members, a list of member names, or none: students learn the images' own classes"
     )

@@ -8,6 +8,12 @@ from cvdd.schema.label import LabelConfig
 from cvdd.schema.protocol import ProtocolConfig
 
 
+def _parts(batch: int, accumulation: int) -> int:
+    """Parts into which students cut a batch; a single image at the end joins the part before it."""
+    part = max(batch // accumulation, 1)
+    return -(-batch // part) - (part > 1 and batch % part == 1)
+
+
 def label_problems(
     label: LabelConfig, protocol: ProtocolConfig, members: Sequence[str], image_size: int
 ) -> Iterator[str]:
@@ -32,6 +38,13 @@ def label_problems(
         yield (
             "protocol.loss=cross_entropy would not use the labels of label.teachers; choose label=hard, or "
             "protocol.loss=kl or mse"
+        )
+    batch, parts = label.batch_size, protocol.accumulation
+    if protocol.student == "protocol" and _parts(batch, parts) > parts:
+        possible = [str(number) for number in range(1, batch // 2 + 1) if _parts(batch, number) <= number]
+        yield (
+            f"protocol.accumulation={parts} would cut label.batch_size={batch} into {_parts(batch, parts)} parts, "
+            f"which together count more than a batch; set protocol.accumulation to one of {', '.join(possible)}"
         )
     if label.shuffle > 1 and image_size % label.shuffle:
         yield f"label.shuffle={label.shuffle} needs an even dataset.image_size, not {image_size}; set label.shuffle=1"

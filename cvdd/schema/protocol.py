@@ -8,13 +8,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
-from cvdd.schema.types import Pair, Positive
+from cvdd.schema.types import Name, Pair, Positive
 
 
 class ProtocolConfig(StrictConfig):
     """How a student is trained on the distilled set and measured."""
 
-    name: str = Field(description="name of the protocol, shown beside every number")
+    name: Name = Field(description="name of the protocol, shown beside every number")
     student: Literal["protocol", "method"] = Field(
         "protocol", description="who says how students are trained: this protocol, or the method itself (APM, MTT)"
     )

@@ -18,7 +18,7 @@ from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
 from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
-from cvdd.schema.types import Verb
+from cvdd.schema.types import Name, Verb
 
 
 class RunConfig(StrictConfig):
@@ -40,8 +40,8 @@ class RunConfig(StrictConfig):
     engine: EngineConfig
     label: LabelConfig
     protocol: ProtocolConfig
-    students: dict[str, BackboneConfig] = Field(min_length=1, description="networks to train on the distilled set")
-    compare: dict[str, dict[str, Any]] = Field(
+    students: dict[Name, BackboneConfig] = Field(min_length=1, description="networks to train on the distilled set")
+    compare: dict[Name, dict[str, Any]] = Field(
         {}, description="more rows of the table: name -> the overrides in which the row differs from this config"
     )
     expected: ExpectedConfig | None = None
