@@ -48,7 +48,7 @@ def chain(root: Path) -> tuple[Artifact, Artifact, Artifact]:
 @pytest.fixture
 def partial(root: Path, chain: Any) -> Path:
     with pytest.raises(InterruptedError):
-        Store(root).make("images", "others", {}, [], stop)
+        Store(root).make("images", "others", {"other": True}, [], stop)
     (path,) = root.glob("images/.partial/*")
     return path
 

@@ -18,7 +18,7 @@ from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import every, log_epochs, save_curve
-from cvdd.classifier import Measure, NonFiniteTraining, Positions, ShuffledBatches
+from cvdd.classifier import Measure, Positions, ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
@@ -195,6 +195,7 @@ def _train_expert(
         measure=measure,
         measured_at=every(experts.epochs, experts.epochs),
         on_epoch=on_epoch,
+        rate="method.mtt.experts.lr",
     )
     loader: DataLoader[Any] = DataLoader(
         Positions() if images is not None else RealImages(data, data.image_size),
@@ -203,10 +204,7 @@ def _train_expert(
         num_workers=0 if images is not None else config.trainer.workers,
     )
     checkpoint = work / f"expert{expert:05d}.ckpt.tmp"
-    try:
-        context.fit(module, loader, experts.epochs, checkpoint)
-    except NonFiniteTraining as error:
-        raise NonFiniteTraining(f"{error} Here it is method.mtt.experts.lr={experts.lr}.") from error
+    context.fit(module, loader, experts.epochs, checkpoint)
     save_curve(work / CURVES / f"expert{expert:05d}.json", module.curve)
     writer.finish()
     checkpoint.unlink(missing_ok=True)
