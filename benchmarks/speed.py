@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
 from benchmarks.compile_ahead import compile_all
 from benchmarks.limits import Limits, Work, measure_limits, usable_cores
 from benchmarks.table import markdown
 from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
-from cvdd.allocator import keep_freed_memory
+from cvdd.allocator import give_back_memory, keep_freed_memory
 from cvdd.provenance import code_version
 from cvdd.runtime import hide_absent_gpus
 
@@ -57,11 +59,17 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
         known = {kind: Counter(counters[kind]) for kind in COUNTED}
         measured = alternate(programs[0], programs[1], repetitions)
         compiled = {kind: Counter(counters[kind]) - known[kind] for kind in COUNTED}
+    peaks: list[tuple[int | None, int | None]] = [
+        (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None) for program in programs
+    ]
+    if memory and device.type == "cpu":
+        # The processes that measure it need as much as this one has kept.
+        programs.clear()
+        gc.collect()
+        give_back_memory()
+        peaks = [peak_of(case, side) for side in SIDES]
     sides: dict[str, Samples] = {}
-    for side, samples, program in zip(SIDES, measured, programs, strict=True):
-        peak, total = (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None)
-        if memory and device.type == "cpu":
-            peak, total = peak_of(case, side)
+    for side, samples, (peak, total) in zip(SIDES, measured, peaks, strict=True):
         sides[side] = replace(samples, amount=case.amount(side), peak_bytes=peak, total_bytes=total)
     reference, engine = sides["reference"], sides["engine"]
     paired = ratios(reference, engine)
@@ -220,6 +228,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def use_own_cache(folder: Path) -> None:
+    """Let compilers keep what they make in a folder, unless the caller's environment names another than the usual one.
+
+    PyTorch itself may have put the usual one there, as it was imported.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}/triton")
+
+
 def main() -> None:
     """Compare, print a table, write a file."""
     wanted = arguments()
@@ -250,8 +268,7 @@ def main() -> None:
     minutes = wanted.minutes or (MINUTES_ON_A_GPU if wanted.gpu else math.inf)
     with tempfile.TemporaryDirectory() as compiled:
         # What was compiled before would make compilation look fast.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
-        os.environ.setdefault("TRITON_CACHE_DIR", f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}/triton")
+        use_own_cache(Path(compiled))
         result = run(cases, device, wanted.repetitions, not wanted.no_memory, minutes, ahead, save)
     print(f"\n{markdown(result)}\n")
     if result["failed"]:

@@ -28,3 +28,15 @@ def keep_freed_memory() -> bool:
         library = ctypes.CDLL(None)
         return bool(library.mallopt(_TRIM_THRESHOLD, _NEVER)) and bool(library.mallopt(_MMAP_MAX, 0))
     return False
+
+
+def give_back_memory() -> bool:
+    """Give the system what was freed and kept, before other processes need much.
+
+    Returns:
+        Whether the C library had something to give.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            return bool(ctypes.CDLL(None).malloc_trim(0))
+    return False

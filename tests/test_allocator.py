@@ -30,3 +30,20 @@ def test_a_block_that_is_allocated_again_has_no_new_pages() -> None:
 
     # Pages may be small or huge.
     assert 4 * faults("assert keep_freed_memory()") < faults("")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parameter is glibc's")
+def test_what_was_kept_is_given_back_when_told() -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from cvdd.allocator import give_back_memory, keep_freed_memory\n"
+        "def held(): return int(Path('/proc/self/statm').read_text().split()[1])\n"
+        "assert keep_freed_memory()\n"
+        "before = held()\n"
+        "b'x' * (256 << 20)\n"
+        "assert held() > before + 10_000\n"
+        "assert give_back_memory()\n"
+        "assert held() < before + 10_000\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

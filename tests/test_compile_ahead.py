@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from benchmarks import compile_ahead
 from benchmarks.cases import Case
+from benchmarks.speed import default_cache_dir, use_own_cache
 
 
 def test_networks_are_compiled_before_cases_and_those_that_fail_leave_theirs_out(
@@ -40,3 +44,18 @@ def test_networks_are_compiled_before_cases_and_those_that_fail_leave_theirs_out
     assert list(taken) == ["digits_4_resnet18"]
     assert left == others
     assert len(stopped) == 1
+
+
+def test_what_was_compiled_before_does_not_make_compilation_look_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch may have named its usual folder in the environment by itself; one that the caller chose is kept."""
+    for before, after in [(None, tmp_path), (default_cache_dir(), tmp_path), ("/a/b", Path("/a/b"))]:
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        if before is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        use_own_cache(tmp_path)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(after)
+        assert os.environ["TRITON_CACHE_DIR"] == f"{after}/triton"
