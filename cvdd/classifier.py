@@ -362,12 +362,3 @@ def _steps(tensor: Tensor) -> list[int]:
 def _flat(tensors: list[Tensor]) -> Tensor:
     flat: Tensor = _flatten_dense_tensors(tensors) if tensors else torch.empty(0)
     return flat
-
-
-def parts_of(count: int, part: int) -> list[slice]:
-    """Cut a batch of ``count`` samples into parts; a single sample at the end joins the part before it."""
-    starts = list(range(0, count, part))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        # BatchNorm cannot normalise a single sample.
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]

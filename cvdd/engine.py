@@ -172,8 +172,10 @@ class Passes:
 
     def laid_out(self, images: torch.Tensor) -> torch.Tensor:
         """Return images [n, c, h, w] that lie in memory as a prepared network takes them best."""
-        last = images.device.type == "cuda" or self.precision == "bf16"
-        return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        if images.device.type != "cuda" and self.precision == "fp32":
+            # As they are: convolutions of another layout round otherwise.
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
 
     def around(self, device: torch.device) -> AbstractContextManager[object]:
         """Return what a forward pass is made inside."""

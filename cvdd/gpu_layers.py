@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
 from torch.nn.grad import conv2d_input
 
 from cvdd.copies import with_layers
-from cvdd.stem import can_be_folded, is_square_convolution
+from cvdd.stem import can_be_folded, is_square_convolution, places
 
 ALIGNED = 16
 """Channels are a multiple of this where a kernel reads eight at once."""
@@ -113,7 +113,7 @@ class _Convolve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.stride, ctx.padding, ctx.groups = inputs
         # Sides that a stride rounds down come back by padding.
-        reach = [ctx.stride * (places - 1) + weight.shape[2] - 2 * ctx.padding for places in output.shape[2:]]
+        reach = [ctx.stride * (along - 1) + weight.shape[2] - 2 * ctx.padding for along in output.shape[2:]]
         ctx.beyond = [side - reached for side, reached in zip(x.shape[2:], reach, strict=True)]
         ctx.save_for_backward(weight)
 
@@ -158,7 +158,7 @@ def largest(x: Tensor, size: int, padding: int, stride: int) -> tuple[Tensor, Te
         return _channels_last(values), _channels_last(place.to(torch.uint8))
     from cvdd import gpu_kernels
 
-    height, width = (_places(side, size, padding, stride) for side in x.shape[2:])
+    height, width = (places(side, size, padding, stride) for side in x.shape[2:])
     return gpu_kernels.largest(_channels_last(x), size, padding, stride, height, width)
 
 
@@ -180,7 +180,7 @@ def largest_back(
 
 @largest.register_fake
 def _(x: Tensor, size: int, padding: int, stride: int) -> tuple[Tensor, Tensor]:
-    height, width = (_places(side, size, padding, stride) for side in x.shape[2:])
+    height, width = (places(side, size, padding, stride) for side in x.shape[2:])
     values = _like(x, height, width)
     return values, torch.empty_like(values, dtype=torch.uint8)
 
@@ -188,10 +188,6 @@ def _(x: Tensor, size: int, padding: int, stride: int) -> tuple[Tensor, Tensor]:
 @largest_back.register_fake
 def _(gradient: Tensor, where: Tensor, size: int, padding: int, stride: int, height: int, width: int) -> Tensor:
     return _like(gradient, height, width)
-
-
-def _places(side: int, size: int, padding: int, stride: int) -> int:
-    return (side + 2 * padding - size) // stride + 1
 
 
 def _note_largest(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

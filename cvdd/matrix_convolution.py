@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from cvdd.copies import with_layers
-from cvdd.stem import is_square_convolution
+from cvdd.stem import is_square_convolution, places
 
 LARGE_WEIGHT = 2**20
 """Values of a weight from which on it pays to multiply by it, if its map is small."""
@@ -59,8 +59,7 @@ def _type_of(x: Tensor) -> torch.dtype:
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        size = weight.shape[2]
-        height, width = ((side + 2 * padding - size) // stride + 1 for side in x.shape[2:])
+        height, width = (places(side, weight.shape[2], padding, stride) for side in x.shape[2:])
         if not _multiplies(len(x) * height * width, weight):
             return conv2d(x, weight, None, stride, padding)
         product = _windows(x, weight, stride, padding) @ _matrix(weight).t()
@@ -93,8 +92,8 @@ class _Convolve(torch.autograd.Function):
         return of_images, of_weight, None, None
 
 
-def _multiplies(places: int, weight: Tensor) -> bool:
-    return weight.numel() >= LARGE_WEIGHT and places <= PLACES_OF_A_MAP * len(weight)
+def _multiplies(positions: int, weight: Tensor) -> bool:
+    return weight.numel() >= LARGE_WEIGHT and positions <= PLACES_OF_A_MAP * len(weight)
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ def _folded(windows: Tensor, x: Tensor, weight: Tensor, stride: int, padding: in
     """Add up what :func:`_windows` has of each place of ``x`` [n, c, h, w]."""
     n, c, height, width = x.shape
     size = weight.shape[2]
-    rows, columns = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+    rows, columns = (places(side, size, padding, stride) for side in (height, width))
     if _channels_last(weight):
         cells = windows.view(n, rows, columns, size, size, c)
     else:

@@ -12,7 +12,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cvdd.augment import Views, apply_views, draw_views, normalise
-from cvdd.classifier import Classifier, parts_of
+from cvdd.batch_parts import part_size, parts_of
+from cvdd.classifier import Classifier
 from cvdd.engine import Passes
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
@@ -48,6 +49,7 @@ class MemberModule(Classifier):
     ) -> None:
         super().__init__(**shared)  # type: ignore[arg-type]
         self.recipe, self.size = recipe, size
+        self.part = part_size(recipe.batch_size, recipe.accumulation)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self._pixels, self._labels = pixels, labels
@@ -88,7 +90,7 @@ class MemberModule(Classifier):
         labels = self._labels[batch] if isinstance(batch, Tensor) else batch[1]
         count = len(labels)
         undivided = self.recipe.accumulation == 1
-        parts = [slice(0, count)] if undivided else parts_of(count, part_size(self.recipe))
+        parts = [slice(0, count)] if undivided else parts_of(count, self.part)
         own = range(len(parts)) if undivided else self.own_parts(len(parts))
         pixels_of: dict[int, Tensor] = {}
         first = 0
@@ -113,7 +115,7 @@ class MemberModule(Classifier):
     def _part_loss(self, pixels: Tensor, labels: Tensor, drawn: Augmentation) -> Tensor:
         shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
         shown = self._passes.laid_out(shown)
-        full = len(shown) == part_size(self.recipe)
+        full = len(shown) == self.part
         forward = self.network if self._compiled is None or not full else self._compiled
         with self._passes.around(shown.device):
             logits: Tensor = forward(shown)
@@ -144,11 +146,6 @@ class MemberModule(Classifier):
         shape = (lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / period))) if recipe.schedule == "cosine" else _one
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
-
-
-def part_size(recipe: RecipeConfig) -> int:
-    """Images in each part of a full batch."""
-    return max(recipe.batch_size // recipe.accumulation, 1)
 
 
 def own_images(index: Tensor, part: int, rank: int, ranks: int) -> Tensor:

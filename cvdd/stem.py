@@ -50,8 +50,7 @@ class FoldedStem(nn.Module):
             return plain
         around = []
         for side in (width, height):
-            places = (side + 2 * self.padding - self.size) // 2 + 1
-            around += [-self.first, places - side // 2 + self.last]
+            around += [-self.first, places(side, self.size, self.padding, 2) - side // 2 + self.last]
         folded = pad(_blocks(x), (*around, 0, self.channels - 4 * x.shape[1]))
         return conv2d(folded.contiguous(memory_format=torch.channels_last), self.weight, self.plain.bias)
 
@@ -60,6 +59,11 @@ def _blocks(x: Tensor) -> Tensor:
     """From [n, c, h, w] to the 2x2 blocks [n, 4c, h / 2, w / 2]."""
     n, c, height, width = x.shape
     return x.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, height // 2, -1)
+
+
+def places(side: int, size: int, padding: int, stride: int) -> int:
+    """Places at which a window of so many pixels fits into a side of an image, with zeros around it."""
+    return (side + 2 * padding - size) // stride + 1
 
 
 def is_square_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvdd.classifier import Classifier, parts_of
+from cvdd.batch_parts import part_size, parts_of
+from cvdd.classifier import Classifier
 from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
@@ -59,7 +60,7 @@ class StudentModule(Classifier):
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self.register_buffer("images", images, persistent=False)
         self.register_buffer("classes", classes, persistent=False)
-        self.part = max(batch_size // protocol.accumulation, 1)
+        self.part = part_size(batch_size, protocol.accumulation)
         self._passes = passes or Passes()
         self._compiled = self._passes.compiled(self.network)
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
@@ -78,7 +79,9 @@ class StudentModule(Classifier):
     def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         for group in optimizer.param_groups:
             # What was loaded may be that of a recorded student.
-            group |= {"lr": rate} | ({"capturable": False} if "capturable" in group else {})
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = False
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""

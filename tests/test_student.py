@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cvdd.context
+from cvdd.batch_parts import parts_of
 from cvdd.compiler import compiling
 from cvdd.engine import Passes
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset
@@ -31,7 +32,7 @@ from cvdd.losses import soft_label_loss
 from cvdd.measure import Accuracy
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of
-from cvdd.student import StudentModule, parts_of
+from cvdd.student import StudentModule
 from cvdd.teachers import Teachers
 
 SIZE = 16

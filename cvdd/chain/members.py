@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
+from cvdd.batch_parts import part_size
 from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
@@ -24,7 +25,7 @@ from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
 from cvdd.engine import passes_of_members
 from cvdd.measure import Evaluator
-from cvdd.member import MemberModule, own_images, part_size
+from cvdd.member import MemberModule, own_images
 from cvdd.memory import enough_memory
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
@@ -150,7 +151,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     if len(sampler) == 0:
         raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
-    own = partial(own_images, part=part_size(recipe), rank=rank, ranks=ranks)
+    own = partial(own_images, part=part_size(recipe.batch_size, recipe.accumulation), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
         Positions() if in_memory else RealImages(data, side_of_files(data, recipe), own),
         sampler=sampler,

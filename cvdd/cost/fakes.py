@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cvdd.batch_parts import part_size
 from cvdd.classifier import Classifier
 from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
@@ -72,14 +73,14 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
     """
     if isinstance(step, TrainStep):
         recipe, one = step.settings, profiles(step.network, "train")
-        part = max(recipe.batch_size // recipe.accumulation, 1)
+        part = part_size(recipe.batch_size, recipe.accumulation)
         # Weights, gradients and the two averages of an optimiser.
         held = one.activations * part + 4 * one.weights
         return Scale(recipe.batch_size, 2 * recipe.accumulation, one.flops * recipe.batch_size, held)
     if isinstance(step, StudentStep):
         protocol, label = step.settings
         one = profiles(step.network, "train")
-        held = one.activations * max(label.batch_size // protocol.accumulation, 1) + 4 * one.weights
+        held = one.activations * part_size(label.batch_size, protocol.accumulation) + 4 * one.weights
         return Scale(label.batch_size, 2 * protocol.accumulation, one.flops * label.batch_size, held)
     if isinstance(step, VoteStep):
         one, images = profiles(step.network, "vote"), step.units * step.images

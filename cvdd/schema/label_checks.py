@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cvdd.batch_parts import part_size, parts_of
 from cvdd.schema.label import LabelConfig
 from cvdd.schema.protocol import ProtocolConfig
 
 
 def _parts(batch: int, accumulation: int) -> int:
-    """Parts into which students cut a batch; a single image at the end joins the part before it."""
-    part = max(batch // accumulation, 1)
-    return -(-batch // part) - (part > 1 and batch % part == 1)
+    """Parts into which students cut a batch."""
+    return len(parts_of(batch, part_size(batch, accumulation)))
 
 
 def label_problems(
