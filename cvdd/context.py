@@ -164,7 +164,7 @@ class Context:
         """
         shared = self.world.shares(parts)
         # Lightning would take the tasks of a SLURM job for ranks of this training, and requeue the job itself.
-        alone: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
+        alone: dict[str, Any] = {"devices": devices_of(self.device), "plugins": [LightningEnvironment()]}
         trainer = pl.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             **(ranks_of_trainer(self.world) if shared else alone),
@@ -186,6 +186,13 @@ class Context:
             loader.sampler.set_epoch(_finished_epochs(checkpoint))
         with self.world.together() if shared else contextlib.nullcontext():
             trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
+
+
+def devices_of(device: torch.device) -> int | list[int]:
+    """What a Lightning trainer is told to train on this device; to it 1 is the first GPU, on other ranks too."""
+    if device.type != "cuda":
+        return 1
+    return [torch.cuda.current_device() if device.index is None else device.index]
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -188,7 +189,8 @@ def precision_of(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) 
     """Decide what is automatic: bf16 on a GPU that has it."""
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    # Where it is emulated, convolutions are slower than in full precision, or missing.
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def records(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
@@ -316,7 +318,9 @@ def has_compiler(device: Literal["cpu", "cuda"] | str) -> bool:
     if device == "cuda":
         from torch.utils._triton import has_triton
 
-        found, missing = has_triton(), "triton"
+        # Triton builds what launches its kernels with it.
+        builder = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        found, missing = has_triton() and bool(builder), "triton, or the C compiler that it needs"
     else:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

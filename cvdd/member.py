@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from cvdd.augment import Views, apply_views, draw_views, normalise
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
 from cvdd.engine import Passes
+from cvdd.schedules import cosine
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
 
@@ -143,7 +143,7 @@ class MemberModule(Classifier):
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         period = recipe.cosine_period or recipe.epochs
-        shape = (lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / period))) if recipe.schedule == "cosine" else _one
+        shape = partial(cosine, total=period) if recipe.schedule == "cosine" else _one
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 

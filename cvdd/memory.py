@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 
 
 class OutOfMemory(RuntimeError):

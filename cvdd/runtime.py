@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,9 +137,11 @@ def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
         raise ConfigError("trainer.accelerator=gpu: no GPU was found; choose trainer=cpu or trainer=auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if devices == 1:
-        return torch.device("cuda", torch.cuda.current_device())
     found = torch.cuda.device_count()
+    if devices == 1:
+        chosen = _task_on_machine(os.environ) % found
+        torch.cuda.set_device(chosen)
+        return torch.device("cuda", chosen)
     if devices > found:
         raise ConfigError(
             f"trainer.devices={devices}, and this process sees {found} GPUs; set trainer.devices={found}, or "
@@ -146,6 +149,12 @@ def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _task_on_machine(environment: Mapping[str, str]) -> int:
+    """Which of the tasks that srun started on a machine this is, where each works by itself; 0 elsewhere."""
+    several = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    return int(environment.get("SLURM_LOCALID", 0)) if several else 0
 
 
 def hide_absent_gpus() -> None:

@@ -1,4 +1,4 @@
-"""Learning rates of students by epoch, and how an optimiser is told."""
+"""Learning rates by step or epoch, and how an optimiser is told."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from cvdd.schema import ProtocolConfig
 
 WARMUP_START = 0.01
 """First factor of a warm-up (specification of LPLD, section B3)."""
+
+
+def cosine(step: float, total: float) -> float:
+    """Cosine from 1 at step 0 to 0 at ``total``."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
@@ -33,7 +38,7 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
         return 0.5 ** sum(20 * done >= twentieths * total for twentieths in (16, 18, 19))
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
         return 0.5 * (1 + math.cos(5 * math.pi / (6 * protocol.eta))) * (1 - done / total)
-    return 0.5 * (1 + math.cos(math.pi * done / (total * protocol.eta)))
+    return cosine(done, total * protocol.eta)
 
 
 def optimizer_of(module: pl.LightningModule) -> torch.optim.Optimizer:
@@ -41,6 +46,20 @@ def optimizer_of(module: pl.LightningModule) -> torch.optim.Optimizer:
     optimizer = module.optimizers(use_pl_optimizer=False)
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
+
+
+def bring_adam_to(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    """Let an Adam of images compute as it was made to on a device, whatever its checkpoint says of another kind.
+
+    Args:
+        device: of the images.
+        optimizer: with the state that was loaded, if any.
+    """
+    on_gpu = device.type == "cuda"
+    for group in optimizer.param_groups:
+        group.update(capturable=on_gpu, fused=on_gpu or None, foreach=None if on_gpu else False)
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to(device)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:

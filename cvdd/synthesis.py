@@ -22,18 +22,13 @@ from cvdd.graphs import Recorded, side_by_side
 from cvdd.layer_statistics import HALVES
 from cvdd.methods.gvbsm import densification
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
-from cvdd.schedules import optimizer_of, set_rate
+from cvdd.schedules import bring_adam_to, cosine, optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Judgement, Voter, judge
 
 MATRIX_ELEMENTS = 2**24
 """Of the matrices of several iterations that are made together."""
-
-
-def cosine(step: int, total: int) -> float:
-    """Cosine from 1 at step 0 to 0 at ``total``."""
-    return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 @dataclass(frozen=True)
@@ -375,6 +370,10 @@ class DistillModule(pl.LightningModule):
                         f"Lower method.lr or method.r_bn, or leave {name} out of the committee."
                     )
         raise AssertionError("called without a term that is not finite")
+
+    def on_train_start(self) -> None:
+        """Compute steps as this device does, also where another kind of device had begun."""
+        bring_adam_to(self.device, optimizer_of(self))
 
     def on_fit_end(self) -> None:
         """Let go of what was recorded: it refers to this module, so its memory would wait for the garbage collector."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,11 @@ class Teachers:
         networks: trained networks.
         weights: their shares of the averaged logits.
         label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
-        passes: how they compute. Only passes of as many samples as the first has are compiled; others are as many
-            shapes, each of which takes a compiler a while. Recorded passes of the networks are made side by side.
+        passes: how they compute. Recorded passes of the networks are made side by side.
+
+    Attributes:
+        compiled_samples: of the passes that are compiled, where any are; None is all. Each other number would be
+            one more shape, which takes a compiler a while.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class Teachers:
         self.label = label
         self._passes = passes or Passes()
         self._compiled: dict[nn.Module, Callable[..., Tensor] | None] = {}
-        self._samples: int | None = None
+        self.compiled_samples: int | None = None
         self._recorded: dict[int, Recorded] = {}
         self._streams: list[torch.cuda.Stream] = []
         self.weights = list(weights)
@@ -60,14 +65,14 @@ class Teachers:
         With batch statistics each batch, or each half of it (the first of ``batch_size // 2`` samples), is normalised
         by itself, however many batches share the forward pass. A balanced average is that of each batch.
         """
-        if self._samples is None:
-            self._samples = len(samples)
         if not self._passes.record or samples.device.type != "cuda":
             return self._score(batch_size, samples)
         if not self._streams:
             self._streams = [torch.cuda.Stream(samples.device) for _ in self.networks]
         if batch_size not in self._recorded:
-            self._recorded[batch_size] = Recorded(partial(self._score, batch_size), samples.device, "labelling")
+            # Weak: what refers to itself waits for the garbage collector, and holds the memory of the GPU until then.
+            score = weakref.WeakMethod(self._score)
+            self._recorded[batch_size] = Recorded(partial(_call, score, batch_size), samples.device, "labelling")
         scored: Tensor = self._recorded[batch_size](samples)
         # The next call overwrites them.
         return scored.clone()
@@ -88,7 +93,7 @@ class Teachers:
         return total
 
     def _ready(self, network: nn.Module, samples: Tensor) -> Callable[..., Tensor]:
-        if len(samples) != self._samples:
+        if self.compiled_samples not in (None, len(samples)):
             return network
         if network not in self._compiled:
             self._compiled[network] = self._passes.compiled(network)
@@ -106,3 +111,10 @@ class Teachers:
         parts = [batches[:, :first], batches[:, first:]]
         scored = [network(part.flatten(0, 1), part.shape[1]).view(len(batches), part.shape[1], -1) for part in parts]
         return torch.cat(scored, dim=1).flatten(0, 1)
+
+
+def _call(method: weakref.WeakMethod[Any], batch_size: int, samples: Tensor) -> Tensor:
+    score = method()
+    assert score is not None
+    scored: Tensor = score(batch_size, samples)
+    return scored

@@ -28,7 +28,6 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.engine import Engine
 from cvdd.outcome import INTERRUPTED
-from cvdd.runtime import find_device
 from cvdd.synthesis import NonFiniteLoss
 from cvdd.voting import Voter
 
@@ -220,12 +219,6 @@ def test_a_store_that_is_a_file(tmp_path: Path) -> None:
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
-
-
-def test_a_gpu_that_is_not_there(chain_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu: no GPU was found; choose trainer=cpu"):
-        find_device(tiny_context(chain_home, "trainer.accelerator=gpu").config)
 
 
 @pytest.mark.slow

@@ -132,6 +132,29 @@ def test_a_verb_counts_no_later_stage(compose: Compose) -> None:
     assert "students" not in stages(works(compose("relabel")))
 
 
+def test_a_verb_measures_only_the_priors_that_it_needs(compose: Compose) -> None:
+    """Labels are weighted by priors too, and so are the votes of rows that one is compared with."""
+    one = ("method.voters=[resnet18]", "+compare.votes={method.voters:drawn}")
+    assert "priors" not in stages(works(compose("distill", *one)))
+    for verb in ("relabel", "evaluate"):
+        assert stages(works(compose(verb, "method.voters=[resnet18]")))["priors"].artifacts == 10
+    assert stages(works(compose("distill")))["priors"].artifacts == 10
+    alone = ("method.voters=[resnet18]", "label.weights=equal")
+    assert "priors" not in stages(works(compose("evaluate", *alone)))
+    assert "priors" in stages(works(compose("evaluate", *alone, "+compare.votes={method.voters:drawn}")))
+
+
+def test_what_is_recorded_is_held_together(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest(kind: str) -> int:
+        counted = works(compose("evaluate", "method.voters=all", "compare=none"))
+        groups = [group for piece, work in counted if piece.stage == kind for group in work.together]
+        return max(sum(isinstance(step, VoteStep | ScoreStep) for step in group) for group in groups)
+
+    assert (largest("images"), largest("labels")) == (1, 1)
+    monkeypatch.setattr("cvdd.cost.plan.records", lambda wanted, device: True)
+    assert (largest("images"), largest("labels")) == (5, 5)
+
+
 @pytest.mark.parametrize(("compared", "rows"), [("false", 0), ("true", 10)])
 def test_turns_let_one_member_judge(compared: str, rows: int, compose: Compose) -> None:
     counted = works(compose("distill", "method.turns=in_turn", f"method.log_agreement={compared}"))

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from cvdd.augment import pixel_bounds
 from cvdd.config_base import ConfigError
-from cvdd.synthesis import (
-    DistillModule,
-    LogRow,
-    NonFiniteLoss,
-    cosine,
-)
+from cvdd.schedules import cosine
+from cvdd.synthesis import DistillModule, LogRow, NonFiniteLoss
 from cvdd.units import Stage, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 

@@ -22,6 +22,7 @@ from cvdd.chain.trajectories import make_trajectories
 from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
+from cvdd.engine import records
 from cvdd.report.summary import members_shown
 from cvdd.schema import RunConfig
 
@@ -52,6 +53,7 @@ class Piece:
         parents: artefacts that it is made from.
         config: of the row of the comparison that asked first.
         data: its data set.
+        recorded: whether steps would be recorded as CUDA graphs, networks side by side.
     """
 
     stage: str
@@ -60,6 +62,7 @@ class Piece:
     parents: tuple[Artifact, ...] = field(repr=False)
     config: RunConfig = field(repr=False)
     data: Data = field(repr=False)
+    recorded: bool = False
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -138,7 +141,8 @@ class PlanStore(Store):
         context = self.context
         if context is not None and kind != "data":
             stage = _stage(kind, name, context)
-            piece = Piece(stage, artifact, made is not None, tuple(parents), context.config, context.data())
+            recorded = records(context.config.engine.cuda_graphs, context.device)
+            piece = Piece(stage, artifact, made is not None, tuple(parents), context.config, context.data(), recorded)
             self.pieces.setdefault(piece.name, piece)
         return artifact
 

@@ -27,6 +27,7 @@ from cvdd.cost.steps import (
     TrainStep,
     VoteStep,
 )
+from cvdd.engine import can_be_recorded
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.replay import batch_bounds
@@ -165,7 +166,9 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
     method, data = piece.config.method, piece.data
     matched, engine = method.r_bn > 0, engine_of(piece.identity)
     kinds = set[Step]()
+    side_by_side = piece.recorded and can_be_recorded(method, split=False)
     for stack in plan.work:
+        held = dict[int, VoteStep]()
         move = MoveStep.of(stack.units, stack.images, stack.size, method)
         work.use(move, stack.iterations)
         for each in stack.passes:
@@ -173,9 +176,12 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
             network = Network.of(backbone, len(data.classes), stack.size)
             step = VoteStep(network, each.units, stack.images, matched, engine)
             work.uses[step] += each.times  # type: ignore[assignment]
-            # Members judge one after the other.
             work.together.add((move, step))
             kinds.add(step)
+            if each.member not in held or held[each.member].units < each.units:
+                held[each.member] = step
+        if side_by_side:
+            work.together.add((move, *held.values()))
         work.steps += stack.iterations
         work.around(fit=1, epoch=stack.epochs, batch=stack.rows)
     if engine.compile:
@@ -247,9 +253,13 @@ def _measure(piece: Piece, work: Work, network: Network, images: int, batch: int
 
 def _score(piece: Piece, work: Work, label: LabelConfig, teachers: list[Artifact], samples: int) -> None:
     size = piece.data.image_size
-    for teacher in teachers:
-        work.use(ScoreStep.of(_network(piece, teacher.manifest["identity"]), label), samples)
-    work.use(ReplayStep.of(label, size), samples)
+    steps: list[Step] = [ScoreStep.of(_network(piece, one.manifest["identity"]), label) for one in teachers]
+    steps.append(ReplayStep.of(label, size))
+    for step in steps:
+        work.use(step, samples)
+    if piece.recorded:
+        # Teachers label side by side.
+        work.together.add(tuple(steps))
 
 
 def _decode(piece: Piece, work: Work, images: int, *, in_workers: bool = True) -> None:
