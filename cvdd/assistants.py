@@ -95,6 +95,7 @@ def assist(config: RunConfig, index: int, total: int) -> None:
         total: assistants and the main process.
     """
     from cvdd.artifact import Store
+    from cvdd.chain.apm_teachers import make_apm_teachers
     from cvdd.chain.compare import make_sets, rows_of, student_of
     from cvdd.chain.members import make_member
     from cvdd.chain.priors import find_priors, measure_prior, priors_needed
@@ -102,6 +103,9 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.runtime import prepare_process
 
     context = Context(config, Store(config.paths.store), prepare_process(config))
+    if config.verb == "train" and config.method.apm is not None:
+        make_apm_teachers(context, own_way(range(config.method.apm.teachers.count), index, total))
+        return
     if config.verb == "train":
         for name in own_way(list(config.committee.members), index, total):
             make_member(context, name)

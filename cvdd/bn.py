@@ -189,8 +189,7 @@ class BatchStatisticsNetwork(nn.Module):
 
     Args:
         network: the trained network; it is copied, not changed.
-        dropout: keep dropout active, as the released program does by accident (fidelity only; labels of networks
-            with dropout are then random).
+        dropout: keep dropout active, as the released program does by accident (fidelity only).
     """
 
     def __init__(self, network: nn.Module, dropout: bool = False) -> None:

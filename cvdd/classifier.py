@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.data import Dataset, Sampler
 
+from cvdd.backbones import has_batchnorm
 from cvdd.distributed import gather_parts
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.measure import Accuracy
@@ -34,12 +35,13 @@ class ShuffledBatches(Sampler[Tensor]):
 
     Args:
         count: images.
-        batch_size: images per batch; a last batch of one image is left out, BatchNorm cannot use it.
+        batch_size: images per batch.
         seed: of the order.
+        least: images of a batch; a last one with fewer is left out. BatchNorm needs two.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self._epoch = count, batch_size, seed, 0
+    def __init__(self, count: int, batch_size: int, seed: int, least: int = 2) -> None:
+        self.count, self.batch_size, self.seed, self.least, self._epoch = count, batch_size, seed, least, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
@@ -47,10 +49,16 @@ class ShuffledBatches(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.randperm(self.count, generator=generator(self.seed, "order", self._epoch))
-        return (batch for batch in order.split(self.batch_size) if len(batch) > 1)
+        return (batch for batch in order.split(self.batch_size) if len(batch) >= self.least)
 
     def __len__(self) -> int:
-        return self.count // self.batch_size + (self.count % self.batch_size > 1)
+        last = self.count % self.batch_size
+        return self.count // self.batch_size + (last >= max(self.least, 1))
+
+
+def smallest_batch(network: nn.Module) -> int:
+    """Images that a network needs in a batch: two with BatchNorm, one without."""
+    return 2 if has_batchnorm(network) else 1
 
 
 class Positions(Dataset[Tensor]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from cvdd.label_pool import LabelPool
 from cvdd.memory import is_out_of_memory
 from cvdd.replay import Replay, draw_epoch, replay
 from cvdd.schema import LabelConfig
+from cvdd.seeds import derive_seed, seed_networks
 from cvdd.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,8 @@ class ComputedLabels:
         first = epoch - epoch % together
         if self._last is None or self._last[0] != first:
             plans = self._plans.pop(first, None) or self._draw(first, together)
-            launched = self._launch_what_fits(plans)
+            with self._own_draws(first):
+                launched = self._launch_what_fits(plans)
             # A GPU computes meanwhile.
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
@@ -109,9 +112,21 @@ class ComputedLabels:
             plans.append(plan.batch(0, self.pool.kept(epoch)))
         return plans
 
+    @contextlib.contextmanager
+    def _own_draws(self, first: int) -> Iterator[None]:
+        """Let dropout of the teachers depend on the labels' seed and the epoch alone, and nobody else's draws on it."""
+        if not self.label.dropout:
+            yield
+            return
+        device = self.images.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seed_networks(derive_seed(self.seed, "dropout", first), device)
+            yield
+
     def _launch_what_fits(self, plans: Sequence[Replay]) -> list[list[Tensor]]:
         while True:
             stack = self.stack or self.label.stack
+            self.teachers.compiled_samples = samples_together(self.label, self.count, stack)
             try:
                 return self._launch(plans, stack)
             except (MemoryError, RuntimeError) as error:
@@ -159,6 +174,22 @@ def epochs_together(label: LabelConfig, count: int) -> int:
         count: images of an epoch.
     """
     return max(label.stack // max(count // label.batch_size, 1), 1)
+
+
+def samples_together(label: LabelConfig, count: int, stack: int) -> int:
+    """Samples of the first forward pass over a set, which are those of most of them.
+
+    It follows from the recipe and not from where a process begins, which may be the short last passes.
+
+    Args:
+        label: the recipe.
+        count: images of an epoch.
+        stack: batches in a forward pass.
+    """
+    pool = LabelPool.of(label, count)
+    kept = [pool.kept(epoch) for epoch in range(min(epochs_together(label, count), pool.labelled_epochs))]
+    whole = sum(samples // pool.batch_size * pool.batch_size for samples in kept)
+    return min(whole, pool.batch_size * stack)
 
 
 @dataclass(frozen=True)

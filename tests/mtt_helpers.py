@@ -29,6 +29,7 @@ MTT = (
     "method.mtt.experts.batch_size=50",
     "method.mtt.experts.lr=0.05",
     "method.mtt.student.epochs=6",
+    "method.mtt.whitening=true",
     "method.mtt.steps=3",
     "method.mtt.target_epochs=2",
     "method.mtt.start_epochs=2",

@@ -218,7 +218,7 @@ def test_teachers_made_elsewhere_must_belong_to_the_configuration(home: Path, im
         shutil.copytree(path, elsewhere / Path(path).name)
     moved = ",".join(f"'{elsewhere / Path(path).name}'" for path in own)
     assert make_apm_images(small_context(home, f"method.apm.teachers.paths=[{moved}]")).digest == images.digest
-    other = f"method.apm.teachers.paths=[{images.path},{images.path}]"
+    other = f"method.apm.teachers.paths=[{images.path},{images.path.parent}]"
     with pytest.raises(ConfigError, match="is an artefact of kind images, not teachers"):
         make_apm_teachers(small_context(home, other))
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_context
+from mtt_helpers import mtt_context
 
 import cvdd.assistants
 from cvdd.assistants import assist, assisted, own_way
 from cvdd.chain.compare import compare
+from cvdd.config_base import ConfigError
 from cvdd.verbs.train import train
 
 pytest_plugins = ["chain_fixtures"]
@@ -63,6 +65,24 @@ def test_an_assistant_trains_members_from_the_other_end(tmp_path: Path, sealed: 
     sealed.clear()
     assert train(context, []) is not None
     assert sealed == []
+
+
+def test_an_assistant_trains_the_teachers_of_a_method_from_the_other_end(tmp_path: Path, sealed: list[str]) -> None:
+    teachers = "method.apm.teachers"
+    quick = (f"{teachers}.epochs=2", f"{teachers}.milestone=1", f"{teachers}.backbone.arguments.width=8")
+    context = tiny_context(
+        tmp_path, "method=apm_tiny", f"{teachers}.count=3", *quick, "trainer.assistants=1", verb="train"
+    )
+    assist(context.config, 1, 2)
+    assert sealed.count("teachers") == 3
+    sealed.clear()
+    assert train(context, []) is not None
+    assert sealed == []
+
+
+def test_experts_of_trajectories_have_no_assistants(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.assistants=1 has nothing to do: .*set trainer\.assistants=0"):
+        mtt_context(tmp_path, "trainer.assistants=1", verb="train")
 
 
 def alive(pid: int) -> bool:

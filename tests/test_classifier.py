@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cvdd.augment import normalise
 from cvdd.chain.members import make_member
-from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches
+from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches, smallest_batch
 from cvdd.compiler import compiling
 from cvdd.data import Data, TensorSource
 from cvdd.engine import Passes
@@ -41,6 +41,14 @@ def test_shuffled_batches_leave_out_a_single_image(count: int, batches: list[int
     assert len(sampler) == len(batches)
     shown = [int(index) for batch in drawn for index in batch]
     assert len(set(shown)) == len(shown)
+
+
+@pytest.mark.parametrize(("count", "batches"), [(9, [4, 4, 1]), (8, [4, 4]), (1, [1])])
+def test_without_batchnorm_a_single_image_is_a_batch(count: int, batches: list[int]) -> None:
+    assert (smallest_batch(trainable()), smallest_batch(nn.Linear(2, 2))) == (2, 1)
+    sampler = ShuffledBatches(count, 4, seed=1, least=1)
+    assert [len(batch) for batch in sampler] == batches
+    assert len(sampler) == len(batches)
 
 
 def test_the_order_depends_on_seed_and_epoch() -> None:

@@ -181,6 +181,32 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("label.dropout=true", "label.bn_mode=running"),
         ("label.dropout=true", "label.bn_mode=batch"),
     ),
+    "patches of no convolution": (
+        ("method.statistics.patch=16",),
+        ("method.statistics.patch=16", "method.statistics.layers=bn_and_conv"),
+    ),
+    "targets of no class": (
+        ("method.statistics.class_statistics=moving",),
+        ("method.statistics.class_statistics=moving", "method.statistics.class_share above 0"),
+    ),
+    "start of no average": (
+        ("method.statistics.start=zero",),
+        ("method.statistics.start=zero", "method.statistics.momentum"),
+    ),
+    "a prior of bare patches": (("prior.iterations=0",), ("prior.iterations=0", "greater than 0")),
+    "batches of one": (("recipe.batch_size=1",), ("recipe.batch_size=1", "at least 2")),
+    "compiled students of a method": (
+        ("method=mtt_tiny", "label=hard", "protocol=method", "engine.compile_students=true"),
+        ("protocol.student=method", "engine.compile_students=false"),
+    ),
+    "bf16 students of a method": (
+        ("method=apm_tiny", "label=hard", "protocol=method", "engine.precision_students=bf16"),
+        ("protocol.student=method", "engine.precision_students=fp32"),
+    ),
+    "a teacher twice": (
+        ("method=apm_tiny", "method.apm.teachers.count=2", "method.apm.teachers.paths=[a,a]"),
+        ("method.apm.teachers.paths", "twice"),
+    ),
     "too many classes per unit": (("dataset.classes_per_unit=11",), ("dataset.classes_per_unit=11", "use 1 to 10")),
     "row with an unknown key": (
         ("+compare.mine={method.itterations:3}",),

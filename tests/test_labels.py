@@ -67,9 +67,10 @@ def test_several_teachers_average_their_logits() -> None:
 
 @pytest.mark.slow
 def test_compiled_teachers_say_the_same() -> None:
-    """Stacks of the first size are compiled, smaller ones are not."""
+    """Stacks of the usual size are compiled, smaller ones are not."""
     samples, networks = noise(24), [small_network(seed=1), small_network(seed=2)]
     plain, compiled = (Teachers(networks, [0.5, 0.5], label_config(), Passes(how)) for how in (False, True))
+    compiled.compiled_samples = 16
     for part in (samples[:16], samples[16:]):
         torch.testing.assert_close(compiled.score(part, 8), plain.score(part, 8), rtol=1e-4, atol=1e-5)
 
@@ -167,6 +168,58 @@ def test_epochs_share_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(plan.index, forwards[epoch][0].index)
         assert torch.equal(logits, forwards[epoch][1])
     assert len({tuple(plan.index.tolist()) for plan, _ in forwards}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples"),
+    [
+        ({"epochs": 7, "stack": 4}, 32),  # two epochs of 8 + 8 (+ 4), and one left
+        ({"epochs": 1, "stack": 4}, 16),
+        ({"epochs": 7, "stack": 1}, 8),
+        ({"epochs": 7, "stack": 3, "batch_size": 32}, 60),  # a batch is never more than the set
+        ({"epochs": 7, "stack": 4, "keep": 0.1}, 16),  # 2 of 21 batches
+    ],
+)
+def test_the_same_passes_are_compiled_wherever_one_begins(
+    changes: dict[str, object], samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on, or another rank, may begin at the last epochs, whose passes are short."""
+    compiled: list[int] = []
+
+    def compiler(passes: Passes, network: nn.Module) -> object:
+        def forward(samples: Tensor, *others: int) -> Tensor:
+            compiled.append(len(samples))
+            return network(samples, *others)
+
+        return forward
+
+    monkeypatch.setattr(Passes, "compiled", compiler)
+    first, again = computed(**changes), computed(**changes)
+    epochs = range(first.pool.labelled_epochs)
+    for labels, order in ((first, epochs), (again, reversed(epochs))):
+        for epoch in order:
+            labels.epoch(epoch)
+        assert set(compiled) == {samples}
+        compiled.clear()
+
+
+def test_dropout_of_teachers_depends_on_the_seed_and_the_epoch_alone() -> None:
+    """Whoever draws before, and without a trace for whoever draws after."""
+
+    def drawn(seed: int, *epochs: int) -> Tensor:
+        label = label_config(dropout=True, epochs=7, stack=2, dtype="float32")
+        teachers = Teachers([small_network(seed=1, dropout=0.5)], [1.0], label)
+        labels = ComputedLabels(teachers, random_pixels(COUNT, SIZE), label, seed, MEAN, STD)
+        before = torch.random.get_rng_state()
+        logits = [labels.epoch(epoch)[1] for epoch in epochs][-1]
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.rand(7)
+        return logits
+
+    assert torch.equal(drawn(3, 5), drawn(3, 0, 6, 5))
+    assert not torch.equal(drawn(3, 5), drawn(4, 5))
+    exact = computed(epochs=7, stack=2, dtype="float32").epoch(5)[1]
+    assert (drawn(3, 5) - exact).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])

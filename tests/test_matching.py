@@ -29,7 +29,8 @@ def network() -> nn.Sequential:
 
 
 def config(**options: Any) -> StatisticsConfig:
-    return StatisticsConfig.model_validate({"layers": "bn_and_conv", "patch": 3, **options})
+    of_convolutions = {} if options.get("layers") == "bn" else {"patch": 3}
+    return StatisticsConfig.model_validate({"layers": "bn_and_conv", **of_convolutions, **options})
 
 
 def real(options: StatisticsConfig, side: int = 12) -> Recorded | None:

@@ -39,7 +39,7 @@ def test_a_recipe_is_its_row(name: str, compose: Compose) -> None:
     assert config.ipc.images_per_class == ipc
     assert (mtt.steps, mtt.target_epochs, mtt.start_epochs) == (steps, target, start)
     assert (mtt.lr_images, mtt.lr_step_size, mtt.step_size) == (lr_images, lr_step_size, step_size)
-    assert (mtt.batch_size, mtt.whitening, mtt.momentum, config.method.iterations) == (batch_size, zca, 0.5, 5000)
+    assert (mtt.batch_size, mtt.whitening, mtt.momentum, config.method.iterations) == (batch_size, zca, 0.5, 5001)
     assert (config.protocol.student, config.label.teachers) == ("method", "none")
     assert config.protocol.seeds == [0, 1, 2, 3, 4]
     experts, student = mtt.experts, mtt.student

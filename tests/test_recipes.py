@@ -122,7 +122,7 @@ def test_a_member_without_batchnorm_labels_if_it_says_so(at: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("more", [RECIPES["hard"], ("label.keep=0.5",)])
 def test_priors_are_measured_with_an_observers_labels(more: tuple[str, ...], at: Path, tmp_path: Path) -> None:
-    measured = ("prior.source=measured", "prior.values=null", "prior.images_per_class=1", "prior.iterations=0")
+    measured = ("prior.source=measured", "prior.values=null", "prior.images_per_class=1", "prior.iterations=1")
     context = tiny_context(tmp_path, *REAL, *more, *measured, "prior.epochs=1", "label.batch_size=5", store=at)
     priors = measure_prior(context, "resnet50")
     assert 0 <= priors.values["resnet50"] <= 100

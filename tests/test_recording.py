@@ -37,7 +37,8 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def record(**options: object) -> Recorded:
-    config = StatisticsConfig.model_validate({"layers": "bn_and_conv", "patch": 3, **options})
+    of_convolutions = {} if options.get("layers") == "bn" else {"patch": 3}
+    config = StatisticsConfig.model_validate({"layers": "bn_and_conv", **of_convolutions, **options})
     return record_statistics(small_network().double(), batches(), config, CLASSES)
 
 

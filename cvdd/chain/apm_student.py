@@ -15,7 +15,7 @@ from cvdd.chain.apm_teachers import apm_of, make_apm_teachers
 from cvdd.chain.labels import Labels
 from cvdd.chain.space import families_of, input_space, measured_in, whitening_of
 from cvdd.chain.training import every, log_epochs, save_student
-from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.context import Context
 from cvdd.methods.apm import logit_distance
 from cvdd.seeds import derive_seed
@@ -72,9 +72,9 @@ def make_apm_student(
     def build(work: Path) -> dict[str, Any]:
         known = load_labelled(images)
         title, own = f"student {name} seed {seed}", derive_seed(seed, "student")
-        loader: DataLoader[Any] = DataLoader(
-            Positions(), sampler=ShuffledBatches(len(known.images), training.batch_size, own), batch_size=None
-        )
+        network = build_network(backbone, len(data.classes), own)
+        sampler = ShuffledBatches(len(known.images), training.batch_size, own, smallest_batch(network))
+        loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
         with context.progress(title, training.epochs) as advance:
             module = SgdModule(
                 training,
@@ -83,7 +83,7 @@ def make_apm_student(
                 nn.Identity(),
                 logit_distance,
                 dsa(families_of(context)),
-                network=build_network(backbone, len(data.classes), own),
+                network=network,
                 name=title,
                 seed=own,
                 measure=measured_in(context, input_space(context, whitening), part),

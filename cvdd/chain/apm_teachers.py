@@ -18,7 +18,7 @@ from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights, ten_times
-from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
@@ -36,10 +36,14 @@ def apm_of(context: Context) -> ApmConfig:
     return settings
 
 
-def make_apm_teachers(context: Context) -> list[Artifact]:
+def make_apm_teachers(context: Context, order: Sequence[int] | None = None) -> list[Artifact]:
     """Return the pool of teachers (specification of APM, section 3, stage A): made elsewhere, or trained.
 
     What counts is the last state of each; the release kept the best one on test images.
+
+    Args:
+        context: the configuration and its surroundings.
+        order: in which they are trained; None is from the first to the last.
 
     Raises:
         ConfigError: a teacher in ``method.apm.teachers.paths`` does not belong to this configuration.
@@ -48,7 +52,8 @@ def make_apm_teachers(context: Context) -> list[Artifact]:
     whitening = whitening_of(context)
     if teachers.paths:
         return [_made_elsewhere(context, path, whitening) for path in teachers.paths]
-    return [_trained(context, index, whitening) for index in range(teachers.count)]
+    trained = {index: _trained(context, index, whitening) for index in order or range(teachers.count)}
+    return [trained[index] for index in range(teachers.count)]
 
 
 def load_teachers(context: Context, artifacts: Sequence[Artifact]) -> list[nn.Module]:
@@ -103,7 +108,7 @@ def _train(
     in_memory = data.train.in_memory
     loader: DataLoader[Any] = DataLoader(
         Positions() if in_memory else RealImages(data, data.image_size),
-        sampler=ShuffledBatches(len(data.train), teachers.batch_size, seed),
+        sampler=ShuffledBatches(len(data.train), teachers.batch_size, seed, smallest_batch(network)),
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
     )

@@ -22,7 +22,7 @@ from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, w
 from cvdd.chain.training import every, log_epochs, save_student
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
 from cvdd.chain.unit_files import write_unit
-from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.context import Context
 from cvdd.grids import image_grid
 from cvdd.methods.mtt import cross_entropy
@@ -278,7 +278,8 @@ def make_mtt_student(
                 on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
                 rate=f"method.mtt.student.lr; it was {rate:.4g}",
             )
-            sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed)
+            least = smallest_batch(module.network)
+            sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed, least)
             loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
             context.fit(module, loader, student.epochs, work / "training.ckpt.tmp")
         return save_student(work, module.curve)

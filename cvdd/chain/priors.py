@@ -11,7 +11,7 @@ from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
 from cvdd.context import Context
 from cvdd.prior_overrides import prior_overrides
-from cvdd.schema import RunConfig, needs_priors, with_overrides
+from cvdd.schema import RunConfig, needs_priors, votes_by_priors, with_overrides
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ def find_priors(context: Context) -> Priors:
 
 
 def priors_needed(config: RunConfig) -> bool:
-    """Whether priors are asked for: by the configuration itself, or by any of the rows that it is compared with."""
+    """Whether priors are asked for: by what the verb makes, which is a comparison's rows too if it evaluates."""
+    if config.verb == "distill":
+        return votes_by_priors(config)
+    if config.verb == "relabel":
+        return needs_priors(config)
     rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
     return any(needs_priors(row) for row in rows)
 

@@ -18,7 +18,7 @@ from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import every, log_epochs, save_curve
-from cvdd.classifier import Measure, Positions, ShuffledBatches
+from cvdd.classifier import Measure, Positions, ShuffledBatches, smallest_batch
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
@@ -199,7 +199,7 @@ def _train_expert(
     )
     loader: DataLoader[Any] = DataLoader(
         Positions() if images is not None else RealImages(data, data.image_size),
-        sampler=ShuffledBatches(len(data.train), experts.batch_size, seed),
+        sampler=ShuffledBatches(len(data.train), experts.batch_size, seed, smallest_batch(network)),
         batch_size=None,
         num_workers=0 if images is not None else config.trainer.workers,
     )

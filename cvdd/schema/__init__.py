@@ -10,7 +10,7 @@ from cvdd.schema.label import LabelConfig
 from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig, StatisticsConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
-from cvdd.schema.run import RunConfig, needs_priors, teachers_of, with_overrides
+from cvdd.schema.run import RunConfig, needs_priors, teachers_of, votes_by_priors, with_overrides
 from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
 from cvdd.schema.types import Verb
 
@@ -35,5 +35,6 @@ __all__ = [
     "Verb",
     "needs_priors",
     "teachers_of",
+    "votes_by_priors",
     "with_overrides",
 ]

@@ -117,6 +117,8 @@ class ApmConfig(StrictConfig):
                 f"method.apm.teachers.paths names {len(self.teachers.paths)} teachers, and method.apm.teachers.count="
                 f"{self.teachers.count}; set it to {len(self.teachers.paths)}"
             )
+        if len(set(self.teachers.paths)) != len(self.teachers.paths):
+            yield "method.apm.teachers.paths names a teacher twice; name each once"
         for name in ("teachers", "surrogate", "student"):
             training: SgdConfig = getattr(self, name)
             if training.milestone is not None and training.milestone >= training.epochs:

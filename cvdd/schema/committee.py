@@ -60,7 +60,7 @@ class PriorConfig(StrictConfig):
     values: Numbers = Field({}, description="given priors in percent, by member name")
     observer: str = Field(description="member that labels for the measurement and whose network is its student")
     images_per_class: Positive = Field(10, description="IPC of the measurement")
-    iterations: int = Field(4000, ge=0, description="recover iterations of the measurement")
+    iterations: Positive = Field(4000, description="recover iterations of the measurement")
     epochs: Positive = Field(300, description="label and student epochs of the measurement")
     seeds: Positive = Field(1, description="students of the measurement; their mean counts")
     measured_on: Literal["train", "test"] = Field(

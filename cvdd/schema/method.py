@@ -19,7 +19,10 @@ class IpcConfig(StrictConfig):
 
     images_per_class: Positive = Field(description="IPC: synthetic images per class")
     draw: Literal["in_turn", "random", "best", "fixed"] = Field(description="how the paper draws members at this IPC")
-    label_batch: Positive = Field(description="images per label batch and per student step")
+    label_batch: Positive = Field(
+        description="images per label batch and per student step with label=committee and recipes that follow it; the "
+        "others have a label.batch_size of their own"
+    )
 
 
 class PatchesConfig(StrictConfig):
@@ -36,6 +39,9 @@ class PatchesConfig(StrictConfig):
 
 BATCH = 64
 """As released for small images."""
+
+PATCH = 4
+"""Likewise."""
 
 
 class StatisticsConfig(StrictConfig):
@@ -54,7 +60,7 @@ class StatisticsConfig(StrictConfig):
         BATCH,
         description="real images a batch while statistics are recorded; global variances and moving ones depend on it",
     )
-    patch: Positive = Field(4, description="side of the patches of bn_and_conv, in cells of the feature map")
+    patch: Positive = Field(PATCH, description="side of the patches of bn_and_conv, in cells of the feature map")
     momentum: float | None = Field(
         None, ge=0, lt=1, description="moving average of the images' statistics over iterations; null for none"
     )
@@ -68,6 +74,21 @@ class StatisticsConfig(StrictConfig):
         if self.drop_rate and self.layers == "bn":
             raise ValueError(
                 "method.statistics.drop_rate leaves out convolutions; set method.statistics.layers=bn_and_conv"
+            )
+        if self.patch != PATCH and self.layers == "bn":
+            raise ValueError(
+                f"method.statistics.patch={self.patch} is of convolutions; set method.statistics.layers=bn_and_conv, "
+                f"or method.statistics.patch={PATCH}"
+            )
+        if self.class_statistics != "images" and not self.class_share:
+            raise ValueError(
+                f"method.statistics.class_statistics={self.class_statistics} is of the classes' own targets; set "
+                "method.statistics.class_share above 0, or method.statistics.class_statistics=images"
+            )
+        if self.start != "first" and self.momentum is None:
+            raise ValueError(
+                f"method.statistics.start={self.start} begins a moving average; set method.statistics.momentum, or "
+                "method.statistics.start=first"
             )
         if self.batch != BATCH and not self.recorded:
             raise ValueError(

@@ -46,7 +46,7 @@ class MttConfig(StrictConfig):
 
     experts: ExpertConfig
     student: MatchedStudentConfig
-    whitening: bool = Field(True, description="ZCA-whiten all images instead of standardising them by channel")
+    whitening: bool = Field(False, description="ZCA-whiten all images instead of standardising them by channel")
     whitening_eps: float = Field(0.1, gt=0, description="added to the covariance's eigenvalues, for values in [0, 1]")
     augmentations: list[Literal["color", "crop", "cutout", "scale", "rotate"]] = Field(
         ["color", "crop", "cutout", "scale", "rotate"],

@@ -15,7 +15,7 @@ class RecipeConfig(StrictConfig):
 
     name: str = Field(description="name of the recipe, shown in manifests")
     epochs: Positive = Field(description="passes over the training data")
-    batch_size: Positive = Field(description="images per step")
+    batch_size: int = Field(ge=2, description="images per step")
     accumulation: Positive = Field(
         1, description="parts of a batch, each with BatchNorm statistics of its own; ranks can share them"
     )

@@ -90,6 +90,11 @@ class RunConfig(StrictConfig):
                 "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; "
                 "set trainer.split_units=false"
             )
+        if self.trainer.assistants and self.verb == "train" and self.method.mtt is not None:
+            raise ValueError(
+                f"trainer.assistants={self.trainer.assistants} has nothing to do: experts are made one after the "
+                "other, as one artefact; set trainer.assistants=0"
+            )
         if self.protocol.student == "method":
             if not self.method.brings_students:
                 raise ValueError(
@@ -100,6 +105,11 @@ class RunConfig(StrictConfig):
                 raise ValueError(
                     "protocol.student=method would not use the labels of label.teachers; choose label=hard, which "
                     "makes none"
+                )
+            if self.engine.compile_students or self.engine.precision_students != "fp32":
+                raise ValueError(
+                    "protocol.student=method trains students in full precision without a compiler; set "
+                    "engine.compile_students=false engine.precision_students=fp32"
                 )
         return self
 
@@ -113,12 +123,16 @@ def teachers_of(config: RunConfig) -> list[str]:
 
 def needs_priors(config: RunConfig) -> bool:
     """Whether anything in this configuration depends on the members' prior performance."""
+    return votes_by_priors(config) or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
+
+
+def votes_by_priors(config: RunConfig) -> bool:
+    """Whether the images depend on the members' prior performance."""
     method, committee = config.method, config.committee
     voters = {"drawn": committee.size, "all": len(committee.members)}
     several = (voters[method.voters] if isinstance(method.voters, str) else len(method.voters)) > 1
     weighed = several and committee.voter == "prior" and method.turns != "in_turn"
-    voting = method.recovers and ((method.voters == "drawn" and committee.draw == "best") or weighed)
-    return voting or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
+    return method.recovers and ((method.voters == "drawn" and committee.draw == "best") or weighed)
 
 
 def with_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:

@@ -19,7 +19,8 @@ def train(context: Context, commands: list[str]) -> float | None:
         print_artifact(trajectories, {"experts": str(method.mtt.experts.count)})
         return None
     if method.apm is not None:
-        teachers = make_apm_teachers(context)
+        with assisted(context.config):
+            teachers = make_apm_teachers(context)
         accuracies = [float(teacher.metrics["test_top1"]) for teacher in teachers]
         shown = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         context.log_artifacts({f"teachers/{index}": teacher for index, teacher in enumerate(teachers)})
