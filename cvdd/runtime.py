@@ -143,9 +143,10 @@ def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(chosen)
         return torch.device("cuda", chosen)
     if devices > found:
+        bound = ", or let each task see all of them (srun --gpu-bind=none)" if "SLURM_LOCALID" in os.environ else ""
         raise ConfigError(
             f"trainer.devices={devices}, and this process sees {found} GPUs; set trainer.devices={found}, or "
-            "trainer.accelerator=cpu"
+            f"trainer.accelerator=cpu{bound}"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -61,10 +61,16 @@ def test_a_gpu_that_is_not_there(asked: Callable[..., RunConfig], monkeypatch: p
         find_device(asked().model_copy(update={"trainer": asked().trainer.model_copy(update={"accelerator": "gpu"})}))
 
 
-def test_each_rank_has_a_gpu_of_its_own(asked: Callable[..., RunConfig], four_gpus: list[int]) -> None:
+def test_each_rank_has_a_gpu_of_its_own(
+    asked: Callable[..., RunConfig], four_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [find_device(asked(devices=4), rank).index for rank in range(4)] == [0, 1, 2, 3] == four_gpus
     with pytest.raises(ConfigError, match=r"trainer\.devices=5, and this process sees 4 GPUs; set trainer\.devices=4"):
         find_device(asked(devices=5), 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    with pytest.raises(ConfigError, match=r"sees 1 GPUs; .*--gpu-bind=none"):
+        find_device(asked(devices=4), 1)
 
 
 @pytest.mark.parametrize(
