@@ -173,6 +173,11 @@ def test_relabel_names_images_and_teachers(
         assert f"{name} {member['label_weight']:.3f}" in printed
 
 
+def test_relabel_has_nothing_to_make_without_teachers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"label\.teachers=none makes no labels: .*Run evaluate\.py"):
+        command(tmp_path / "store", tmp_path / "out", "relabel", "label=hard", "protocol=hard")
+
+
 def test_relabel_has_nothing_to_make_without_a_store(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"label\.store=none computes .*label\.store=logits"):
         command(tmp_path / "store", tmp_path / "out", "relabel", "label.store=none")

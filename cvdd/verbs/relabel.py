@@ -12,8 +12,13 @@ def relabel(context: Context, commands: list[str]) -> float | None:
     """Make the labels.
 
     Raises:
-        ConfigError: the configuration says that labels are not stored, so there is nothing to make.
+        ConfigError: the configuration says that labels are not stored, or has none, so there is nothing to make.
     """
+    if context.config.label.teachers == "none":
+        raise ConfigError(
+            "label.teachers=none makes no labels: students learn the images' own, or those that a method made with "
+            "them. Run evaluate.py, or choose another label"
+        )
     if context.config.label.store == "none":
         raise ConfigError("label.store=none computes labels when a student asks; use label.store=logits to store them")
     made = distil(context, context.config.method.name)
