@@ -43,8 +43,8 @@ class EngineConfig(StrictConfig):
     )
     precision_students: Literal["auto", "fp32", "bf16"] = Field(
         "fp32",
-        description="of the students' convolutions while they learn; auto as for precision. In bf16 students learn "
-        "less in few epochs",
+        description="of the students' convolutions while they learn; auto as for precision. In bf16 gradients are "
+        "noisier",
     )
     cuda_graphs: Literal["auto"] | bool = Field(
         "auto",
