@@ -1,4 +1,4 @@
-"""Further processes on the same machine that make parts of a comparison, or members, meanwhile.
+"""Further processes on the same machine that make parts of a comparison, members or teachers meanwhile.
 
 Students of small sets cannot use more than one core, but there are many of them; nor does a network of many small
 layers fill a GPU. An assistant walks through the same members, priors, rows and seeds from another place; the store's

@@ -57,7 +57,8 @@ class ComputedLabels:
         mean: of the normalisation.
         std: of the normalisation.
         stack: batches in a forward pass where memory is too short for those of the recipe; None is as many as it
-            says. Where it still does not do it becomes smaller. The labels are the same but for their last bits.
+            says. Where it still does not do it becomes smaller. The labels are the same but for their last bits, and
+            for what ``label.dropout`` leaves out.
     """
 
     teachers: Teachers
@@ -95,8 +96,7 @@ class ComputedLabels:
         first = epoch - epoch % together
         if self._last is None or self._last[0] != first:
             plans = self._plans.pop(first, None) or self._draw(first, together)
-            with self._own_draws(first):
-                launched = self._launch_what_fits(plans)
+            launched = self._launch_what_fits(plans, first)
             # A GPU computes meanwhile.
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
@@ -123,12 +123,13 @@ class ComputedLabels:
             seed_networks(derive_seed(self.seed, "dropout", first), device)
             yield
 
-    def _launch_what_fits(self, plans: Sequence[Replay]) -> list[list[Tensor]]:
+    def _launch_what_fits(self, plans: Sequence[Replay], first: int) -> list[list[Tensor]]:
         while True:
             stack = self.stack or self.label.stack
             self.teachers.compiled_samples = samples_together(self.label, self.count, stack)
             try:
-                return self._launch(plans, stack)
+                with self._own_draws(first):
+                    return self._launch(plans, stack)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or stack == 1:
                     raise

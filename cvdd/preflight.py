@@ -121,7 +121,7 @@ def _replaced(config: RunConfig) -> list[str]:
 def _measured(config: RunConfig) -> list[str]:
     """Names of the members whose statistics the measurement of the priors needs."""
     members, prior = config.committee.members, config.prior
-    alone = [name for name in members if members[name].bn_scale and config.method.r_bn and prior.iterations]
+    alone = [name for name in members if members[name].bn_scale and config.method.r_bn]
     labels = config.label.bn_mode == "batch" and members[prior.observer].bn_scale
     return [*alone, *([prior.observer] if labels else [])]
 

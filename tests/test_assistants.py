@@ -82,7 +82,8 @@ def test_an_assistant_trains_the_teachers_of_a_method_from_the_other_end(tmp_pat
 
 def test_experts_of_trajectories_have_no_assistants(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.assistants=1 has nothing to do: .*set trainer\.assistants=0"):
-        mtt_context(tmp_path, "trainer.assistants=1", verb="train")
+        train(mtt_context(tmp_path, "trainer.assistants=1", verb="train"), [])
+    assert not list((tmp_path / "store").glob("trajectories/*"))
 
 
 def alive(pid: int) -> bool:

@@ -90,11 +90,6 @@ class RunConfig(StrictConfig):
                 "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; "
                 "set trainer.split_units=false"
             )
-        if self.trainer.assistants and self.verb == "train" and self.method.mtt is not None:
-            raise ValueError(
-                f"trainer.assistants={self.trainer.assistants} has nothing to do: experts are made one after the "
-                "other, as one artefact; set trainer.assistants=0"
-            )
         if self.protocol.student == "method":
             if not self.method.brings_students:
                 raise ValueError(

@@ -21,7 +21,9 @@ class TrainerConfig(StrictConfig):
     )
     threads: Positive | None = Field(None, description="CPU threads; null leaves PyTorch's choice")
     assistants: int = Field(
-        0, ge=0, description="further processes on this machine that make parts of an evaluation, or members, meanwhile"
+        0,
+        ge=0,
+        description="further processes on this machine that make parts of an evaluation, members, or teachers of APM",
     )
     workers: int = Field(2, ge=0, description="loader processes for data that does not fit memory")
     progress: Literal["auto", "bar", "lines", "none"] = Field("auto", description="bar in a terminal, lines elsewhere")
