@@ -103,10 +103,10 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.runtime import prepare_process
 
     context = Context(config, Store(config.paths.store), prepare_process(config))
-    if config.verb == "train" and config.method.apm is not None:
-        make_apm_teachers(context, own_way(range(config.method.apm.teachers.count), index, total))
-        return
     if config.verb == "train":
+        if config.method.apm is not None:
+            make_apm_teachers(context, own_way(range(config.method.apm.teachers.count), index, total))
+            return
         for name in own_way(list(config.committee.members), index, total):
             make_member(context, name)
         return

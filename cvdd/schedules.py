@@ -37,7 +37,7 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
     if protocol.schedule == "multistep":
         return 0.5 ** sum(20 * done >= twentieths * total for twentieths in (16, 18, 19))
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
-        return 0.5 * (1 + math.cos(5 * math.pi / (6 * protocol.eta))) * (1 - done / total)
+        return cosine(5, 6 * protocol.eta) * (1 - done / total)
     return cosine(done, total * protocol.eta)
 
 
