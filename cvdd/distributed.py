@@ -27,6 +27,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from cvdd.config_base import ConfigError
+from cvdd.launching import tasks_of_srun
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def given_world(devices: int, environment: Mapping[str, str]) -> World | None:
             )
         address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         return World(int(environment["RANK"]), size, int(environment["LOCAL_RANK"]), devices, address, port)
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    size = tasks_of_srun(environment)
     # Tasks that are no ranks share units through the store, each for itself.
     if size == 1 or devices == 1:
         return None

@@ -62,7 +62,7 @@ def command_number(environment: Mapping[str, str]) -> str:
     """
     if "RANK" in environment:
         return environment.get("MASTER_PORT", "0")
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if tasks_of_srun(environment) > 1:
         return f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
     # Process ids are small and alike in containers.
     return f"{datetime.now():%f}"
@@ -119,6 +119,11 @@ def share_of_work() -> tuple[int, int]:
     """Return which of how many jobs this one is that share a point: (0, 1) if nobody shares it."""
     index, _, total = os.environ.get(SHARE, "0/1").partition("/")
     return int(index), int(total)
+
+
+def tasks_of_srun(environment: Mapping[str, str]) -> int:
+    """Tasks that srun started together with this process, itself included; 1 where there was no srun."""
+    return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def speaks_for_all(environment: Mapping[str, str]) -> bool:

@@ -17,6 +17,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
 from cvdd.jobs import sign_in
+from cvdd.launching import tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
 from cvdd.portable import portable_config, portable_override
 from cvdd.preflight import check_before_work
@@ -154,7 +155,7 @@ def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:
 
 def _task_on_machine(environment: Mapping[str, str]) -> int:
     """Which of the tasks that srun started on a machine this is, where each works by itself; 0 elsewhere."""
-    several = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    several = "RANK" not in environment and tasks_of_srun(environment) > 1
     return int(environment.get("SLURM_LOCALID", 0)) if several else 0
 
 
