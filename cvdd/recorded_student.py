@@ -46,11 +46,8 @@ class RecordedStudent(StudentModule):
         rate = torch.tensor(protocol.lr, device=self.device) if on_gpu else protocol.lr
         return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, capturable=on_gpu)
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        for group in optimizer.param_groups:
-            # What was loaded may be that of a student that was not recorded.
-            group["capturable"] = self.device.type == "cuda"
-        set_rate(optimizer, rate, self.device)
+    def _set_rate(self, rate: float) -> None:
+        set_rate(optimizer_of(self), rate, self.device)
 
     def on_fit_start(self) -> None:
         """Make ready to record steps."""

@@ -12,6 +12,8 @@ from cvdd.schema import ProtocolConfig
 
 WARMUP_START = 0.01
 """First factor of a warm-up (specification of LPLD, section B3)."""
+HOW_IT_COMPUTES = ("capturable", "foreach", "fused")
+"""What PyTorch keeps of an optimiser's kernels among the settings that a checkpoint holds."""
 
 
 def cosine(step: float, total: float) -> float:
@@ -48,18 +50,19 @@ def optimizer_of(module: pl.LightningModule) -> torch.optim.Optimizer:
     return optimizer
 
 
-def bring_adam_to(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
-    """Let an Adam of images compute as it was made to on a device, whatever its checkpoint says of another kind.
+def compute_as_made(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let an optimiser compute as it was made to on this device, whatever a checkpoint says of another kind of device.
 
     Args:
-        device: of the images.
-        optimizer: with the state that was loaded, if any.
+        optimizer: whose state was loaded, if any. How it computes was loaded with it; what it was made with was not.
+        device: of its parameters.
     """
-    on_gpu = device.type == "cuda"
+    how = {name: optimizer.defaults[name] for name in HOW_IT_COMPUTES if name in optimizer.defaults}
     for group in optimizer.param_groups:
-        group.update(capturable=on_gpu, fused=on_gpu or None, foreach=None if on_gpu else False)
+        group.update(how)
     for state in optimizer.state.values():
-        state["step"] = state["step"].to(device)
+        if "step" in state:
+            state["step"] = state["step"].to(device)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
 from cvdd.replay import replay
-from cvdd.schedules import optimizer_of, student_rate
+from cvdd.schedules import compute_as_made, optimizer_of, student_rate
 from cvdd.schema import ProtocolConfig
 
 PartLoss = Callable[..., Tensor]
@@ -71,17 +71,18 @@ class StudentModule(Classifier):
             if network is not None:
                 self._passes.prepare(network, self.device)
 
+    def on_train_start(self) -> None:
+        """Compute steps as this kind of student does, also where one of another kind had begun."""
+        compute_as_made(optimizer_of(self), self.device)
+
     def on_train_epoch_start(self) -> None:
         """Set the rate of the epoch: from its number, so that whatever a student was interrupted in, it goes on."""
         super().on_train_epoch_start()
-        self._set_rate(optimizer_of(self), self.protocol.lr * student_rate(self.protocol, self.current_epoch))
+        self._set_rate(self.protocol.lr * student_rate(self.protocol, self.current_epoch))
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        for group in optimizer.param_groups:
-            # What was loaded may be that of a recorded student.
+    def _set_rate(self, rate: float) -> None:
+        for group in optimizer_of(self).param_groups:
             group["lr"] = rate
-            if "capturable" in group:
-                group["capturable"] = False
 
     def training_step(self, batch: LabelledBatch, batch_index: int) -> Tensor:
         """Loss of the protocol, each part of the mixed batch forwarded by itself."""

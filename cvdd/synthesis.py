@@ -22,7 +22,7 @@ from cvdd.graphs import Recorded, side_by_side
 from cvdd.layer_statistics import HALVES
 from cvdd.methods.gvbsm import densification
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
-from cvdd.schedules import bring_adam_to, cosine, optimizer_of, set_rate
+from cvdd.schedules import compute_as_made, cosine, optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
 from cvdd.voting import Judgement, Voter, judge
@@ -373,7 +373,7 @@ class DistillModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Compute steps as this device does, also where another kind of device had begun."""
-        bring_adam_to(self.device, optimizer_of(self))
+        compute_as_made(optimizer_of(self), self.device)
 
     def on_fit_end(self) -> None:
         """Let go of what was recorded: it refers to this module, so its memory would wait for the garbage collector."""

@@ -23,7 +23,7 @@ from cvdd.context import Context, devices_of
 from cvdd.engine import Passes, has_compiler, precision_of
 from cvdd.memory import is_out_of_memory
 from cvdd.runtime import find_device
-from cvdd.schedules import bring_adam_to
+from cvdd.schedules import compute_as_made
 from cvdd.schema import RunConfig
 from cvdd.teachers import Teachers
 
@@ -173,7 +173,7 @@ def test_an_optimiser_of_a_gpu_goes_on_on_a_cpu() -> None:
                 state = optimizer.state_dict()
                 state["param_groups"][0].update(loaded)
                 optimizer.load_state_dict(state)
-                bring_adam_to(CPU, optimizer)
+                compute_as_made(optimizer, CPU)
                 assert {key: optimizer.param_groups[0][key] for key in loaded} == usual
             optimizer.step()
         return images.detach()
@@ -184,9 +184,11 @@ def test_an_optimiser_of_a_gpu_goes_on_on_a_cpu() -> None:
 def test_an_optimiser_of_a_cpu_can_be_recorded_on_a_gpu() -> None:
     with FakeTensorMode():
         images = nn.Parameter(torch.ones(3, device="cuda"))
-        optimizer = torch.optim.Adam([images], lr=0.1, foreach=False)
+        optimizer = torch.optim.Adam([images], lr=0.1, fused=True, capturable=True)
         optimizer.state[images] = {"step": torch.tensor(1.0)}
-        bring_adam_to(torch.device("cuda"), optimizer)
+        # As a checkpoint of a CPU leaves them.
+        optimizer.param_groups[0].update(capturable=False, fused=None, foreach=False)
+        compute_as_made(optimizer, torch.device("cuda"))
         (group,) = optimizer.param_groups
         assert (group["capturable"], group["fused"], group["foreach"]) == (True, True, None)
         assert optimizer.state[images]["step"].device.type == "cuda"

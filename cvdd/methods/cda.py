@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from cvdd.schedules import cosine
 
 
 def lowest_area(iteration: int, iterations: int, schedule: str, milestone: float, area: float) -> float:
@@ -26,5 +26,5 @@ def lowest_area(iteration: int, iterations: int, schedule: str, milestone: float
     if schedule == "linear":
         return area + (1 - area) * (1 - iteration / arrived)
     if schedule == "cosine":
-        return area + (1 - area) * (1 + math.cos(math.pi * iteration / arrived)) / 2
+        return area + (1 - area) * cosine(iteration, arrived)
     raise ValueError(f"method.crop_schedule={schedule}: choose constant, step, linear or cosine")
