@@ -51,7 +51,7 @@ def test_published_counts(name: str, millions: float | None, layers: int) -> Non
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == millions
 
 
-WITHOUT_BATCHNORM = ("tiny_vit", "tiny_convnext")
+WITHOUT_BATCHNORM = ("tiny_vit", "tiny_convnext", "alexnet")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -66,7 +66,7 @@ def test_every_yaml_builds(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("name", [*SMALL, *TINY, "convnet4"])
+@pytest.mark.parametrize("name", [*SMALL, *TINY, "convnet4", "alexnet", "vgg11"])
 def test_forward_at_both_sizes(name: str, size: int) -> None:
     network = build_network(load(name), num_classes=10, seed=0).eval()
     with torch.inference_mode():
@@ -107,6 +107,47 @@ def test_convnet_norms(norm: str, layers: int) -> None:
     assert len(batchnorm_layers(network)) == layers
     assert has_batchnorm(network) == (layers > 0)
     assert network(torch.randn(2, 3, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        # Each convolution with its bias, and the head on 192 channels of 4x4.
+        ("alexnet", {}, 9728 + 614592 + 442624 + 442560 + 331968 + 30730),
+        ("vgg11", {"norm": "instance"}, 9231114),
+        ("resnet18", {"norm": "instance"}, 11173962),
+        # The head sees 4x4 instead of 1x1.
+        ("resnet18", {"norm": "instance", "downsampling": "pool", "pooled_size": 4}, 11173962 + 512 * 15 * 10),
+    ],
+)
+def test_networks_of_matching_methods(name: str, arguments: dict[str, Any], parameters: int) -> None:
+    backbone = load(name)
+    network = build_network(backbone.model_copy(update={"arguments": {**backbone.arguments, **arguments}}), 10, 0)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert not has_batchnorm(network)
+    groups = [(layer.num_groups, layer.num_channels) for layer in network.modules() if isinstance(layer, nn.GroupNorm)]
+    assert all(count == channels for count, channels in groups)
+    assert len(groups) == {"alexnet": 0, "vgg11": 8, "resnet18": 20}[name]
+
+
+@pytest.mark.parametrize(("block", "pooled_after"), [("basic", 1), ("bottleneck", 2)])
+def test_residual_networks_can_pool_instead_of_striding(block: str, pooled_after: int) -> None:
+    """The convolution that would have a stride is followed by norm and ReLU, and then by the pooling; no other is."""
+    arguments = {"block": block, "blocks": [1, 1], "width": 8, "norm": "none", "downsampling": "pool"}
+    network = build_network(config("cvdd.backbones.resnet.resnet", **arguments), 10, 0)
+    assert {layer.stride for layer in network.modules() if isinstance(layer, nn.Conv2d)} == {(1, 1)}
+    halving = network.get_submodule("layer2")[0]
+    images = torch.randn(2, halving.conv1.in_channels, 8, 8)
+    features = images
+    last = {"basic": 2, "bottleneck": 3}[block]
+    for index in range(1, last + 1):
+        features = halving.get_submodule(f"conv{index}")(features)
+        if index < last:
+            features = features.relu()
+        if index == pooled_after:
+            features = nn.functional.avg_pool2d(features, 2)
+    shortcut = nn.functional.avg_pool2d(halving.shortcut[0](images), 2)
+    assert torch.equal(halving(images), (features + shortcut).relu())
 
 
 def test_batchnorm_layers_follow_registration_order() -> None:
@@ -150,6 +191,10 @@ def test_foreign_targets_are_refused(target: str) -> None:
         (config("cvdd.backbones.resnet.resnet", wdith=8), r"refuses them: .*wdith"),
         (config("cvdd.backbones.resnet.resnet", block="basik"), r"block=basik; valid choices: basic, bottleneck"),
         (config("cvdd.backbones.resnet.resnet", blocks=[]), "blocks="),
+        (config("cvdd.backbones.resnet.resnet", norm="layer"), "valid choices: batch, instance, none"),
+        (config("cvdd.backbones.resnet.resnet", downsampling="max"), "downsampling=max; valid choices: stride, pool"),
+        (config("cvdd.backbones.plain.vgg", norm="layer"), "valid choices: batch, instance, none"),
+        (config("cvdd.backbones.plain.vgg", widths=[[64], []]), "widths="),
         (config("cvdd.backbones.convnet.convnet", norm="layer"), "valid choices: batch, instance, none"),
         (config("cvdd.backbones.convnet.convnet", depth=0), "depth=0"),
         (config("cvdd.backbones.densenet.densenet", reduction=0.0), "reduction"),

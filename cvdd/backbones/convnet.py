@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MappingProxyType
-
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cvdd.backbones.norms import NORMS, check_norm
 from cvdd.config_base import ConfigError
-
-
-def _instance_norm(channels: int) -> nn.Module:
-    """One group per channel: what the literature calls instance normalisation, with a learnt scale and shift."""
-    return nn.GroupNorm(channels, channels)
-
-
-def _no_norm(channels: int) -> nn.Module:
-    return nn.Identity()
-
-
-NORMS: MappingProxyType[str, Callable[[int], nn.Module]] = MappingProxyType(
-    {"batch": nn.BatchNorm2d, "instance": _instance_norm, "none": _no_norm}
-)
 
 
 class ConvNet(nn.Module):
@@ -66,8 +50,7 @@ def convnet(num_classes: int, depth: int = 3, width: int = 128, norm: str = "bat
     Raises:
         ConfigError: unknown ``norm`` or a ``depth`` below 1.
     """
-    if norm not in NORMS:
-        raise ConfigError(f"backbone.arguments.norm={norm}; valid choices: {', '.join(NORMS)}")
+    check_norm(norm)
     if depth < 1:
         raise ConfigError(f"backbone.arguments.depth={depth}; valid: 1 and above")
     return ConvNet(depth, width, norm, pooled_size, num_classes)
