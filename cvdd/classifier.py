@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from cvdd.backbones import has_batchnorm
 from cvdd.distributed import gather_parts
 from cvdd.graphs import Recorded, draws_by_itself
+from cvdd.layouts import laid_out_as
 from cvdd.measure import Accuracy
 from cvdd.seeds import derive_seed, generator, seed_networks
 
@@ -352,19 +353,6 @@ def added_up(parts: Iterable[Part], count: int, statistics: RunningStatistics) -
     statistics.count(count)
     assert total is not None
     return total
-
-
-def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient that lies in memory as its parameter does."""
-    # Optimisers take both side by side, and their last bits depend on how a gradient lies in memory.
-    if _steps(gradient) == _steps(parameter):
-        # Axes of one place may have any stride, and are slow to copy.
-        return gradient.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def _steps(tensor: Tensor) -> list[int]:
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from cvdd.layouts import laid_out_as
 from cvdd.schema import ProtocolConfig
 
 WARMUP_START = 0.01
@@ -60,9 +61,13 @@ def compute_as_made(optimizer: torch.optim.Optimizer, device: torch.device) -> N
     how = {name: optimizer.defaults[name] for name in HOW_IT_COMPUTES if name in optimizer.defaults}
     for group in optimizer.param_groups:
         group.update(how)
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = state["step"].to(device)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if name == "step":
+                state[name] = value.to(device)
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Fused steps go through memory in order: a moment that lies otherwise would be that of other weights.
+                state[name] = laid_out_as(value, parameter)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:

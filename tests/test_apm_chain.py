@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.seeds import generator
+from cvdd.verbs.evaluate import evaluate
 
 BACKBONE = {"name": "convnet3", "target": "cvdd.backbones.convnet.convnet"}
 
@@ -230,3 +232,12 @@ def test_a_part_is_stored_slot_by_slot(home: Path, images: Artifact) -> None:
     stored = load_file(path / IMAGES)["images"]
     assert stored.shape == (1, 10, 3, 32, 32)
     assert torch.equal(stored[0], load_labelled(images).images[1::2])
+
+
+@pytest.mark.parametrize("init", ["real", "noise"])
+def test_the_whole_verb_ends_with_a_page(home: Path, init: str) -> None:
+    context = small_context(home, "label=hard", "protocol=method", "protocol.seeds=[0]", f"method.init={init}")
+    top1 = evaluate(context, ["evaluate.py"])
+    page = (context.config.paths.output / "report.html").read_text()
+    assert ("they started from" in page) == (init == "real")
+    assert json.loads((context.config.paths.output / "metrics.json").read_text())["results"][0]["top1"] == top1

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,32 @@ def test_an_optimiser_of_a_cpu_can_be_recorded_on_a_gpu() -> None:
         (group,) = optimizer.param_groups
         assert (group["capturable"], group["fused"], group["foreach"]) == (True, True, None)
         assert optimizer.state[images]["step"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("begun", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_moments_of_a_network_that_lay_otherwise_belong_to_their_weights(
+    kind: type[torch.optim.Adam], begun: torch.memory_format
+) -> None:
+    """Networks are channels-last on a GPU alone, and a fused step takes weights and moments as they lie."""
+
+    def stepped(formats: Sequence[torch.memory_format]) -> Tensor:
+        values = torch.linspace(-1, 1, 2 * 3 * 3 * 3).view(2, 3, 3, 3)
+        state: dict[str, Any] | None = None
+        for step, memory_format in enumerate(formats):
+            weight = nn.Parameter(values.clone(memory_format=memory_format))
+            optimizer = kind([weight], lr=0.1, fused=True)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            compute_as_made(optimizer, CPU)
+            weight.grad = torch.sin(weight.detach() * (step + 1))
+            optimizer.step()
+            values, state = weight.detach(), optimizer.state_dict()
+        return values
+
+    assert torch.equal(stepped([begun] * 2), stepped([torch.contiguous_format] * 2))
+    assert torch.equal(stepped([begun, torch.contiguous_format]), stepped([torch.contiguous_format] * 2))
+    assert torch.equal(stepped([torch.contiguous_format, begun]), stepped([torch.contiguous_format] * 2))
 
 
 # --- what holds its memory --------------------------------------------------------------------------------------------

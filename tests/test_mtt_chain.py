@@ -32,6 +32,7 @@ from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
 from cvdd.trajectories import Trajectories, TrajectoryWriter
 from cvdd.trajectory_matching import ExplodingGradients, MatchingModule
+from cvdd.verbs.evaluate import evaluate
 
 MTT = "method.mtt"
 
@@ -331,3 +332,20 @@ def test_settings_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         differing({f"method.{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        ([], "real images they started from"),
+        (["method.init=noise", "method.mtt.whitening=false"], None),
+        (["method.iterations=0"], None),
+    ],
+)
+def test_the_whole_verb_ends_with_a_page(home: Path, settings: list[str], title: str | None) -> None:
+    context = mtt_context(home, "label=hard", "protocol=method", "protocol.seeds=[0]", *settings)
+    top1 = evaluate(context, ["evaluate.py"])
+    page = (context.config.paths.output / "report.html").read_text()
+    assert ("they started from" in page) == (title is not None)
+    assert title is None or title in page
+    assert json.loads((context.config.paths.output / "metrics.json").read_text())["results"][0]["top1"] == top1

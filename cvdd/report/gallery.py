@@ -123,7 +123,9 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int) -> tuple[Tensor | None, str | None]:
-    method = images.manifest["identity"]["method"]
+    identity = images.manifest["identity"]
+    # Trajectory matching says of the whole set what other methods say under "method".
+    method = identity.get("method", identity)
     if method.get("iterations", 0) == 0 or method["init"] == "noise":
         return None, None
     for parent in images.manifest["parents"]:
