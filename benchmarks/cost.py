@@ -29,7 +29,7 @@ from cvdd.cli import config_directory
 from cvdd.cost import measured_seconds, plan_pieces, planning, predict_run
 from cvdd.launching import register_resolvers
 from cvdd.provenance import code_version
-from cvdd.report.tables import readable_seconds
+from cvdd.readable import readable_seconds
 from cvdd.rows import expand_rows
 from cvdd.runtime import Invocation, prepare_process, run
 from cvdd.schema import RunConfig

@@ -330,7 +330,7 @@ def has_compiler(device: Literal["cpu", "cuda"] | str) -> bool:
             # Each platform has errors of its own for that.
             found, missing = False, "a C++ compiler"
     if not found:
-        log.warning("torch.compile lacks %s: images are made without, which takes several times as long", missing)
+        log.warning("torch.compile lacks %s: nothing is compiled, and votes take several times as long", missing)
     return found
 
 

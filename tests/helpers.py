@@ -46,7 +46,6 @@ TINY = (
     "patches.crops=2",
     "method.iterations=6",
     "method.lr=0.25",
-    "method.lr=0.25",
     "method.r_bn=0.01",
     "method.crop_scale=[0.08,1.0]",
     "method.log_every=2",

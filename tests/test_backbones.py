@@ -213,10 +213,11 @@ def test_user_errors_name_the_override(broken: BackboneConfig, message: str) -> 
         build_network(broken, 10, 0)
 
 
-@pytest.mark.parametrize("reserved", ["num_classes", "pretrained"])
+@pytest.mark.parametrize("reserved", ["num_classes", "pretrained", "checkpoint_path", "pretrained_cfg"])
 def test_reserved_arguments(reserved: str) -> None:
-    with pytest.raises(ValueError, match=f"backbone.arguments.{reserved}"):
-        config("cvdd.backbones.resnet.resnet", **{reserved: 1})
+    """Also what would let timm open a file that a configuration names."""
+    with pytest.raises(ValueError, match=rf"backbone.arguments.{reserved} is set by .*; remove it"):
+        config("timm.create_model", model_name="resnet18", **{reserved: "x"})
 
 
 def test_a_builder_must_return_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

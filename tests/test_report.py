@@ -20,11 +20,12 @@ from cvdd.chain.compare import FULL_DATA
 from cvdd.chain.unit_files import write_unit
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
+from cvdd.readable import readable_seconds
 from cvdd.report import tables
 from cvdd.report.gallery import data_uri, make_gallery, read_images
 from cvdd.report.headline import headline, other_students, reference
 from cvdd.report.page import portable_yaml
-from cvdd.report.tables import print_results, readable_seconds
+from cvdd.report.tables import print_results
 from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table
 from cvdd.units import Unit

@@ -90,8 +90,6 @@ def state(store: Path) -> dict[str, int]:
         for path in store.rglob("*")
         # Locks, and what running processes use.
         if path.is_file() and path.suffix != ".lock" and ".users" not in path.parts
-        for path in store.rglob("*")
-        if path.is_file() and path.suffix != ".lock" and ".users" not in path.parts
     }
 
 

@@ -19,7 +19,7 @@ from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import Artifact, DamagedArtifact, read_manifests, verify
 from cvdd.config_base import ConfigError
 from cvdd.outcome import INTERRUPTED, USER_ERROR
-from cvdd.report.tables import readable_bytes
+from cvdd.readable import readable_bytes
 
 VARIABLE = "CVDD_STORE"
 DAMAGED = 1

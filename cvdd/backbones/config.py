@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -9,6 +11,18 @@ from pydantic import Field, field_validator
 from cvdd.config_base import ConfigError, StrictConfig
 
 ALLOWED_PACKAGES = ("cvdd", "timm", "torchvision.models")
+_FILE_OF_WEIGHTS = "committee.members.NAME.checkpoint, which reads weights without running code"
+RESERVED: Mapping[str, str] = MappingProxyType(
+    {
+        "num_classes": "the dataset config",
+        "pretrained": "the backbone.pretrained config",
+        # timm's own ways to files; those of some versions are unpickled freely, and no digest would cover their bytes.
+        "checkpoint_path": _FILE_OF_WEIGHTS,
+        "pretrained_cfg": _FILE_OF_WEIGHTS,
+        "pretrained_cfg_overlay": _FILE_OF_WEIGHTS,
+    }
+)
+"""Arguments of builders that have a place of their own, and which."""
 
 
 def check_target(target: str) -> str:
@@ -45,7 +59,7 @@ class BackboneConfig(StrictConfig):
     @field_validator("arguments")
     @classmethod
     def _reserved_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for reserved, instead in (("num_classes", "dataset"), ("pretrained", "backbone.pretrained")):
+        for reserved, instead in RESERVED.items():
             if reserved in arguments:
-                raise ConfigError(f"backbone.arguments.{reserved} is set by the {instead} config; remove it")
+                raise ConfigError(f"backbone.arguments.{reserved} is set by {instead}; remove it")
         return arguments

@@ -134,10 +134,10 @@ class RealImages(Dataset[tuple[Tensor, Tensor]]):
         return pixels, self.data.train.labels[index]
 
 
-def side_of_files(data: Data, recipe: RecipeConfig) -> int:
-    """Side that images which do not fit memory have before the recipe's augmentation."""
+def side_of_files(size: int, recipe: RecipeConfig) -> int:
+    """Side that images of this size which do not fit memory have before the recipe's augmentation."""
     # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
-    return data.image_size * 8 // 7 if recipe.crop == "resized" else data.image_size
+    return size * 8 // 7 if recipe.crop == "resized" else size
 
 
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
@@ -153,7 +153,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe.batch_size, recipe.accumulation), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(
-        Positions() if in_memory else RealImages(data, side_of_files(data, recipe), own),
+        Positions() if in_memory else RealImages(data, side_of_files(data.image_size, recipe), own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,

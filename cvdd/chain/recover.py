@@ -20,6 +20,7 @@ from cvdd.augment import denormalise, normalise, pixel_bounds
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
 from cvdd.chain.unit_files import write_unit
+from cvdd.chain.votes import effective_terms
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -30,7 +31,6 @@ from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.methods.fadrm import adjustable_residual
 from cvdd.progress import Advance
 from cvdd.recording import Recorded
-from cvdd.report.terms import effective_terms
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator

@@ -122,7 +122,7 @@ def _pixels(context: Context, order: list[Tensor]) -> Iterator[tuple[Tensor, Ten
         for chosen in order:
             yield data.train.stacked()[chosen], data.train.labels[chosen]
         return
-    side = side_of_files(data, context.config.recipe)
+    side = side_of_files(data.image_size, context.config.recipe)
     loader: DataLoader[Any] = DataLoader(
         RealImages(data, side), sampler=order, batch_size=None, num_workers=context.config.trainer.workers
     )

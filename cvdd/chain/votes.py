@@ -68,3 +68,16 @@ def plan_votes(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, fl
         weights = vote_weights(chosen, config.temperature.vote, voter, seed=seed, slot=unit.slot)
         votes.append(Vote(draw, tuple(weights.tolist())))
     return votes
+
+
+def effective_terms(config: RunConfig, member: str, ce: float, bn: float) -> tuple[float, float]:
+    """Multiply a member's two terms by their factors, so that they are what its vote weighs.
+
+    Args:
+        config: of the images.
+        member: its name.
+        ce: cross-entropy as it is.
+        bn: distance of its BatchNorm statistics as it is.
+    """
+    method = config.method
+    return method.ce * ce, method.r_bn * config.committee.members[member].bn_scale * bn

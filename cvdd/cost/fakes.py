@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cvdd.batch_parts import part_size
+from cvdd.chain.members import side_of_files
 from cvdd.classifier import Classifier
 from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
@@ -113,7 +114,7 @@ def train_run(step: TrainStep, images: int, build: Build, device: torch.device) 
     """Return a training step of a member with so many images."""
     size = step.network.size
     recipe = step.settings.model_copy(update={"batch_size": images})
-    side = size * 8 // 7 if not step.in_memory and recipe.crop == "resized" else size
+    side = size if step.in_memory else side_of_files(size, recipe)
     pixels, labels = _pixels(images, side).to(device), _labels(images, step.network)
     batch: Any = torch.arange(images) if step.in_memory else (pixels, labels.to(device))
     held = pixels if step.in_memory else None

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd.cost.prediction import StageCost
-from cvdd.report.tables import readable_bytes, readable_seconds
+from cvdd.readable import readable_bytes, readable_seconds
 
 
 def readable_count(count: float) -> str:

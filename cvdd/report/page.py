@@ -13,12 +13,12 @@ from cvdd.chain.compare import FULL_DATA, Distilled, Result
 from cvdd.chain.images import load_history
 from cvdd.context import Context
 from cvdd.portable import portable_config
+from cvdd.readable import readable_bytes, readable_seconds
 from cvdd.report import headline, plots
 from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
 from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
-from cvdd.report.tables import readable_bytes, readable_seconds
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table

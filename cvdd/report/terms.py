@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cvdd.chain.votes import effective_terms
 from cvdd.schema import RunConfig
 
 
@@ -36,19 +37,6 @@ class MemberTerms:
         """Both terms, mean over the last quarter of the log rows; a single row depends on its crop."""
         count = max(len(self.ce) // 4, 1)
         return statistics.fmean(self.ce[-count:]), statistics.fmean(self.bn[-count:])
-
-
-def effective_terms(config: RunConfig, member: str, ce: float, bn: float) -> tuple[float, float]:
-    """Multiply a member's two terms by their factors, so that they are what its vote weighs.
-
-    Args:
-        config: of the images.
-        member: its name.
-        ce: cross-entropy as it is.
-        bn: distance of its BatchNorm statistics as it is.
-    """
-    method = config.method
-    return method.ce * ce, method.r_bn * config.committee.members[member].bn_scale * bn
 
 
 def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) -> dict[str, MemberTerms]:

@@ -12,7 +12,7 @@ from cvdd.schema.types import Positive
 
 
 class TrainerConfig(StrictConfig):
-    """Where and in what precision things run; never part of an artefact's identity on the CPU in fp32."""
+    """Where things run and how much at once; never part of what an artefact is."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field(description="where to run")
     devices: Positive = Field(1, description="processes that share the work, one on each GPU")
