@@ -100,7 +100,7 @@ class ComputedLabels:
             # A GPU computes meanwhile.
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
-            logits = [torch.cat([part.cpu() for part in parts]).to(dtype) for parts in launched]
+            logits = [_finite(torch.cat([part.cpu() for part in parts]), dtype) for parts in launched]
             self._last = (first, list(zip(plans, logits, strict=True)))
         return self._last[1][epoch - first]
 
@@ -177,6 +177,19 @@ def epochs_together(label: LabelConfig, count: int) -> int:
     return max(label.stack // max(count // label.batch_size, 1), 1)
 
 
+def samples_at_most(label: LabelConfig, count: int, stack: int) -> int:
+    """Samples in the largest forward pass over a set: those of a stack of batches, or all that are labelled together.
+
+    Args:
+        label: the recipe.
+        count: images of an epoch.
+        stack: batches in a forward pass.
+    """
+    pool = LabelPool.of(label, count)
+    together = min(epochs_together(label, count), pool.labelled_epochs)
+    return min(sum(pool.kept(epoch) for epoch in range(together)), pool.batch_size * stack)
+
+
 def samples_together(label: LabelConfig, count: int, stack: int) -> int:
     """Samples of the first forward pass over a set, which are those of most of them.
 
@@ -224,8 +237,39 @@ class HardLabels:
         return draw_epoch(self.label, self.count, self.size, self.seed, epoch), torch.empty(self.count, 0)
 
 
-def check_batches(count: int, label: LabelConfig) -> None:
+class NonFiniteLabels(ValueError):
+    """Logits of the teachers cannot be stored."""
+
+
+def _finite(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round logits to the type in which they are stored.
+
+    Raises:
+        NonFiniteLabels: some are not finite, or not in this type.
+    """
+    rounded = logits.to(dtype)
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteLabels(
+            "the teachers' logits are not finite: a member's training has gone astray; choose a smaller learning rate "
+            "(recipe.lr), or other teachers (label.teachers)"
+        )
+    if not bool(rounded.isfinite().all()):
+        raise NonFiniteLabels(
+            f"the teachers' logits reach {float(logits.abs().max()):.3g}, which is too much for "
+            f"label.dtype={str(dtype).removeprefix('torch.')}: set label.dtype=float32, or look at the members, whose "
+            "training may have gone astray (recipe.lr)"
+        )
+    return rounded
+
+
+def check_batches(count: int, label: LabelConfig, measures_prior: bool = False) -> None:
     """Refuse a batch of a single image where statistics are those of the batch, and a pool without any batch.
+
+    Args:
+        count: images that are labelled.
+        label: how.
+        measures_prior: whether the images are those of a prior's measurement, whose statistics are always those of
+            half-batches.
 
     Raises:
         ConfigError: names batch sizes, or shares, that work.
@@ -243,7 +287,13 @@ def check_batches(count: int, label: LabelConfig) -> None:
     ):
         return
     sizes = [size for size in range(4, 65) if count % size == 0 or count % size >= smallest]
+    ways = [f"choose label.batch_size from {', '.join(map(str, sizes[:12]))}"] if sizes else []
+    ways += (
+        ["raise prior.images_per_class", "give the priors: prior.source=given"]
+        if measures_prior
+        else ["raise ipc.images_per_class", "label.bn_mode=running"]
+    )
     raise ConfigError(
-        f"label.batch_size={label.batch_size} leaves a last batch of {count % label.batch_size} of {count} images, too "
-        f"few for batch statistics. Choose one of {', '.join(map(str, sizes[:12]))}, or label.bn_mode=running."
+        f"label.batch_size={label.batch_size} leaves a last batch of {count % label.batch_size} of {count} images"
+        f"{' that measure a prior' * measures_prior}, too few for batch statistics: {', or '.join(ways)}"
     )

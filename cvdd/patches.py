@@ -65,10 +65,10 @@ def require_candidates(name: str, images: int, config: PatchesConfig, field: str
     """
     needed, offered = config.images_per_class * config.factor**2, min(images, config.candidates)
     if offered < needed:
+        more = f", or raise patches.candidates={config.candidates}" if images > config.candidates else ""
         raise ConfigError(
-            f"class {name} offers {offered} candidates for {needed} patches, one per real image. Lower "
-            f"{field} or patches.images_per_class, or raise patches.candidates "
-            f"(now {config.candidates}; the class has {images} images)."
+            f"class {name} has {images} images and offers {offered} candidates for {needed} patches, one per real "
+            f"image. Lower {field} or patches.images_per_class{more}"
         )
 
 

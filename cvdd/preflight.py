@@ -39,7 +39,7 @@ def check_before_work(context: Context) -> None:
         check_batches(_images(row, classes), row.config.label)
     measuring = _measuring(context)
     for row in measuring:
-        check_batches(_images(row, classes), row.config.label)
+        check_batches(_images(row, classes), row.config.label, measures_prior=True)
     members = {
         name: _try(f"committee.members.{name}", member.backbone, classes, config.dataset.image_size)
         for name, member in config.committee.members.items()
@@ -54,12 +54,12 @@ def check_before_work(context: Context) -> None:
     needed |= dict.fromkeys(name for row in measuring for name in _measured(row.config))
     for name in needed:
         require_batchnorm(members[name], name)
-    for row in measuring:
-        _check_real_images(row, "prior.images_per_class")
     for row in rows:
         _check_real_images(row, "ipc.images_per_class")
         if row.config.method.apm is not None:
             check_apm(row)
+    for row in measuring:
+        _check_real_images(row, "prior.images_per_class")
 
 
 def _rows(context: Context) -> list[Context]:

@@ -32,6 +32,9 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
         ConfigError: a row cannot be composed.
     """
     rows = composed.get("compare") or {}
+    for name, row in rows.items():
+        if isinstance(row, str):
+            raise ConfigError(f"compare.{name}={row}: a row is a list of overrides; write [{row}]")
     written = {name: row for name, row in rows.items() if isinstance(row, ListConfig)}
     if not written:
         return composed

@@ -38,7 +38,7 @@ REQUIREMENTS: Mapping[str, str] = MappingProxyType(
         "float_type": "must be a number",
         "bool_parsing": "must be true or false",
         "bool_type": "must be true or false",
-        "string_type": "must be text; quote a number, as in '{{value}}'",
+        "string_type": "must be text; quote a number, as in '{value}'",
         "list_type": "must be a list, as in [a,b]",
         "tuple_type": "must be a list, as in [a,b]",
         "dict_type": "must hold keys and values, as in {{a: 1}}",
@@ -160,7 +160,7 @@ def _requirement(problem: ErrorDetails) -> str:
     if requirement is None:
         message = str(problem["msg"])
         return message[:1].lower() + message[1:]
-    return requirement.format(**context).format(value=problem["input"])
+    return requirement.format(**context, value=problem["input"])
 
 
 def _typed(value: Any) -> str:

@@ -38,6 +38,8 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "committee/imagenet": LARGE,
     "committee/imagenet_resnet18": LARGE,
     "committee/imagenet_pretrained": (*LARGE, "dataset=imagenet1k"),
+    "debug/smoke_apm": ("label=hard", "method=apm_tiny", "protocol=method"),
+    "debug/smoke_mtt": ("label=hard", "method=mtt_tiny", "protocol=method"),
     "label/hard": ("protocol=hard_tiny",),
     "protocol/hard": ("label=hard",),
     "protocol/hard_tiny": ("label=hard",),
@@ -207,6 +209,13 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("method=apm_tiny", "method.apm.teachers.count=2", "method.apm.teachers.paths=[a,a]"),
         ("method.apm.teachers.paths", "twice"),
     ),
+    "a range that falls": (
+        ("method.crop_scale=[1.0,0.5]",),
+        ("method.crop_scale", "must begin with the smaller number: [0.5,1]"),
+    ),
+    "moments that never fade": (("method.betas=[0.5,2]",), ("method.betas[1]=2", "less than 1")),
+    "moments of students that never fade": (("protocol.betas=[0.5,1.0]",), ("protocol.betas[1]=1.0", "less than 1")),
+    "text for a list": (("label.crop_scale=whole",), ("label.crop_scale=whole", "must be a list, as in [a,b]")),
     "too many classes per unit": (("dataset.classes_per_unit=11",), ("dataset.classes_per_unit=11", "use 1 to 10")),
     "row with an unknown key": (
         ("+compare.mine={method.itterations:3}",),

@@ -282,6 +282,30 @@ def folder_config(root: Path, **changes: Any) -> DatasetConfig:
     return make_config("image_folder", root, **{"image_size": 16, "mean": [], "std": [], **changes})
 
 
+def test_images_that_are_left_out_are_named(folder: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    load_data(folder_config(folder), store)
+    assert not caplog.records
+    save(folder / "train" / "bee" / "moving.gif", 3)
+    save(folder / "train" / "bee" / "deeper" / "MOVING.GIF", 3)
+    save(folder / "train" / ".hidden" / "0.png", 3)
+    assert load_data(folder_config(folder), store).classes == ("ant", "bee", "cow")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "2 files of class 'bee' are left out, because .gif is none of .jpg" in first
+    assert "class folder .hidden is left out" in second
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif"])
+def test_other_pictures_in_files_of_the_same_size_are_noticed(folder: Path, store: Store, suffix: str) -> None:
+    path = folder / "train" / "ant" / f"new.{suffix}"
+    save(path, 10, (8, 8))
+    before, size = load_data(folder_config(folder), store), path.stat().st_size
+    save(path, 20, (8, 8))
+    after = load_data(folder_config(folder), store)
+    assert path.stat().st_size == size
+    assert before.identity["train"] != after.identity["train"]
+    assert not torch.equal(before.train.stacked(), after.train.stacked())
+
+
 def test_image_folder_is_measured_once_and_held_in_memory(folder: Path, store: Store) -> None:
     data = load_data(folder_config(folder), store)
     assert data.classes == ("ant", "bee", "cow")

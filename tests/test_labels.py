@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
 from cvdd.engine import Passes
-from cvdd.labels import ComputedLabels, HardLabels, check_batches, epochs_together
+from cvdd.labels import (
+    ComputedLabels,
+    HardLabels,
+    NonFiniteLabels,
+    check_batches,
+    epochs_together,
+    samples_at_most,
+)
 from cvdd.replay import batch_bounds, draw_epoch, replay
 from cvdd.schema import LabelConfig
 from cvdd.teachers import Teachers
@@ -269,7 +277,7 @@ def test_batches_too_small_for_statistics(count: int, changes: dict, refused: bo
 def test_the_proposed_batch_sizes_work() -> None:
     with pytest.raises(ConfigError) as error:
         check_batches(22, label_config(batch_size=10))
-    proposed = [int(size) for size in str(error.value).split("Choose one of ")[1].split(", or")[0].split(", ")]
+    proposed = [int(size) for size in str(error.value).split("label.batch_size from ")[1].split(", or")[0].split(", ")]
     assert len(proposed) > 3
     for size in proposed:
         check_batches(22, label_config(batch_size=size))
@@ -277,6 +285,40 @@ def test_the_proposed_batch_sizes_work() -> None:
 
 def hard_label(**changes: object) -> LabelConfig:
     return label_config(teachers="none", store="none", **changes)
+
+
+@pytest.mark.parametrize(("measures_prior", "way"), [(True, "raise prior.images"), (False, "raise ipc.images")])
+def test_of_two_images_no_batch_has_statistics(measures_prior: bool, way: str) -> None:
+    with pytest.raises(ConfigError, match=rf"2 of 2 images.*too few for batch statistics: {way}_per_class") as caught:
+        check_batches(2, label_config(batch_size=8), measures_prior)
+    # The measurement's statistics are always those of batches.
+    assert ("label.bn_mode=running" in str(caught.value)) != measures_prior
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1e5, r"reach 1e\+05, .*float16: set label\.dtype=float32"), (math.nan, r"not finite: .*recipe\.lr")],
+)
+def test_logits_that_cannot_be_stored_are_refused(value: float, message: str) -> None:
+    network = small_network(seed=9)
+    with torch.no_grad():
+        list(network.parameters())[-1].fill_(value)
+    label = label_config(batch_size=8)
+    labels = ComputedLabels(Teachers([network], [1.0], label), random_pixels(16), label, 0, MEAN, STD)
+    with pytest.raises(NonFiniteLabels, match=message):
+        labels.epoch(0)
+    stored = label_config(batch_size=8, dtype="float32")
+    again = ComputedLabels(Teachers([network], [1.0], stored), random_pixels(16), stored, 0, MEAN, STD)
+    if math.isfinite(value):
+        assert again.epoch(0)[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "stack", "samples"), [(20, 8, 4, 32), (20, 1024, 4, 80), (100, 10, 4, 40), (10, 10, 1, 10)]
+)
+def test_a_pass_has_no_more_samples_than_there_are(count: int, batch: int, stack: int, samples: int) -> None:
+    """A batch that is larger than the set is the set; epochs that share passes are all there is to label at once."""
+    assert samples_at_most(label_config(batch_size=batch, stack=stack, epochs=50), count, stack) == samples
 
 
 def test_hard_labels_are_views_without_logits() -> None:

@@ -53,7 +53,12 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "last batch of the measurement": (
         "distill",
         (*MEASURED, "prior.epochs=1", "prior.images_per_class=1", "label.batch_size=9"),
-        r"leaves a last batch of 1 of 10 images",
+        r"last batch of 1 of 10 images that measure a prior, .*, or raise prior\.images_per_class, or give",
+    ),
+    "few images for both": (
+        "distill",
+        (*MEASURED, "prior.epochs=1", "method=random_real", "method.iterations=0", "ipc.images_per_class=31"),
+        r"class 0 has 30 images; ipc\.images_per_class=31 needs as many",
     ),
     "unknown student": (
         "evaluate",
@@ -88,17 +93,17 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "few images for the measurement": (
         "distill",
         (*MEASURED, "prior.epochs=1", "method.init=real", "prior.images_per_class=31", "ipc.images_per_class=1"),
-        r"class 0 offers 10 candidates for 31 patches, .* Lower prior\.images_per_class",
+        r"class 0 has .* and offers 10 candidates for 31 patches, .* Lower prior\.images_per_class",
     ),
     "few candidates": (
         "distill",
         ("ipc.images_per_class=11",),
-        r"class 0 offers 10 candidates for 11 patches",
+        r"class 0 has .* and offers 10 candidates for 11 patches",
     ),
     "few candidates for the measurement": (
         "distill",
         (*MEASURED, "prior.epochs=1", "prior.images_per_class=12"),
-        r"class 0 offers 10 candidates for 12 patches",
+        r"class 0 has .* and offers 10 candidates for 12 patches",
     ),
 }
 

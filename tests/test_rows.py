@@ -48,6 +48,11 @@ def test_a_row_that_cannot_be_composed_is_named(tmp_path: Path, row: str) -> Non
         row_of(tmp_path, [row])
 
 
+def test_a_row_without_brackets_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compare\.row=method=sre2l: .*write \[method=sre2l\]"):
+        compose_raw(tmp_path, "evaluate", "compare=none", "+compare.row='method=sre2l'")
+
+
 def test_differences_name_leaves_unless_the_keys_differ() -> None:
     base = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": {"g": 4}}
     other = {"a": 1, "b": {"c": 5, "d": {"e": 3}}, "f": {"h": 4}}

@@ -93,6 +93,18 @@ def state(store: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.parametrize(
+    "overrides", [("method=full", "label=hard", "protocol=hard"), ("method=random_real",), ("method=rded",)]
+)
+def test_methods_that_keep_real_images_end_with_a_page(
+    evaluated: Outcome, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    typed = (*overrides, "method.iterations=0", *GIVEN, "compare=none", "protocol.epochs=1", "protocol.seeds=[0]")
+    outcome = command(evaluated.store, tmp_path / "out", "evaluate", *typed)
+    assert "<html" in (outcome.output / "report.html").read_text()
+    assert [row["row"] for row in outcome.rows()] == [outcome.metrics()["results"][0]["row"]]
+
+
 # --- train ------------------------------------------------------------------------------------------------------------
 
 

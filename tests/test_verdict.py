@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from conftest import Compose, compose_raw
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from report_helpers import Maker
 
 from cvdd.artifact import Store
+from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
 from cvdd.report.__main__ import main
-from cvdd.report.experiments import composed, differences, find_runs, read_recipes
+from cvdd.report.experiments import changed_fields, composed, differences, find_runs, read_recipes
 from cvdd.report.tables import print_verdict
 from cvdd.report.verdict import hold_against, verdict_sentence
 from cvdd.schema import ExpectedConfig
@@ -59,6 +62,35 @@ def test_the_best_epochs_of_the_first_row_are_held_against_the_number(maker: Mak
     assert (last["measured"], last["within"]) == (41.0, False)
     assert "CIFAR-10; says who), measured 41.0 +- 1.0 (last epoch)" in verdict_sentence(last)
     assert verdict_sentence(last).endswith(": outside the tolerance")
+
+
+def test_another_experiment_is_not_held_against_the_number(maker: Maker) -> None:
+    results = [maker.result(maker.distilled("own", "patches", 50), [43.0])]
+    verdict = hold_against(expected(), results, ["method.lr", "recipe.epochs", "label.name", "protocol.lr"])
+    assert verdict is not None
+    assert verdict["within"] is None
+    sentence = verdict_sentence(verdict)
+    assert sentence == (
+        "measured 44.0 (best epoch), n = 1; not held against 44.0 +- 2.0 (a paper, table 1: CIFAR-10), because this "
+        "run has other method.lr, recipe.epochs, label.name and 1 more"
+    )
+
+
+def test_what_a_run_changed_of_its_recipe_is_found(tmp_path: Path) -> None:
+    config = composed(NAME)
+    assert changed_fields(config) == ()
+    assert changed_fields({**config, "seed": 7, "compare": {}}) == ()
+    assert changed_fields({**config, "method": {**config["method"], "lr": 0.5}}) == ("method.lr",)
+    assert changed_fields({**config, "expected": {**config["expected"], "cell": "nobody's"}, "seed": 7}) == ()
+
+
+def test_a_running_command_keeps_its_hydra() -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert running is not None
+        composed(NAME)
+        assert GlobalHydra.instance().hydra is running
 
 
 def test_a_number_that_cannot_be_read_gives_no_verdict(maker: Maker) -> None:

@@ -12,6 +12,7 @@ from cvdd.artifact import write_atomically
 from cvdd.context import Context
 from cvdd.engine import Engine, Passes, judges_by_unit
 from cvdd.footprint import SHARE, free_memory, profile_of, surely_fits
+from cvdd.labels import samples_at_most
 from cvdd.units import Stack
 
 log = logging.getLogger(__name__)
@@ -88,24 +89,25 @@ def fit_units(context: Context, engine: Engine, stacks: Sequence[Stack]) -> Engi
     return chosen
 
 
-def fit_batches(context: Context, names: Sequence[str], passes: Passes) -> int:
+def fit_batches(context: Context, names: Sequence[str], passes: Passes, count: int) -> int:
     """Return how many label batches share a forward pass in the memory that is free: ``label.stack``, or fewer.
 
     Args:
         context: the configuration and its surroundings.
         names: of the teachers.
         passes: how they compute.
+        count: images that are labelled.
     """
     config, data = context.config, context.data()
     label, size = config.label, data.image_size
-    if surely_fits(label.batch_size * label.stack, size, len(names), context.device):
+    if surely_fits(samples_at_most(label, count, label.stack), size, len(names), context.device):
         return label.stack
     backbones = [config.committee.members[name].backbone for name in names]
     each = [profile_of(backbone, len(data.classes), size, "forward").activations for backbone in backbones]
     # Groups are normalised in copies, and recorded teachers label side by side.
-    batch = 2 * label.batch_size * (sum(each) if passes.record else max(each, default=0.0))
+    sample = 2 * (sum(each) if passes.record else max(each, default=0.0))
     free, stack = SHARE * free_memory(context.device), label.stack
-    while stack > 1 and batch * stack > free:
+    while stack > 1 and sample * samples_at_most(label, count, stack) > free:
         stack //= 2
     if stack < label.stack:
         log.warning(
@@ -113,7 +115,7 @@ def fit_batches(context: Context, names: Sequence[str], passes: Passes) -> int:
             "a forward pass",
             free / SHARE / 1e9,
             label.stack,
-            batch * label.stack / 1e9,
+            sample * samples_at_most(label, count, label.stack) / 1e9,
             stack,
         )
     return stack

@@ -211,5 +211,5 @@ def _computed(
     passes = _passes(context, len(pixels))
     teachers = Teachers(networks, weights, config.label, passes).to(context.device)
     shown, seed = pixels.to(context.device), _seed(context)
-    stack = stack or fit_batches(context, list(artifacts), passes)
+    stack = stack or fit_batches(context, list(artifacts), passes, len(pixels))
     return ComputedLabels(teachers, shown, config.label, seed, data.mean, data.std, stack)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import check_same_classes
 from cvdd.data.source import FileSource
+
+log = logging.getLogger(__name__)
 
 
 def data_root(config: DatasetConfig) -> Path:
@@ -37,6 +42,37 @@ def class_folders(part: Path) -> list[str]:
 def is_image_name(path: str) -> bool:
     """Whether a file name is that of an image; hidden files such as ``._x.jpg`` are not."""
     return path.lower().endswith(IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+
+
+def warn_of_left_out(part: Path, classes: Sequence[str]) -> None:
+    """Say which files and folders of a user's own images look like images or classes and are not read.
+
+    Args:
+        part: folder of one part of the data.
+        classes: folder names that are read.
+    """
+    Image.init()
+    others = {suffix for suffix in Image.registered_extensions() if suffix not in IMG_EXTENSIONS} | {".heic", ".heif"}
+    for name in classes:
+        found = [
+            path
+            for _, _, files in os.walk(part / name, followlinks=True)
+            for path in map(Path, files)
+            if path.suffix.lower() in others and path.name[0] != "."
+        ]
+        if found:
+            log.warning(
+                "%s: %d files of class %r are left out, because %s is none of %s; convert them to have them read",
+                part,
+                len(found),
+                name,
+                ", ".join(sorted({path.suffix.lower() for path in found})),
+                ", ".join(IMG_EXTENSIONS),
+            )
+    for entry in sorted(part.iterdir()):
+        hidden = entry.name.startswith(".") and entry.is_dir()
+        if hidden and any(path.name.lower().endswith(IMG_EXTENSIONS) for path in entry.iterdir()):
+            log.warning("%s: class folder %s is left out, because its name begins with a dot", part, entry.name)
 
 
 def scan(part: Path, classes: Sequence[str]) -> FileSource:

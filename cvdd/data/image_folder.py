@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import RawData, check_same_classes, class_hash
-from cvdd.data.folders import class_folders, data_root, missing_data, scan
+from cvdd.data.folders import class_folders, data_root, missing_data, scan, warn_of_left_out
 from cvdd.data.packing import pack, read_images
 from cvdd.data.source import FileSource, ImageSource
 
@@ -35,6 +35,7 @@ def read(config: DatasetConfig, store: Store) -> RawData:
         raise missing_data(config, _LAYOUT, downloadable=False)
     classes = _classes(config, root / "train")
     files = scan(root / "train", classes)
+    warn_of_left_out(root / "train", classes)
     train: ImageSource = files
     mean, std = config.mean, config.std
     if _fits(config, files) or not mean:
@@ -52,6 +53,7 @@ def read(config: DatasetConfig, store: Store) -> RawData:
             )
         check_same_classes(sorted(classes), class_folders(part), f"folders of {part} beside those of train")
         found = scan(part, classes)
+        warn_of_left_out(part, classes)
         if not _fits(config, found):
             return found
         return read_images(_pack(config, store, "test", classes, found, config.test_resize))

@@ -18,6 +18,8 @@ from cvdd.config_base import ConfigError
 # Past this many files the sizes are left out of the digest: on a network file system one `stat` per file of
 # ImageNet-1K takes minutes, and its names are those of a published, fixed collection.
 _MOST_FILES_MEASURED = 200_000
+_UNCOMPRESSED = (b".bmp", b".pgm", b".ppm", b".tif", b".tiff")
+"""Formats whose files are of one size if their pictures are, so that the size says nothing of what they show."""
 
 
 class DamagedImage(ConfigError):
@@ -181,12 +183,15 @@ class FileSource:
         return picked
 
     def digest(self) -> str:
-        """Return a hash of names, labels and (up to 200,000 files) sizes; the pixels are not read."""
+        """Return a hash of names, labels and (up to 200,000 files) sizes, and of uncompressed files."""
         content = hashlib.blake2b(digest_size=8)
         measured = len(self) <= _MOST_FILES_MEASURED
         for index, label in enumerate(self.labels.tolist()):
             size = self.path(index).stat().st_size if measured else 0
-            content.update(b"%s\x1f%d\x1f%d\n" % (bytes(self._names[index]), label, size))
+            name = bytes(self._names[index])
+            content.update(b"%s\x1f%d\x1f%d\n" % (name, label, size))
+            if measured and name.lower().endswith(_UNCOMPRESSED):
+                content.update(hashlib.blake2b(self.path(index).read_bytes(), digest_size=8).digest())
         return content.hexdigest()
 
 

@@ -114,12 +114,31 @@ def measurements(recipes: Sequence[Recipe], directories: Sequence[Path]) -> dict
 
 
 def composed(name: str) -> dict[str, Any]:
-    """Return the checked configuration of ``evaluate.py experiment=NAME`` as JSON."""
+    """Return the checked configuration of ``evaluate.py experiment=NAME`` as JSON; a running command keeps its own."""
+    running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        # Hydra knows the directory of a run only inside one.
-        config = compose("evaluate", [f"experiment={name}", *(f"paths.{key}=." for key in ("data", "store", "output"))])
+    try:
+        with initialize_config_dir(str(config_directory()), version_base="1.3"):
+            # Hydra knows the directory of a run only inside one.
+            places = (f"paths.{key}=." for key in ("data", "store", "output"))
+            config = compose("evaluate", [f"experiment={name}", *places])
+    finally:
+        GlobalHydra.instance().hydra = running
     return check(config).model_dump(mode="json")
+
+
+def changed_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the fields in which a run is not the recipe of the number that it expects.
+
+    Args:
+        config: of the run, as JSON, with a published number.
+
+    Returns:
+        Dotted keys; none if it is the recipe, or if the number is not one of the project's recipes.
+    """
+    names = {_cell(recipe.expected.model_dump()): recipe.name for recipe in read_recipes(config_directory())}
+    name = names.get(_cell(config["expected"]))
+    return () if name is None else tuple(differences(config, composed(name)))
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> Iterator[str]:

@@ -67,7 +67,7 @@ def make_gallery(distilled: Distilled) -> Gallery:
     """Read the images of a distilled set that fit a page, and what they started from."""
     context, images = distilled.context, distilled.images
     names: Sequence[str] = images.manifest["identity"]["classes"]
-    ipc = int(images.manifest["identity"]["ipc"])
+    ipc = images_per_class(images)
     labels = _spread(len(names), CLASSES)
     slots = min(ipc, SLOTS)
     shown = read_images(images, labels, slots)
@@ -87,6 +87,19 @@ def make_gallery(distilled: Distilled) -> Gallery:
     )
     note = f"Shown: {'; '.join(left_out)}." if left_out else ""
     return Gallery(rows, title, note, shown.shape[-1] <= SIDE)
+
+
+def images_per_class(images: Artifact) -> int:
+    """How many images each class of a distilled set has, at least: ``method=full`` has as many as there are."""
+    identity = images.manifest["identity"]
+    if "ipc" in identity:
+        return int(identity["ipc"])
+    counts: list[int] = []
+    for path in (images.path / UNITS).glob("*.safetensors"):
+        # A unit of all images of a class.
+        with safe_open(path, "pt") as file:
+            counts.append(file.get_slice("labels").get_shape()[0])
+    return min(counts, default=0)
 
 
 def read_images(images: Artifact, labels: Sequence[int], slots: int) -> Tensor:

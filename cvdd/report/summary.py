@@ -52,7 +52,7 @@ def summarise(
         "dataset": context.data().identity,
         "classes": list(context.data().classes),
         "results": [result.summary() for result in results],
-        "verdict": hold_against(config.expected, results),
+        "verdict": _verdict(config, results),
         "members": {
             name: {
                 "metrics": dict(member.metrics),
@@ -69,10 +69,20 @@ def summarise(
     }
 
 
+def _verdict(config: RunConfig, results: Sequence[Result]) -> dict[str, Any] | None:
+    from cvdd.report.experiments import changed_fields
+
+    changed = () if config.expected is None else changed_fields(config.model_dump(mode="json"))
+    return hold_against(config.expected, results, changed)
+
+
 def members_shown(config: RunConfig) -> list[str]:
-    """Names of the members that a run shows; those that it did not need are made for that."""
+    """Names of the members that a run shows: who may vote, who labels, and who chooses the patches."""
     used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
-    return [name for name in config.committee.members if config.method.recovers or name in used]
+    if config.method.recovers:
+        voters = config.method.voters
+        used |= set(config.committee.members if isinstance(voters, str) else voters)
+    return [name for name in config.committee.members if name in used]
 
 
 def _votes(images: Artifact) -> list[dict[str, Any]]:

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from cvdd.chain.compare import Result
 
 
-def hold_against(expected: ExpectedConfig | None, results: Sequence[Result]) -> dict[str, Any] | None:
+def hold_against(
+    expected: ExpectedConfig | None, results: Sequence[Result], changed: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """Compare the first row with a published number.
 
     Args:
         expected: the published number; None where there is none.
         results: all results of a run, the configuration's own first.
+        changed: fields in which the run is not the recipe of that number.
 
     Returns:
         As JSON: ``measured`` in percent with its ``standard_error`` (None with a single seed), ``n``, whether it is
-        ``within`` the tolerance (None without a published value), and the published number; None where there is none.
+        ``within`` the tolerance (None without a published value, or where something was changed), what was ``changed``,
+        and the published number; None where there is none.
     """
     if expected is None:
         return None
@@ -31,7 +35,7 @@ def hold_against(expected: ExpectedConfig | None, results: Sequence[Result]) -> 
     values = own.values("best_top1" if expected.epoch == "best" else "top1")
     measured = statistics.fmean(values)
     within = None
-    if expected.value is not None and expected.tolerance is not None:
+    if expected.value is not None and expected.tolerance is not None and not changed:
         within = abs(measured - expected.value) <= expected.tolerance
     return {
         "expected": expected.model_dump(mode="json"),
@@ -39,6 +43,7 @@ def hold_against(expected: ExpectedConfig | None, results: Sequence[Result]) -> 
         "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
         "n": len(values),
         "within": within,
+        "changed": list(changed),
     }
 
 
@@ -53,6 +58,13 @@ def verdict_sentence(verdict: Mapping[str, Any]) -> str:
     error = verdict["standard_error"]
     spread = "" if error is None else f" +- {error:.1f}"
     measured = f"measured {verdict['measured']:.1f}{spread} ({expected['epoch']} epoch), n = {verdict['n']}"
+    changed = verdict.get("changed")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return (
+            f"{measured}; not held against {published(expected)} ({where}), because this run has other "
+            f"{', '.join(changed[:3])}{more}"
+        )
     if verdict["within"] is None:
         return f"no published number to expect ({where}), {measured}: {expected['note']}"
     side = "within" if verdict["within"] else "outside"

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cvdd.config_base import StrictConfig
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.mtt import MttConfig
-from cvdd.schema.types import Name, Pair, Positive, Range, Share
+from cvdd.schema.types import Betas, Name, Positive, Range, Share
 from cvdd.schema.unread import unread_settings
 
 
@@ -131,7 +131,7 @@ class MethodConfig(StrictConfig):
     )
     iterations: int = Field(ge=0, description="optimiser steps per unit; 0 keeps the initial images")
     lr: float = Field(0.25, gt=0, description="initial learning rate of Adam, cosine to 0")
-    betas: Pair = Field((0.5, 0.9), description="of Adam")
+    betas: Betas = Field((0.5, 0.9), description="of Adam")
     eps: float = Field(1e-8, gt=0, description="of Adam")
     stages: Positive = Field(1, description="equal parts of the iterations, each with a fresh Adam")
     sizes: list[Positive] | None = Field(None, description="side of the images in each stage; null is the data set's")

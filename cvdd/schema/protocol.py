@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.config_base import StrictConfig
-from cvdd.schema.types import Name, Pair, Positive
+from cvdd.schema.types import Betas, Name, Positive
 
 
 class ProtocolConfig(StrictConfig):
@@ -27,7 +27,7 @@ class ProtocolConfig(StrictConfig):
     hard_label_weight: float = Field(0.0, ge=0, description="weight of the unmixed image's cross-entropy in loss=mse")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw decouples weight decay, sgd does not")
     lr: float = Field(gt=0, description="highest learning rate")
-    betas: Pair = Field((0.9, 0.999), description="of adamw")
+    betas: Betas = Field((0.9, 0.999), description="of adamw")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.01, ge=0, description="of the optimiser")
     decay: Literal["matrices", "all"] = Field(

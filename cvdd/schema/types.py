@@ -30,8 +30,15 @@ def _name(value: str) -> str:
     return value
 
 
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"[{value[0]:g},{value[1]:g}] must begin with the smaller number: [{value[1]:g},{value[0]:g}]")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_name)]
-Range = Annotated[tuple[Share, Share], BeforeValidator(_pair)]
-Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Range = Annotated[tuple[Share, Share], BeforeValidator(_pair), AfterValidator(_ascending)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[_Decay, _Decay], BeforeValidator(_pair)]
 # In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
 Numbers = Annotated[dict[str, float], BeforeValidator(_none_is_empty)]
