@@ -134,6 +134,7 @@ class ComputedLabels:
                 if not is_out_of_memory(error) or stack == 1:
                     raise
                 self.stack = stack // 2
+                self.teachers.forget_recordings()
                 log.warning("out of memory: going on with %d label batches in a forward pass", self.stack)
             if self.images.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -77,6 +77,10 @@ class Teachers:
         # The next call overwrites them.
         return scored.clone()
 
+    def forget_recordings(self) -> None:
+        """Let go of the memory of all passes that were recorded; the next ones are recorded anew."""
+        self._recorded.clear()
+
     @torch.no_grad()
     def _score(self, batch_size: int, samples: Tensor) -> Tensor:
         samples = samples.contiguous(memory_format=torch.channels_last)
