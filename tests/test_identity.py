@@ -164,8 +164,14 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "label.dtype=float32",
             "label.keep=0.5",
             "label.stack=4",
+            "label.teachers=[resnet18] label.teachers=[resnet50]",
             "engine.precision_labels=bf16",
         ),
+    ),
+    (
+        # A member that labels and does not vote.
+        {"members", *LABELS},
+        ("method.voters=[resnet18] committee.members.resnet50.backbone.arguments.width=6",),
     ),
     # Labels that are computed while a student learns are those that are stored.
     ({"labels"}, ("label.store=none", "label.parameters=seed")),
@@ -269,7 +275,9 @@ def before(plain: RunConfig) -> Callable[..., dict[str, set[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("line", "kinds"), [(line, kinds) for kinds, lines in CHANGES for line in lines], ids=str)
+@pytest.mark.parametrize(
+    ("line", "kinds"), [pytest.param(line, kinds, id=line) for kinds, lines in CHANGES for line in lines]
+)
 def test_a_field_changes_what_is_made_from_it_and_nothing_else(
     line: str, kinds: set[str], plain: RunConfig, before: Callable[..., dict[str, set[str]]]
 ) -> None:
@@ -289,6 +297,18 @@ def test_members_are_made_anew_one_by_one(plain: RunConfig, before: Callable[...
     wider = digests(overridden(plain, ["committee.members.resnet50.backbone.arguments.width=6"]))
     assert len(wider["members"] & before()["members"]) == 2
     assert wider["patches"] == before()["patches"]
+
+
+def test_rows_of_a_comparison_share_their_priors(plain: RunConfig) -> None:
+    """A prior measured with another row's initial images would change the weights of the teachers."""
+    rows = 'compare={"easy":{"patches.difficulty":"easy"}}'
+
+    def measured(*more: str) -> set[str]:
+        pieces = plan_pieces(planning(overridden(plain, [*MEASURED.split(), *more]), torch.device("cpu")))
+        return {piece.name for piece in pieces if piece.stage == "priors"}
+
+    assert measured(rows) == measured()
+    assert measured("patches.difficulty=easy").isdisjoint(measured())
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
