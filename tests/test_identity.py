@@ -323,7 +323,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def identity_of(root: Path, **changes: Any) -> dict[str, Any]:
-    return load_data(make_config("imagenette", root, **{"classes": WNIDS, "num_classes": 3, **changes}), Store(root / "store")).identity
+    return load_data(
+        make_config("imagenette", root, **{"classes": WNIDS, "num_classes": 3, **changes}), Store(root / "store")
+    ).identity
 
 
 @pytest.mark.parametrize(

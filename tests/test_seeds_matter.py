@@ -26,7 +26,8 @@ from cvdd.chain.members import make_member
 from cvdd.chain.priors import measure_prior
 from cvdd.chain.recover import _start
 from cvdd.chain.students import make_student
-from cvdd.chain.votes import plan_draws, plan_votes
+from cvdd.chain.votes import Vote, plan_draws, plan_votes
+from cvdd.committee import Draw
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
 from cvdd.patches import make_patches
@@ -141,11 +142,14 @@ def test_a_prior_is_the_mean_of_its_students(home: Path, monkeypatch: pytest.Mon
 # --- votes ------------------------------------------------------------------------------------------------------------
 
 
+Planned = Callable[..., tuple[list[Draw], list[Vote]]]
+
+
 @pytest.fixture
-def votes(tmp_path: Path) -> Callable[..., tuple[list[Any], list[Any]]]:
+def votes(tmp_path: Path) -> Planned:
     """From overrides to the draws, and the votes, of six slots."""
 
-    def planned(*overrides: str) -> tuple[list[Any], list[Any]]:
+    def planned(*overrides: str) -> tuple[list[Draw], list[Vote]]:
         config = configure(tmp_path, *TINY, "ipc.images_per_class=6", *overrides)
         units = plan_units(6, 10, config.method)
         return plan_draws(config, units, PRIORS), plan_votes(config, units, PRIORS)
@@ -153,16 +157,14 @@ def votes(tmp_path: Path) -> Callable[..., tuple[list[Any], list[Any]]]:
     return planned
 
 
-def test_random_draws_depend_on_the_methods_seed(votes: Callable[..., tuple[list[Any], list[Any]]]) -> None:
+def test_random_draws_depend_on_the_methods_seed(votes: Planned) -> None:
     draws = [votes("committee.draw=random", f"method.seed={seed}")[0] for seed in (0, 1, 0)]
     assert draws[0] != draws[1]
     assert draws[0] == draws[2]
     assert len(set(draws[0])) > 1
 
 
-def test_random_weights_depend_on_the_methods_seed_and_the_slot(
-    votes: Callable[..., tuple[list[Any], list[Any]]],
-) -> None:
+def test_random_weights_depend_on_the_methods_seed_and_the_slot(votes: Planned) -> None:
     """All slots have the same two voters."""
     random = ("committee.voter=random", "committee.draw=best")
     one, other, again = (votes(*random, f"method.seed={seed}")[1] for seed in (0, 1, 0))
