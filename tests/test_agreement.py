@@ -79,7 +79,9 @@ def test_the_mean_is_over_the_rows_and_units_in_which_both_voted() -> None:
     assert mean_agreement({}) == {}
 
 
-def distil(names: list[str], log_agreement: bool, momentum: float | None = None) -> tuple[Tensor, list[LogRow]]:
+def distil(
+    names: list[str], log_agreement: bool, momentum: float | None = None, turns: str = "all"
+) -> tuple[Tensor, list[LogRow]]:
     """Optimise two units for five iterations; a log row every two."""
     method = method_config(
         iterations=5,
@@ -88,6 +90,7 @@ def distil(names: list[str], log_agreement: bool, momentum: float | None = None)
         grid_every=6,
         log_agreement=log_agreement,
         statistics={"momentum": momentum},
+        turns=turns,
     )
     units, stage = [Unit(slot, 0, 0, 4) for slot in range(2)], Stage(0, 0, 5, 8)
     networks = {name: small_network(seed=index) for index, name in enumerate(names)}
@@ -121,6 +124,17 @@ def test_agreement_is_logged_and_changes_no_bit_of_the_images(momentum: float | 
         assert all(-1 < cosine < 1 for cosine in row.agreement.values())
         assert (row.loss, row.ce, row.bn) == (other.loss, other.ce, other.bn)
         assert other.agreement == {}
+
+
+@pytest.mark.parametrize("turns", ["in_turn", "sampled"])
+def test_asking_those_whose_turn_it_is_not_changes_no_bit_either(turns: str) -> None:
+    """Moving averages of statistics are those of the iterations in which a member judged."""
+    images, rows = distil(["a", "b", "c"], True, 0.8, turns)
+    plain, silent = distil(["a", "b", "c"], False, 0.8, turns)
+    assert torch.equal(images, plain)
+    for row, other in zip(rows, silent, strict=True):
+        assert list(row.agreement) == ["a-b", "a-c", "b-c"]
+        assert (row.loss, row.ce, row.bn) == (other.loss, other.ce, other.bn)
 
 
 def test_one_member_agrees_with_nobody() -> None:

@@ -54,6 +54,16 @@ def test_the_first_layer_has_its_own_weight() -> None:
     torch.testing.assert_close(tenfold, 10 * (plain - second) + second)
 
 
+@pytest.mark.parametrize("first", [1.0, 10.0])
+def test_a_watch_tells_the_distance_with_the_multiplier_that_it_is_given(first: float) -> None:
+    network, images = small_network(), noise(7)
+    with BatchStatistics(network, 1) as statistics:
+        network(images)
+    found = statistics.distance(first)
+    assert found is not None
+    torch.testing.assert_close(found, distance(network, images, first=first))
+
+
 def test_distance_reaches_the_images() -> None:
     images = noise(7).requires_grad_()
     distance(small_network(), images).sum().backward()
@@ -117,6 +127,15 @@ def test_groups_equal_separate_forward_passes_in_train_mode() -> None:
     labelled = BatchStatisticsNetwork(network)(images, 4)
     torch.testing.assert_close(labelled, expected, rtol=1e-5, atol=1e-5)
     assert (labelled - network(images)).abs().max() > 0.01
+
+
+def test_layers_keep_what_they_add_to_the_variance() -> None:
+    network, images = small_network(), noise(8)
+    plain = BatchStatisticsNetwork(network)(images)
+    network[1].eps = network[4].eps = 0.5
+    labelled = BatchStatisticsNetwork(network)(images)
+    torch.testing.assert_close(labelled, train_mode(network, images), rtol=1e-5, atol=1e-5)
+    assert (labelled - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(

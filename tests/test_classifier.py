@@ -20,7 +20,7 @@ from cvdd.compiler import compiling
 from cvdd.data import Data, TensorSource
 from cvdd.engine import Passes
 from cvdd.measure import Accuracy, Evaluator
-from cvdd.member import MemberModule, augment
+from cvdd.member import Augmentation, MemberModule, apply_augmentation, augment
 from cvdd.schema import RecipeConfig
 
 SIZE = 16
@@ -114,6 +114,33 @@ def test_resized_crops_have_the_size_of_the_input() -> None:
     assert made.shape == (5, 3, SIZE, SIZE)
     assert made.min() >= 0
     assert made.max() <= 255
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "resized"])
+def test_images_are_mirrored_where_it_was_drawn_whatever_the_crop(crop: str) -> None:
+    """Crops of whole images, and shifts that leave them in the middle."""
+    pixels, chosen = random_pixels(4, SIZE), recipe(crop=crop, pad=2)
+    flips = torch.tensor([True, False, True, False])
+    middle = torch.full((4, 2), 2 if crop == "pad" else 0)
+    drawn = Augmentation(torch.tensor([[0, 0, SIZE, SIZE]]).expand(4, 4), flips, middle)
+    shown = apply_augmentation(pixels, chosen, SIZE, drawn)
+    expected = torch.where(flips[:, None, None, None], pixels.flip(-1), pixels).float()
+    torch.testing.assert_close(shown, expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_of_a_member_has_the_recipes_smoothing(smoothing: float) -> None:
+    indices = torch.arange(8)
+    loss = member(crop="none", flip=False, label_smoothing=smoothing).training_step(indices, 0)
+    logits = trainable()(normalise(random_pixels(24, SIZE)[:8], MEAN, STD))
+    expected = nn.functional.cross_entropy(logits, indices % 4, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_looks_ahead_where_the_recipe_says_so(nesterov: bool) -> None:
+    optimizer = member(optimizer="sgd", nesterov=nesterov).configure_optimizers()["optimizer"]
+    assert optimizer.param_groups[0]["nesterov"] is nesterov
 
 
 @pytest.mark.slow

@@ -204,14 +204,16 @@ def test_the_rate_falls_where_the_release_lowers_it() -> None:
     )
     optimizer = module.configure_optimizers()
     module.optimizers = lambda use_pl_optimizer: optimizer  # type: ignore[method-assign]
-    rates = []
+    rates, remembering = [], []
     for epoch in range(30):
         module.__class__.current_epoch = property(lambda self, epoch=epoch: epoch)  # type: ignore[assignment]
         module.on_train_epoch_start()
         rates.append(optimizer.param_groups[0]["lr"])
+        remembering.append(bool(optimizer.state))
         optimizer.state[0] = {"momentum_buffer": torch.ones(1)}
     del module.__class__.current_epoch
     assert rates == [0.4] * 27 + [pytest.approx(0.04)] * 3
+    assert [epoch for epoch, remembers in enumerate(remembering) if not remembers] == [0, 27]
 
 
 def test_without_iterations_real_images_are_kept_and_no_expert_is_trained(differing: Callable[..., Context]) -> None:

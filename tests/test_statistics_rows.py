@@ -17,8 +17,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("first", [10.0, 1.0, 0.0])
 @pytest.mark.parametrize("composed", [COMPOSED, [("a",), ("b",), ("c",)]], ids=["repeated", "plain"])
-def test_the_distance_is_that_of_all_layers(composed: list[tuple[str, ...]]) -> None:
+def test_the_distance_is_that_of_all_layers(composed: list[tuple[str, ...]], first: float) -> None:
     """Two groups of three images, and the gradient too."""
     maps = {name: random(6, count, 4, 5, seed=count) for name, count in (("a", 2), ("b", 3), ("c", 1))}
     centres = {name: random(values.shape[1], seed=9) for name, values in maps.items()}
@@ -29,7 +30,7 @@ def test_the_distance_is_that_of_all_layers(composed: list[tuple[str, ...]]) -> 
     def in_a_row(*given: Tensor) -> Tensor:
         apart = [one - centre[:, None, None] for one, centre in zip(given, centres.values(), strict=True)]
         means, squares = ([part.mean(dim=(2, 3)) for part in parts] for parts in (apart, [one**2 for one in apart]))
-        return rows.distance(means, squares, 2, 10.0)
+        return rows.distance(means, squares, 2, first)
 
     def one_by_one(*given: Tensor) -> Tensor:
         named, total = dict(zip(maps, given, strict=True)), torch.zeros(2, dtype=torch.float64)
@@ -37,7 +38,7 @@ def test_the_distance_is_that_of_all_layers(composed: list[tuple[str, ...]]) -> 
             whole = torch.cat([named[name] for name in names], dim=1).unflatten(0, (2, 3))
             mean, variance = whole.mean(dim=(1, 3, 4)), whole.var(dim=(1, 3, 4), unbiased=False)
             apart = (target.mean - mean).norm(dim=1) + (target.variance - variance).norm(dim=1)
-            total = total + (10.0 if number == 0 else 1.0) * apart
+            total = total + (first if number == 0 else 1.0) * apart
         return total
 
     found, slopes = [], []

@@ -252,6 +252,12 @@ def test_decay_of_all_parameters() -> None:
     assert len(group["params"]) == len(list(small_network().parameters()))
 
 
+def test_betas_of_the_protocol() -> None:
+    optimizer = student(trainable(), soft_labels(), betas=(0.7, 0.95)).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.7, 0.95)] * 2
+
+
 def test_a_step_of_sgd_with_momentum() -> None:
     """Two steps with the gradients 1 and 1: w - lr g, then w - lr (m g + g); vectors do not decay."""
     module = student(trainable(), soft_labels(), optimizer="sgd", lr=0.1, momentum=0.875, weight_decay=0.5)

@@ -10,7 +10,9 @@ import torch
 from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
 
+import cvdd.synthesis
 from cvdd.augment import pixel_bounds
+from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.config_base import ConfigError
 from cvdd.schedules import cosine
 from cvdd.synthesis import DistillModule, LogRow, NonFiniteLoss
@@ -140,6 +142,36 @@ def test_images_stay_between_black_and_white() -> None:
 def test_checkpoints_hold_images_and_not_members() -> None:
     module = module_of(start(1), SLOTS[:1], voters(a=small_network()))
     assert list(module.state_dict()) == ["images"]
+
+
+@pytest.mark.parametrize("first", [1.0, 10.0])
+def test_the_first_layer_counts_as_the_method_says(first: float) -> None:
+    """In the only iteration the voter sees the images as they were given."""
+    images = start(1)
+    once = {"iterations": 1, "crop_scale": None, "flip": False, "jitter": 0, "first_bn_multiplier": first}
+    network = small_network()
+    with BatchStatistics(network, 1) as watched:
+        network(images[0])
+    expected = statistics_distance(watched.means, watched.variances, watched.layers, first)
+    module = fit(module_of(images, SLOTS[:1], voters(a=small_network()), **once))
+    assert module.rows[0].bn["a"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_of_a_row_is_the_mean_over_units() -> None:
+    """Two voters of equal weight, and the terms of each one, which are means too."""
+    rows = fit(module_of(start(3), SLOTS, voters(a=small_network(seed=1), b=small_network(seed=2)))).rows
+    for row in rows:
+        expected = sum(0.5 * (row.ce[name] + 0.01 * row.bn[name]) for name in "ab")
+        assert row.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_matrices_are_made_for_as_many_iterations_as_fit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log rows lie five iterations apart, so that pieces of two and of four leave a shorter one."""
+    changes = {"log_every": 5, "grid_every": 10, "checkpoint_every": 10}
+    whole = fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images
+    monkeypatch.setattr(cvdd.synthesis, "MATRIX_ELEMENTS", at_once * 3 * SIZE**2)
+    assert torch.equal(fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images, whole)
 
 
 class Broken(nn.Module):

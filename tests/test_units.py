@@ -7,7 +7,7 @@ import torch
 from helpers import method_config
 from torchvision.transforms import functional as vision
 
-from cvdd.augment import apply_matrices
+from cvdd.augment import Views, apply_matrices
 from cvdd.methods.cda import lowest_area
 from cvdd.methods.fadrm import adjustable_residual
 from cvdd.units import Stage, Unit, draw_per_unit, plan_stacks, plan_stages, plan_units, unit_matrices, unit_views
@@ -95,6 +95,15 @@ def test_padding_shifts_whole_images_over_the_mean_colour() -> None:
     assert views.boxes[:, :2].unique().tolist() == [-2, -1, 0, 1, 2]
 
 
+@pytest.mark.parametrize(("down", "right"), [(1, 2), (0, 2), (1, 0), (-1, 2), (-1, 0), (0, 0)])
+def test_a_box_over_any_edge_shows_the_mean_colour_there(down: int, right: int) -> None:
+    views = Views(torch.tensor([[down, right, 6, 6]]), torch.tensor([False]), torch.zeros(1, 2, dtype=torch.long))
+    image = torch.randn(1, 1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    seen = apply_matrices(image, *unit_matrices(views, 6))[0]
+    padded = torch.nn.functional.pad(image[0], (2, 2, 2, 2))
+    torch.testing.assert_close(seen, vision.crop(padded, 2 + down, 2 + right, 6, 6))
+
+
 @pytest.mark.parametrize(
     ("schedule", "milestone", "areas"),
     [
@@ -117,6 +126,17 @@ def test_scheduled_crops_begin_with_the_whole_image() -> None:
     area = (boxes[:, 2] * boxes[:, 3]).float() / 32**2
     assert area[:20].min() > 0.85
     assert area[60:].min() < 0.3
+
+
+def test_scheduled_crops_are_as_large_as_the_schedule_or_the_range_allows() -> None:
+    """Sides are whole pixels, which is a part of 0.06 at most."""
+    method = method_config(iterations=100, crop_schedule="cosine", crop_scale=(0.08, 0.5))
+    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32), seed=0).boxes
+    areas = ((boxes[:, 2] * boxes[:, 3]).double() / 32**2).tolist()
+    for iteration, area in enumerate(areas):
+        lowest = lowest_area(iteration, 100, "cosine", 1.0, 0.08)
+        assert lowest - 0.06 <= area <= max(lowest, 0.5) + 0.06
+    assert max(areas[70:]) > 0.3
 
 
 def test_residual_blends_at_the_size_of_the_next_stage() -> None:
