@@ -18,6 +18,7 @@ from cvdd.distributed import gather_parts
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.layouts import laid_out_as
 from cvdd.measure import Accuracy
+from cvdd.schedules import compute_as_made, optimizer_of
 from cvdd.seeds import derive_seed, generator, seed_networks
 
 Measure = Callable[[nn.Module], Accuracy]
@@ -229,6 +230,10 @@ class Classifier(pl.LightningModule):
     def measured_network(self) -> nn.Module:
         """Return the network whose accuracy counts."""
         return self.network
+
+    def on_train_start(self) -> None:
+        """Compute steps as this kind of module does here, also where another kind, of it or of a device, had begun."""
+        compute_as_made(optimizer_of(self), self.device)
 
     def on_train_epoch_start(self) -> None:
         """Make the network's own draws depend on (seed, epoch) alone, also after an interruption."""

@@ -14,7 +14,7 @@ from cvdd.augment import Views, apply_views, draw_views, normalise
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
 from cvdd.engine import Passes
-from cvdd.schedules import compute_as_made, cosine, optimizer_of
+from cvdd.schedules import cosine
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
 
@@ -64,10 +64,6 @@ class MemberModule(Classifier):
             self._pixels = self._pixels.to(self.device)
             if self._passes.record:
                 self.record(self._losses_of, self.recipe.accumulation > 1)
-
-    def on_train_start(self) -> None:
-        """Compute steps as this device does, also where another kind of device had begun."""
-        compute_as_made(optimizer_of(self), self.device)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels).

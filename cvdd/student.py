@@ -16,7 +16,7 @@ from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
 from cvdd.replay import replay
-from cvdd.schedules import compute_as_made, optimizer_of, student_rate
+from cvdd.schedules import optimizer_of, student_rate
 from cvdd.schema import ProtocolConfig
 
 PartLoss = Callable[..., Tensor]
@@ -70,10 +70,6 @@ class StudentModule(Classifier):
         for network in (self.network, self.average):
             if network is not None:
                 self._passes.prepare(network, self.device)
-
-    def on_train_start(self) -> None:
-        """Compute steps as this kind of student does, also where one of another kind had begun."""
-        compute_as_made(optimizer_of(self), self.device)
 
     def on_train_epoch_start(self) -> None:
         """Set the rate of the epoch: from its number, so that whatever a student was interrupted in, it goes on."""

@@ -101,7 +101,7 @@ def measurements(recipes: Sequence[Recipe], directories: Sequence[Path]) -> dict
         recipes: to look for.
         directories: in which runs lie, at any depth.
     """
-    names = {_cell(recipe.expected.model_dump()): recipe.name for recipe in recipes}
+    names = _names_by_cell(recipes)
     found: dict[str, Measurement] = {}
     for run, summary in find_runs(directories):
         name = names.get(_cell(summary["verdict"]["expected"]))
@@ -136,8 +136,7 @@ def changed_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         Dotted keys; none if it is the recipe, or if the number is not one of the project's recipes.
     """
-    names = {_cell(recipe.expected.model_dump()): recipe.name for recipe in read_recipes(config_directory())}
-    name = names.get(_cell(config["expected"]))
+    name = _names_by_cell(read_recipes(config_directory())).get(_cell(config["expected"]))
     return () if name is None else tuple(differences(config, composed(name)))
 
 
@@ -191,6 +190,10 @@ def status(measurement: Measurement | None) -> str:
         return f"not measured here; with other {', '.join(measurement.changed[:3])}{more}: {words}"
     side = {True: ", within tolerance", False: ", outside tolerance", None: ""}[verdict["within"]]
     return f"measured {words}{side} ({measurement.run})"
+
+
+def _names_by_cell(recipes: Sequence[Recipe]) -> dict[tuple[str, ...], str]:
+    return {_cell(recipe.expected.model_dump()): recipe.name for recipe in recipes}
 
 
 def _cell(expected: Mapping[str, Any]) -> tuple[str, ...]:
