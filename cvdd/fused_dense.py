@@ -66,7 +66,7 @@ class MeasuredDenseBlock(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             new = layer(x)
             self._measure(number, new)
-            x = torch.cat([new, x] if self.new_first else [x, new], dim=1)
+            x = joined([new, x] if self.new_first else [x, new])
         return x
 
     def _measure(self, number: int, maps: Tensor) -> None:
@@ -75,6 +75,14 @@ class MeasuredDenseBlock(nn.Module):
 
     def _called(self, number: int) -> str:
         return f"{self.name}:{number}"
+
+
+def joined(maps: Sequence[Tensor]) -> Tensor:
+    """Join maps [n, c, h, w] along their channels; the result lies in memory as the first of them does."""
+    if not maps[0].is_contiguous(memory_format=torch.channels_last):
+        return torch.cat(list(maps), dim=1)
+    # A compiler lays out what it joins by the order of the axes, whatever lies side by side in the parts.
+    return torch.cat([one.permute(0, 2, 3, 1) for one in maps], dim=3).permute(0, 3, 1, 2)
 
 
 def measure_once(network: nn.Module, watch: FusedStatistics) -> None:

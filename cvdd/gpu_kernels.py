@@ -1,6 +1,7 @@
 """Kernels for GPUs, where those of PyTorch's libraries are several times slower than the memory they read.
 
-Images lie in memory channels-last, and are ``[n, h, w, c]`` as the kernels see them. Import this only where Triton is.
+Images lie in memory channels-last, and are ``[n, h, w, c]`` as the kernels see them. Channels are counted in eights, so
+that Triton knows that it may read eight at once. Import this only where Triton is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _largest(
     where,
     height,
     width,
-    channels,
+    eights,
     out_height,
     out_width,
     size: tl.constexpr,
@@ -47,6 +48,7 @@ def _largest(
     columns: tl.constexpr,
     lanes: tl.constexpr,
 ):
+    channels = 8 * eights
     c, j, row = _own(channels, out_width, columns, lanes)
     n, i, known = row // out_height, row % out_height, c < channels
     best = tl.full([columns, lanes], float("-inf"), tl.float32)
@@ -88,7 +90,7 @@ def largest(x: Tensor, size: int, padding: int, stride: int, height: int, width:
     where = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     columns, lanes, programs = _tiles(width, c, n * height)
     _largest[(programs,)](
-        x, out, where, x.shape[2], x.shape[3], c, height, width, size, padding, stride, columns, lanes
+        x, out, where, x.shape[2], x.shape[3], c // 8, height, width, size, padding, stride, columns, lanes
     )
     return out, where
 
@@ -100,7 +102,7 @@ def _back(
     out,
     height,
     width,
-    channels,
+    eights,
     out_height,
     out_width,
     weighted: tl.constexpr,
@@ -115,6 +117,7 @@ def _back(
     ``a = (i + padding - k) / stride``, where there is no remainder, and ``b`` likewise from j and m. It counts
     ``beside[k, m, c]`` if weighted, or 1 where ``beside[n, a, b, c]`` is ``k * size + m`` and 0 elsewhere.
     """
+    channels = 8 * eights
     c, j, row = _own(channels, out_width, columns, lanes)
     n, i, known = row // out_height, row % out_height, c < channels
     total = tl.full([columns, lanes], 0.0, tl.float32)
@@ -183,6 +186,6 @@ def _launch_back(
         (n, c, height, width), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
     )
     columns, lanes, programs = _tiles(width, c, n * height)
-    shapes = rows, places, c, height, width
+    shapes = rows, places, c // 8, height, width
     _back[(programs,)](gradient, beside, out, *shapes, weighted, size, padding, stride, columns, lanes)
     return out

@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input
 from cvdd.copies import with_layers
 from cvdd.stem import can_be_folded, is_square_convolution, places
 
-ALIGNED = 16
+ALIGNED = 8
 """Channels are a multiple of this where a kernel reads eight at once."""
 
 LARGEST_INDEX = 2**31

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from helpers import judged
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 from cvdd.backbones.densenet import densenet
 from cvdd.copies import sharing_copy
 from cvdd.engine import Engine
 from cvdd.fused_bn import FusedStatistics, measure
-from cvdd.fused_dense import MeasuredDenseBlock
+from cvdd.fused_dense import MeasuredDenseBlock, joined
 from cvdd.fusion import fuse_statistics
 from cvdd.gpu_layers import Convolution, with_gpu_layers
 from cvdd.stem import with_folded_stem
@@ -79,6 +79,29 @@ def test_parameters_are_shared() -> None:
     network = frozen("ours")
     fused, _ = fuse_statistics(network)
     assert {id(one) for one in fused.parameters()} == {id(one) for one in network.parameters()}
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_joined_maps_lie_as_their_parts_do(layout: torch.memory_format) -> None:
+    maps = [torch.randn(2, channels, 3, 4).contiguous(memory_format=layout) for channels in (5, 2)]
+    found = joined(maps)
+    assert torch.equal(found, torch.cat(maps, dim=1))
+    assert found.is_contiguous(memory_format=layout)
+
+
+def test_a_compiler_joins_channels_last_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out plane by plane, as it would by itself, joined maps took a third of a network's time on a GPU."""
+    axes: list[int] = []
+    real = torch.cat
+
+    def cat(maps: Sequence[Tensor], dim: int) -> Tensor:
+        axes.append(dim)
+        assert all(one.is_contiguous() for one in maps)
+        return real(maps, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    joined([torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2)])
+    assert axes == [3]
 
 
 def test_a_block_that_nothing_known_follows_stays() -> None:

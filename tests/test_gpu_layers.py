@@ -25,6 +25,7 @@ LAYERS = {
     "depthwise": lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False),
     "depthwise with a stride": lambda: nn.Conv2d(48, 48, 3, stride=2, padding=1, groups=48, bias=False),
     "depthwise of 5 places": lambda: nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16, bias=False),
+    "depthwise of 24 channels": lambda: nn.Conv2d(24, 24, 3, stride=2, padding=1, groups=24, bias=False),
     "depthwise without padding": lambda: nn.Conv2d(16, 16, 3, groups=16, bias=False),
     "convolution": lambda: nn.Conv2d(16, 32, 3, padding=1, bias=False),
     "convolution with a stride": lambda: nn.Conv2d(16, 32, 3, stride=2, padding=1),
@@ -47,7 +48,7 @@ def replaced(layer: nn.Module) -> nn.Module:
 
 
 def images(layer: nn.Module, height: int = 9, width: int = 14, ties: bool = False) -> Tensor:
-    channels = getattr(layer, "in_channels", 32)
+    channels = getattr(layer, "in_channels", 24)
     values = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
     return (values.round() if ties else values).contiguous(memory_format=torch.channels_last)
 
@@ -112,7 +113,7 @@ def test_other_layers_stay(layer: nn.Module, why: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (nn.Conv2d(58, 58, 3, groups=58, bias=False), "channels that are no multiple of 16"),
+        (nn.Conv2d(58, 58, 3, groups=58, bias=False), "channels that are no multiple of 8"),
         (nn.Conv2d(16, 32, 3, groups=16, bias=False), "several channels from one"),
         (nn.Conv2d(16, 16, 3, groups=16), "a bias"),
         (nn.Conv2d(16, 16, 3, bias=False), "all channels together"),
