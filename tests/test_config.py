@@ -103,6 +103,24 @@ def test_temperature_presets_hold_the_number_in_their_name(name: str, compose: C
     assert compose("evaluate", f"temperature={name}").temperature.vote == float(name)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "debug"),
+    [
+        ("demo", "smoke"),
+        ("compare", "smoke"),
+        ("cvdd_table1_cifar10_ipc10_r18", "smoke"),
+        ("apm_table_a9_cifar10_ipc50", "smoke_apm"),
+        ("mtt_cifar10_ipc1", "smoke_mtt"),
+    ],
+)
+def test_a_moment_is_a_moment_whatever_the_experiment_says(experiment: str, debug: str, compose: Compose) -> None:
+    config = compose("evaluate", f"experiment={experiment}", f"debug={debug}")
+    assert (config.recipe.epochs, config.protocol.epochs, config.protocol.seeds) == (1, 1, [0])
+    assert config.method.iterations in (0, 4)
+    if experiment == "compare":
+        assert config.compare["random_real"]["method.iterations"] == 0
+
+
 def test_other_numbers_are_reached_by_their_field(compose: Compose) -> None:
     config = compose("evaluate", "ipc.images_per_class=7", "temperature.vote=2.5")
     assert (config.ipc.images_per_class, config.temperature.vote) == (7, 2.5)
