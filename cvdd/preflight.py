@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -33,10 +36,11 @@ def check_before_work(context: Context) -> None:
     config = context.config
     records(config.engine.cuda_graphs, context.device)
     classes = config.dataset.num_classes or len(config.dataset.classes) or len(context.data().classes)
-    rows = [context] if config.verb == "train" else _rows(context)
+    rows = _rows(context)
     labels = config.verb in ("relabel", "evaluate")
-    for row in rows if labels else ():
-        check_batches(_images(row, classes), row.config.label)
+    for name, row in rows.items() if labels else ():
+        with _said_of(name):
+            check_batches(_images(row, classes), row.config.label)
     measuring = _measuring(context)
     for row in measuring:
         check_batches(_images(row, classes), row.config.label, measures_prior=True)
@@ -49,22 +53,37 @@ def check_before_work(context: Context) -> None:
             _try(f"students.{name}", backbone, classes, config.dataset.image_size)
     if config.verb == "train":
         return
-    needed = dict.fromkeys(name for row in rows for name in _matched(row.config, classes))
-    needed |= dict.fromkeys(name for row in rows if labels for name in _replaced(row.config))
+    needed = dict.fromkeys(name for row in rows.values() for name in _matched(row.config, classes))
+    needed |= dict.fromkeys(name for row in rows.values() if labels for name in _replaced(row.config))
     needed |= dict.fromkeys(name for row in measuring for name in _measured(row.config))
     for name in needed:
         require_batchnorm(members[name], name)
-    for row in rows:
-        _check_real_images(row, "ipc.images_per_class")
-        if row.config.method.apm is not None:
-            check_apm(row)
+    for name, row in rows.items():
+        with _said_of(name):
+            _check_real_images(row, "ipc.images_per_class")
+            if row.config.method.apm is not None:
+                check_apm(row)
     for row in measuring:
         _check_real_images(row, "prior.images_per_class")
 
 
-def _rows(context: Context) -> list[Context]:
-    # The other verbs make the configuration's own row alone.
-    return [row for _, row in rows_of(context)] if context.config.verb == "evaluate" else [context]
+def _rows(context: Context) -> dict[str, Context]:
+    """What the verb makes, by what messages call it: the configuration's own row has no name."""
+    if context.config.verb != "evaluate":
+        return {"": context}
+    (_, own), *others = rows_of(context)
+    return {"": own} | {f"compare.{name}": row for name, row in others}
+
+
+@contextlib.contextmanager
+def _said_of(row: str) -> Iterator[None]:
+    """Name the row of a comparison that an error inside is about."""
+    try:
+        yield
+    except ConfigError as error:
+        if not row:
+            raise
+        raise ConfigError(f"{row}: {error}") from error
 
 
 def _measuring(context: Context) -> list[Context]:

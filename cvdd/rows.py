@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cvdd.config_base import ConfigError
+from cvdd.fields import fields
+from cvdd.schema import RunConfig
+from cvdd.validation import closest
 
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
@@ -46,10 +50,22 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
             try:
                 tree = _tree(compose(overrides))
             except (HydraException, OmegaConfBaseException) as error:
-                first = str(error).splitlines()[0]
-                raise ConfigError(f"compare.{name}=[{','.join(overrides)}]: {first}") from error
+                raise ConfigError(f"compare.{name}=[{','.join(overrides)}]: {_reason(error)}") from error
             expanded.compare[name] = differences(base, tree)
     return expanded
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why a row cannot be composed, and what would be valid."""
+    first = str(error).splitlines()[0]
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, wrong = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={wrong}: choose {', '.join(error.options)}{closest(wrong, error.options, '')}"
+    unknown = re.fullmatch(r"Could not override '(.+)'\.", first)
+    if unknown:
+        known = [*RunConfig.model_fields, *(field.key for field in fields())]
+        return f"{unknown[1]}: there is no such field or group{closest(unknown[1], known)}"
+    return first
 
 
 def _tree(config: DictConfig) -> dict[str, Any]:

@@ -75,7 +75,13 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError("\n".join(explain(error))) from error
     rows = [run]
     for name, overrides in run.compare.items():
-        rows.append(_check_row(run, f"compare.{name}", overrides))
+        row = _check_row(run, f"compare.{name}", overrides)
+        if name == run.method.name and row != run:
+            raise ConfigError(
+                f"compare.{name}: the command's own row has this name too (method.name={name}). Drop the row by "
+                f"~compare.{name}, or set another method.name"
+            )
+        rows.append(row)
     for row in rows:
         _check_priors(row)
     return run
@@ -95,7 +101,7 @@ def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> RunCon
     known = [field.key for field in fields()]
     for key, value in overrides.items():
         if not _exists(run, key):
-            raise ConfigError(f"{row}: {key}={_typed(value)}: there is no such field{_close(key, known)}")
+            raise ConfigError(f"{row}: {key}={_typed(value)}: there is no such field{closest(key, known)}")
     try:
         return with_overrides(run, dict(overrides))
     except ValidationError as error:
@@ -155,7 +161,7 @@ def _requirement(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     if problem["type"] == "literal_error":
         choices = str(context["expected"]).replace("'", "")
-        return f"choose {choices}{_close(str(problem['input']), re.split(', | or ', choices), '')}"
+        return f"choose {choices}{closest(str(problem['input']), re.split(', | or ', choices), '')}"
     requirement = REQUIREMENTS.get(problem["type"])
     if requirement is None:
         message = str(problem["msg"])
@@ -176,9 +182,10 @@ def _siblings(key: str) -> str:
     model = model_at(path)
     if model is None:
         return "; see --help"
-    return _close(last, model.model_fields) + f"; the fields are {', '.join(model.model_fields)}"
+    return closest(last, model.model_fields) + f"; the fields are {', '.join(model.model_fields)}"
 
 
-def _close(given: str, known: Iterable[str], otherwise: str = "; see --help") -> str:
+def closest(given: str, known: Iterable[str], otherwise: str = "; see --help") -> str:
+    """Return the part of a message that names what was probably meant."""
     match = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {match[0]}?" if match else otherwise

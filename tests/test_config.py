@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Compose, compose_raw
+from helpers import tiny_context
 from omegaconf import DictConfig, OmegaConf
 
+from cvdd.chain.compare import rows_of
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
@@ -127,6 +129,12 @@ def test_other_numbers_are_reached_by_their_field(compose: Compose) -> None:
     assert config.patches.images_per_class == 7
 
 
+def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
+    context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
+    assert list(context.config.compare) == ["random_real"]
+    assert [name for name, _ in rows_of(context)] == ["random_real"]
+
+
 # --- wrong values -----------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -242,6 +250,10 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "row with a wrong value": (
         ("+compare.mine={method.init:patchs}",),
         ("compare.mine", "method.init=patchs", "did you mean patches?"),
+    ),
+    "row of the command's own name": (
+        ("+compare.cvdd={method.lr:3}",),
+        ("compare.cvdd", "(method.name=cvdd)", "~compare.cvdd"),
     ),
     "row that contradicts itself": (
         ("+compare.mine={committee.size:9}",),

@@ -44,11 +44,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         NO_STATISTICS,
     ),
     "graphs without a GPU": ("train", ("engine.cuda_graphs=true",), r"engine\.cuda_graphs=true needs a GPU"),
-    "last batch": ("relabel", ("label.batch_size=9",), r"label\.batch_size=9 leaves a last batch of 2 of 20 images"),
+    "last batch": ("relabel", ("label.batch_size=9",), r"^label\.batch_size=9 leaves a last batch of 2 of 20 images"),
     "last batch of a row": (
         "evaluate",
         ("+compare.larger={label.batch_size: 9}",),
-        r"label\.batch_size=9 leaves a last batch of 2 of 20 images",
+        r"^compare\.larger: label\.batch_size=9 leaves a last batch of 2 of 20 images",
     ),
     "last batch of the measurement": (
         "distill",
@@ -84,6 +84,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "distill",
         ("method.init=real", "ipc.images_per_class=31"),
         r"class 0 has 30 images; ipc\.images_per_class=31 needs as many",
+    ),
+    "few real images of a row": (
+        "evaluate",
+        ("+compare.real={method.init: real, ipc.images_per_class: 31, method.iterations: 0}",),
+        r"^compare\.real: class 0 has 30 images; ipc\.images_per_class=31 needs as many",
     ),
     "few real images to herd": (
         "distill",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,9 +43,17 @@ def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
     assert config.compare["random_real"]["method.init"] == "real"
 
 
-@pytest.mark.parametrize("row", ["method=nosuch", "method.nosuch=1"])
-def test_a_row_that_cannot_be_composed_is_named(tmp_path: Path, row: str) -> None:
-    with pytest.raises(ConfigError, match=r"compare\.row=\[method.*nosuch"):
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ("method=cvdd_tniy", "method=cvdd_tniy: choose apm, .*, tesla; did you mean cvdd_tiny?"),
+        ("method.lrr=1", "method.lrr: there is no such field or group; did you mean method.lr?"),
+        ("lable=tiny", "lable: there is no such field or group; did you mean label?"),
+    ],
+)
+def test_a_row_that_cannot_be_composed_is_answered(tmp_path: Path, row: str, advice: str) -> None:
+    wanted = re.escape(f"compare.row=[{row}]: {advice}").replace(r"\.\*", ".*")
+    with pytest.raises(ConfigError, match=wanted):
         row_of(tmp_path, [row])
 
 

@@ -112,9 +112,12 @@ def distil(context: Context, row: str, priors: Priors | None = None) -> Distille
 
 def rows_of(context: Context) -> Iterator[tuple[str, Context]]:
     """Yield the configuration itself, and the rows that it is compared with."""
-    yield context.config.method.name, context
+    own = context.config.method.name
+    yield own, context
     for name, overrides in context.config.compare.items():
-        yield name, context.differing({**overrides, "compare": {}}, name)
+        # A row of that name says the same, or the configuration would have been refused.
+        if name != own:
+            yield name, context.differing({**overrides, "compare": {}}, name)
 
 
 def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
