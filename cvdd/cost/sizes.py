@@ -92,7 +92,8 @@ def sized_data(config: DatasetConfig, store: Store) -> tuple[Data, str | None]:
     except NotMade:
         return _described(config), f"{config.name} is not decoded yet; sizes are those of its configuration"
     except ConfigError as error:
-        return _described(config), f"{config.name} is not there, so sizes are the published ones ({error})"
+        sizes = "the published ones" if config.source in PUBLISHED else "those of its configuration"
+        return _described(config), f"{config.name} is not there, so sizes are {sizes} ({error})"
 
 
 def _described(config: DatasetConfig) -> Data:
