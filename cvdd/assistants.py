@@ -95,8 +95,8 @@ def assist(config: RunConfig, index: int, total: int) -> None:
         total: assistants and the main process.
     """
     from cvdd.artifact import Store
-    from cvdd.chain.apm_teachers import make_apm_teachers
     from cvdd.chain.compare import make_sets, rows_of, student_of
+    from cvdd.chain.engines import own_engine
     from cvdd.chain.members import make_member
     from cvdd.chain.priors import find_priors, measure_prior, priors_needed
     from cvdd.context import Context
@@ -104,8 +104,9 @@ def assist(config: RunConfig, index: int, total: int) -> None:
 
     context = Context(config, Store(config.paths.store), prepare_process(config))
     if config.verb == "train":
-        if config.method.apm is not None:
-            make_apm_teachers(context, own_way(range(config.method.apm.teachers.count), index, total))
+        own = own_engine(config.method)
+        if own is not None:
+            own.networks(context, own_way(range(own.count(context)), index, total))
             return
         for name in own_way(list(config.committee.members), index, total):
             make_member(context, name)

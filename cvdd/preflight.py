@@ -10,8 +10,8 @@ from torch import nn
 
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
-from cvdd.chain.apm import check_apm
 from cvdd.chain.compare import rows_of
+from cvdd.chain.engines import own_engine
 from cvdd.chain.initial import require_real_images
 from cvdd.chain.priors import priors_needed
 from cvdd.chain.votes import plan_draws
@@ -61,8 +61,9 @@ def check_before_work(context: Context) -> None:
     for name, row in rows.items():
         with _said_of(name):
             _check_real_images(row, "ipc.images_per_class")
-            if row.config.method.apm is not None:
-                check_apm(row)
+            own = own_engine(row.config.method)
+            if own and own.check:
+                own.check(row)
     for row in measuring:
         _check_real_images(row, "prior.images_per_class")
 

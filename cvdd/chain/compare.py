@@ -10,11 +10,9 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
-from cvdd.chain.apm_student import apm_labels, make_apm_student
-from cvdd.chain.images import make_images
+from cvdd.chain.engines import make_distilled, own_engine
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
-from cvdd.chain.mtt import make_mtt_student
 from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.students import make_student
 from cvdd.context import Context
@@ -104,9 +102,9 @@ def distil(context: Context, row: str, priors: Priors | None = None) -> Distille
         priors: prior performance of the members, if it is known already.
     """
     priors = find_priors(context) if priors is None else priors
-    images = make_images(context, priors.values)
-    own = context.config.protocol.student == "method" and context.config.method.apm is not None
-    labels = apm_labels(context, images) if own else make_labels(context, images, priors.values)
+    images = make_distilled(context, priors.values)
+    own = own_engine(context.config.method) if context.config.protocol.student == "method" else None
+    labels = own.labels(context, images) if own and own.labels else make_labels(context, images, priors.values)
     return Distilled(context, row, priors, images, labels)
 
 
@@ -140,11 +138,10 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
 def student_of(made: Distilled, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
     """Train one student on a distilled set, as the protocol or the method says."""
     context = made.context
-    if context.config.protocol.student == "protocol":
+    own = own_engine(context.config.method)
+    if own is None or context.config.protocol.student == "protocol":
         return make_student(context, made.labels, name, backbone, seed)
-    if context.config.method.apm is not None:
-        return make_apm_student(context, made.images, name, backbone, seed)
-    return make_mtt_student(context, made.images, name, backbone, seed)
+    return own.student(context, made.images, name, backbone, seed)
 
 
 def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) -> dict[int, Distilled]:

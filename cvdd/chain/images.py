@@ -15,11 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
-from cvdd.chain.apm import make_apm_images
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
-from cvdd.chain.mtt import make_mtt_images
 from cvdd.chain.recover import UNITS, load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.unit_files import write_unit
@@ -34,7 +32,7 @@ from cvdd.units import Stack, Unit, plan_stacks, plan_units
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
-    """Return the distilled images of a configuration.
+    """Return the images that members vote on, or those that a method keeps as they are.
 
     Args:
         context: the configuration and its surroundings.
@@ -42,10 +40,6 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     """
     config, data = context.config, context.data()
     method, ipc = config.method, config.ipc.images_per_class
-    if method.apm is not None:
-        return make_apm_images(context)
-    if method.mtt is not None:
-        return make_mtt_images(context)
     if method.init == "all":
         return _all_images(context)
     units = plan_units(ipc, len(data.classes), method)

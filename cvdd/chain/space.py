@@ -24,11 +24,10 @@ WHITENING = "whitening.safetensors"
 
 def _settings_of(context: Context) -> tuple[str, ApmConfig | MttConfig]:
     """The section of the method's own engine, which the caller knows to be there, and what it says."""
-    method = context.config.method
-    if method.apm is not None:
-        return "method.apm", method.apm
-    assert method.mtt is not None
-    return "method.mtt", method.mtt
+    own = context.config.method.own
+    assert own is not None
+    section, settings = own
+    return f"method.{section}", settings
 
 
 def families_of(context: Context) -> tuple[str, ...]:

@@ -13,12 +13,10 @@ import torch
 
 from cvdd.artifact import Artifact, Parts, Store, digest_of
 from cvdd.artifact.manifest import read_manifest, sealed_as
-from cvdd.chain.apm_teachers import make_apm_teachers
 from cvdd.chain.compare import compare, distil
-from cvdd.chain.images import make_images
+from cvdd.chain.engines import make_distilled, own_engine
 from cvdd.chain.members import make_member
 from cvdd.chain.priors import find_priors
-from cvdd.chain.trajectories import make_trajectories
 from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
@@ -212,17 +210,15 @@ def plan_pieces(context: Planning) -> list[Piece]:
 
 
 def _train(context: Planning) -> None:
-    method = context.config.method
-    if method.mtt is not None:
-        make_trajectories(context)
-    elif method.apm is not None:
-        make_apm_teachers(context)
+    own = own_engine(context.config.method)
+    if own is not None:
+        own.networks(context, None)
     else:
         _members(context, context.config.committee.members)
 
 
 def _distill(context: Planning) -> None:
-    make_images(context, find_priors(context).values)
+    make_distilled(context, find_priors(context).values)
 
 
 def _relabel(context: Planning) -> None:

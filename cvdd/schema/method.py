@@ -184,7 +184,15 @@ class MethodConfig(StrictConfig):
     @property
     def brings_students(self) -> bool:
         """Whether the method makes images, labels and students in a way of its own."""
-        return self.apm is not None or self.mtt is not None
+        return self.own is not None
+
+    @property
+    def own(self) -> tuple[str, ApmConfig | MttConfig] | None:
+        """The section of the method's own engine and what it says; None for the recover loop."""
+        for section, settings in (("apm", self.apm), ("mtt", self.mtt)):
+            if settings is not None:
+                return section, settings
+        return None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
