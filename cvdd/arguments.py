@@ -12,11 +12,17 @@ FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "te
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
+_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
 _MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
 
 
 class ArgumentError(ValueError):
     """An argument that cannot work; the message says what to type instead."""
+
+
+def is_of_surroundings(override: str) -> bool:
+    """Whether an override says where things are and run, and not what is made."""
+    return _SURROUNDINGS.match(override) is not None
 
 
 def prepare(arguments: Sequence[str], directory: Path) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cvdd.schema import RunConfig, with_overrides
+from cvdd.schema import SILENT, RunConfig, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,9 @@ def assisted(config: RunConfig) -> Iterator[None]:
     if not count:
         yield
         return
-    silent = {
-        "trainer.assistants": 0,
-        "trainer.progress": "none",
-        "logger.wandb": False,
-        "logger.tensorboard": False,
-    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         written = Path(folder) / "config.json"
-        written.write_text(with_overrides(config, silent).model_dump_json())
+        written.write_text(with_overrides(config, SILENT).model_dump_json())
         for index in range(1, count + 1):
             journal = running.enter_context((config.paths.output / f"assistant{index}.log").open("w"))
             command = [sys.executable, "-m", "cvdd.assistants", str(written), str(index), str(count + 1)]
@@ -96,8 +90,8 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     """
     from cvdd.artifact import Store
     from cvdd.chain.compare import make_sets, rows_of, student_of
-    from cvdd.chain.engines import own_engine
     from cvdd.chain.members import make_member
+    from cvdd.chain.own_engines import own_engine
     from cvdd.chain.priors import find_priors, measure_prior, priors_needed
     from cvdd.context import Context
     from cvdd.runtime import prepare_process

@@ -11,8 +11,8 @@ from torch import nn
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
-from cvdd.chain.engines import own_engine
 from cvdd.chain.initial import require_real_images
+from cvdd.chain.own_engines import own_engine
 from cvdd.chain.priors import priors_needed
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cvdd.config_base import ConfigError
 from cvdd.distributed import FAILED, LOOPBACK, SECONDS_BETWEEN_LOOKS, World, given_world, lost
-from cvdd.schema import RunConfig, with_overrides
+from cvdd.schema import SILENT, RunConfig, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -153,18 +152,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 @contextlib.contextmanager
 def in_silence(config: RunConfig) -> Iterator[RunConfig]:
     """Yield the configuration of a rank other than 0: nothing that it prints or draws is kept."""
-    quiet: dict[str, Any] = {
-        "trainer.assistants": 0,
-        "trainer.progress": "none",
-        "logger.wandb": False,
-        "logger.tensorboard": False,
-    }
     with (
         tempfile.TemporaryDirectory() as folder,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        yield with_overrides(config, {**quiet, "paths.output": Path(folder)})
+        yield with_overrides(config, {**SILENT, "paths.output": Path(folder)})
 
 
 def _end_with(parent: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cvdd.allocator import keep_freed_memory
+from cvdd.arguments import is_of_surroundings
 from cvdd.artifact import Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -24,8 +24,6 @@ from cvdd.preflight import check_before_work
 from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
 from cvdd.verbs import VERBS
-
-_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:
 
 def run_name(config: RunConfig, invocation: Invocation) -> str:
     """Name of a run on a dashboard: the verb and what was typed, without where things are and run."""
-    typed = (override for override in invocation.overrides if not _SURROUNDINGS.match(override))
+    typed = (override for override in invocation.overrides if not is_of_surroundings(override))
     chosen = [portable_override(override, config) for override in typed]
     return " ".join([config.verb, *chosen])
 

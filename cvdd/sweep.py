@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from cvdd.arguments import FIELDS, ArgumentError
+from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings
 from cvdd.config_base import StrictConfig
 from cvdd.launching import speaks_for_all
 
@@ -34,7 +34,6 @@ STATE = "point.json"
 
 _POINT = re.compile(rf"\+?{GROUP}=(.*)")
 _LISTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
 
 
 class PointConfig(StrictConfig):
@@ -194,7 +193,7 @@ def same_command(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def _asked(overrides: Sequence[str]) -> list[str]:
-    return sorted(item for item in overrides if not _SURROUNDINGS.match(item) and not _POINT.fullmatch(item))
+    return sorted(item for item in overrides if not is_of_surroundings(item) and not _POINT.fullmatch(item))
 
 
 class SweepCallback(Callback):

@@ -10,9 +10,9 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
-from cvdd.chain.engines import make_distilled, own_engine
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
+from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.students import make_student
 from cvdd.context import Context

@@ -14,8 +14,8 @@ import torch
 from cvdd.artifact import Artifact, Parts, Store, digest_of
 from cvdd.artifact.manifest import read_manifest, sealed_as
 from cvdd.chain.compare import compare, distil
-from cvdd.chain.engines import make_distilled, own_engine
 from cvdd.chain.members import make_member
+from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import find_priors
 from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data

@@ -11,10 +11,11 @@ from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig, Statistic
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
 from cvdd.schema.run import RunConfig, needs_priors, teachers_of, votes_by_priors, with_overrides
-from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
+from cvdd.schema.surroundings import SILENT, LoggerConfig, PathsConfig, TrainerConfig
 from cvdd.schema.types import Verb
 
 __all__ = [
+    "SILENT",
     "CommitteeConfig",
     "EngineConfig",
     "ExpectedConfig",

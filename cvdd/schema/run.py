@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -130,7 +131,7 @@ def votes_by_priors(config: RunConfig) -> bool:
     return method.recovers and ((method.voters == "drawn" and committee.draw == "best") or weighed)
 
 
-def with_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
     """Return a copy of a configuration with dotted keys replaced, checked like a new one.
 
     Raises:

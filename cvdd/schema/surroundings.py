@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,6 +48,17 @@ class LoggerConfig(StrictConfig):
     entity: str | None = Field(None, description="wandb entity; null is your default")
     group: str | None = Field(None, description="wandb group; null is the sweep's directory, if any")
     tensorboard: bool = Field(False, description="TensorBoard event files")
+
+
+SILENT: Mapping[str, Any] = MappingProxyType(
+    {
+        "trainer.assistants": 0,
+        "trainer.progress": "none",
+        "logger.wandb": False,
+        "logger.tensorboard": False,
+    }
+)
+"""Overrides of a process that helps another one, which speaks for both."""
 
 
 class PathsConfig(StrictConfig):

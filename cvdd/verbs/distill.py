@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchvision.io import write_png
 
-from cvdd.chain.engines import make_distilled
 from cvdd.chain.images import load_images
+from cvdd.chain.own_engines import make_distilled
 from cvdd.chain.priors import find_priors
 from cvdd.context import Context
 from cvdd.grids import image_grid

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cvdd.assistants import assisted
-from cvdd.chain.engines import OwnEngine, own_engine
 from cvdd.chain.members import make_member
+from cvdd.chain.own_engines import OwnEngine, own_engine
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.report.tables import print_artifact, print_members

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from helpers import tiny_context
 
-from cvdd.chain.engines import OWN, own_engine
+from cvdd.chain.own_engines import OWN, own_engine
 from cvdd.config_base import StrictConfig
 from cvdd.schema import MethodConfig
 
