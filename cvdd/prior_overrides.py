@@ -40,7 +40,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Of a prior's measurement: the recover loop from patches, labels with the statistics of half-batches, and KL, whatever
-else makes and labels the images (specification of CV-DD's hyperparameters, section 3). Strengths and rates stay."""
+else makes and labels the images (specification of CV-DD, section 3). Strengths and rates stay."""
 
 
 def prior_overrides(config: RunConfig, member: str) -> dict[str, Any]:
