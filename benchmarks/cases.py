@@ -226,16 +226,8 @@ _VOTERS: dict[tuple[object, ...], dict[tuple[str, Engine], Voter]] = {}
 
 
 def _voter(case: Case, name: str, how: Engine, device: torch.device) -> Voter:
-    """A member in the form in which it judges, once for all pairs of the same size, as a run has it for all draws.
-
-    Another size forgets what was compiled, which would otherwise be compiled for any size the second time.
-    """
-    size = (case.data, case.images, case.units, case.overrides, device)
-    if size not in _VOTERS:
-        _VOTERS.clear()
-        _VOTERS[size] = {}
-        torch.compiler.reset()
-    known = _VOTERS[size]
+    """A member in the form in which it judges, once for all pairs of the same size, as a run has it for all draws."""
+    known = _VOTERS.setdefault((case.data, case.images, case.units, case.overrides, device), {})
     if (name, how) not in known:
         member = copy.deepcopy(_known_member(case.data, case.overrides, name, device))
         known[name, how] = engine.ready([member], how)[0]
@@ -249,6 +241,12 @@ def compile_member(case: Case, name: str, device: torch.device) -> None:
     how = engine.engine_of(config, case.members, images, device)
     if how.compile:
         engine.judge_once(config, _voter(case, name, how, device), how, images, targets)
+
+
+def prepare_member(case: Case, name: str, device: torch.device) -> None:
+    """Make what all cases with a member need of it, so that it is there when they are measured."""
+    compile_member(case, name, device)
+    _work_of_member(replace(case, members=(name,)), device)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -13,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, work_of
-from benchmarks.compile_ahead import compile_all
+from benchmarks.cases import Case, Side, chosen, cpu_cases, gpu_cases, make_program, prepare_member, work_of
+from benchmarks.compile_ahead import compile_all, specialise
 from benchmarks.limits import Limits, Work, measure_limits, usable_cores
 from benchmarks.table import markdown
 from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
@@ -56,9 +57,8 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
             programs.append(make_program(case, side, device, own))
         if memory and device.type == "cuda":
             programs = [PeakOfFirst(program, device) for program in programs]
-        known = {kind: Counter(counters[kind]) for kind in COUNTED}
-        measured = alternate(programs[0], programs[1], repetitions)
-        compiled = {kind: Counter(counters[kind]) - known[kind] for kind in COUNTED}
+        with found_or_compiled() as compiled:
+            measured = alternate(programs[0], programs[1], repetitions)
     peaks: list[tuple[int | None, int | None]] = [
         (program.peak, program.total) if isinstance(program, PeakOfFirst) else (None, None) for program in programs
     ]
@@ -83,13 +83,32 @@ def compare(case: Case, device: torch.device, repetitions: int, memory: bool) ->
         **{side: samples.as_dict() | {"shown": case.shown(samples.median)} for side, samples in sides.items()},
         "ratio": ratio(reference, engine),
         "ratio_range": [min(paired), max(paired)],
-        "compiled": {
-            kind: {key: compiled[kind][f"{prefix}_{key}"] for key in ("hit", "miss", "bypass")}
-            for kind, prefix in COUNTED.items()
-        },
+        "compiled": compiled,
         "flops_per_unit": work.flops,
         "elements_per_unit": work.elements,
     }
+
+
+@contextlib.contextmanager
+def found_or_compiled() -> Iterator[dict[str, dict[str, int]]]:
+    """Count how many passes are found compiled inside, and how many are not; known at the end."""
+    before = {kind: Counter(counters[kind]) for kind in COUNTED}
+    counted: dict[str, dict[str, int]] = {}
+    yield counted
+    for kind, prefix in COUNTED.items():
+        since = Counter(counters[kind]) - before[kind]
+        counted[kind] = {key: since[f"{prefix}_{key}"] for key in ("hit", "miss", "bypass")}
+
+
+def traced(case: Case, name: str, device: torch.device) -> dict[str, Any]:
+    """Trace a network that another process has compiled; return the seconds, and whether it was found."""
+    started = time.monotonic()
+    with found_or_compiled() as compiled:
+        try:
+            prepare_member(case, name, device)
+        except Exception:  # its cases will fail likewise, and are named then
+            traceback.print_exc()
+    return {"seconds": time.monotonic() - started, "compiled": compiled}
 
 
 def against_limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -164,10 +183,15 @@ def run(
         "failed": {},
         "notes": NOTES,
         "compile_seconds": {},
+        "traced": {},
         "seconds": 0.0,
     }
     if device.type == "cuda" and ahead:
-        result["compile_seconds"], cases = compile_all(cases, 60 * SHARE_TO_COMPILE * minutes)
+
+        def ready(key: str, case: Case, name: str) -> None:
+            result["traced"][key] = traced(case, name, device)
+
+        result["compile_seconds"], cases = compile_all(cases, 60 * SHARE_TO_COMPILE * minutes, ready)
         print(f"compilers were done after {time.monotonic() - started:.0f} s", flush=True)
     limits = measure_limits(device)
     result["limits"] = limits.as_dict()
@@ -251,6 +275,7 @@ def main() -> None:
         return
     # As in every command, and for both sides.
     hide_absent_gpus()
+    specialise()
     if not wanted.gpu:
         keep_freed_memory()
     if wanted.threads:

@@ -42,6 +42,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     if machine["load_before"] > 0.25 * machine["cores"]:
         above.append(f"The machine was not idle: its load was {machine['load_before']:.1f} before the first case.")
     below = [f"Left out for lack of time: {', '.join(result['left_out'])}."] if result["left_out"] else []
+    below += _compiled(result.get("compile_seconds", {}), result.get("traced", {}))
     below += [f"Failed: {name} ({why})." for name, why in result.get("failed", {}).items()]
     return "\n\n".join(["\n".join(above), "\n".join(_aligned([COLUMNS, *rows])), *below, *result["notes"]])
 
@@ -56,6 +57,17 @@ def _told(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         f"With {override}" + ("." if len(names) == len(cases) else f": {', '.join(names)}.")
         for override, names in sorted(told.items())
     ]
+
+
+def _compiled(seconds: Mapping[str, float], traced: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say how long compilers took that ran before anything was measured."""
+    if not seconds:
+        return []
+    each = [
+        f"{key} {taken:.0f} s" + (f", traced in {traced[key]['seconds']:.0f} s" if key in traced else "")
+        for key, taken in seconds.items()
+    ]
+    return [f"Compiled side by side before anything was measured: {'; '.join(each)}. It is no part of the warm-up."]
 
 
 def _row(case: Mapping[str, Any]) -> Sequence[str]:
