@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cvdd.schema import MethodConfig, RunConfig, StatisticsConfig
+from cvdd.schema.method import OWN_SECTIONS
 
 PLAIN: Mapping[str, Any] = MappingProxyType(
     {
@@ -25,8 +26,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.crop_schedule": "constant",
         "method.crop_milestone": 1.0,
         "method.pad": 0,
-        "method.apm": None,
-        "method.mtt": None,
+        **{f"method.{section}": None for section in OWN_SECTIONS},
         "label.bn_mode": "batch",
         "label.halves": True,
         "label.shuffle": 1,

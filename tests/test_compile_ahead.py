@@ -29,6 +29,7 @@ def test_networks_are_compiled_before_cases_and_those_that_fail_leave_theirs_out
 
     def compiler(command: list[str], env: dict[str, str], timeout: float, check: bool) -> CompletedProcess[bytes]:
         assert int(env["TORCHINDUCTOR_COMPILE_THREADS"]) >= 2
+        assert timeout == 1.0
         started.append(command[3:])
         # One is refused, another never ends.
         if command[6] == "mobilenetv2":

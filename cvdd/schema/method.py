@@ -104,6 +104,10 @@ class StatisticsConfig(StrictConfig):
         return self.layers == "bn_and_conv" or self.class_share > 0
 
 
+OWN_SECTIONS = ("apm", "mtt")
+"""Fields of a method that hold the settings of an engine of its own; at most one of them is set."""
+
+
 class MethodConfig(StrictConfig):
     """How synthetic images are made."""
 
@@ -189,10 +193,8 @@ class MethodConfig(StrictConfig):
     @property
     def own(self) -> tuple[str, ApmConfig | MttConfig] | None:
         """The section of the method's own engine and what it says; None for the recover loop."""
-        for section, settings in (("apm", self.apm), ("mtt", self.mtt)):
-            if settings is not None:
-                return section, settings
-        return None
+        found = ((section, getattr(self, section)) for section in OWN_SECTIONS)
+        return next(((section, settings) for section, settings in found if settings is not None), None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
