@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -42,6 +42,7 @@ class Context:
         device: where tensors live.
         loggers: Lightning loggers; a row goes to all of them.
         label: which row of the comparison this is; empty for the main one.
+        serves: what its artefacts are for, if it is not what their kind says: measuring a prior, or a student.
         world: the ranks of this command.
     """
 
@@ -50,6 +51,7 @@ class Context:
     device: torch.device
     loggers: Sequence[Logger] = ()
     label: str = ""
+    serves: Literal["priors", "students"] | None = None
     world: World = field(default_factory=World)
     _loaded: dict[str, Data] = field(default_factory=dict, repr=False)
 
@@ -60,9 +62,17 @@ class Context:
             self._loaded[key] = load_data(self.config.dataset, self.store)
         return self._loaded[key]
 
-    def differing(self, overrides: Mapping[str, Any], label: str) -> Context:
-        """Return a context whose configuration differs in some dotted keys."""
-        return replace(self, config=with_overrides(self.config, dict(overrides)), label=label)
+    def differing(
+        self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None
+    ) -> Context:
+        """Return a context whose configuration differs in some dotted keys.
+
+        Args:
+            overrides: by dotted key.
+            label: see the attributes.
+            serves: likewise.
+        """
+        return replace(self, config=with_overrides(self.config, dict(overrides)), label=label, serves=serves)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send a row to all loggers."""

@@ -186,9 +186,8 @@ def samples_at_most(label: LabelConfig, count: int, stack: int) -> int:
         count: images of an epoch.
         stack: batches in a forward pass.
     """
-    pool = LabelPool.of(label, count)
-    together = min(epochs_together(label, count), pool.labelled_epochs)
-    return min(sum(pool.kept(epoch) for epoch in range(together)), pool.batch_size * stack)
+    pool, kept = _sharing_passes(label, count)
+    return min(sum(kept), pool.batch_size * stack)
 
 
 def samples_together(label: LabelConfig, count: int, stack: int) -> int:
@@ -201,10 +200,16 @@ def samples_together(label: LabelConfig, count: int, stack: int) -> int:
         count: images of an epoch.
         stack: batches in a forward pass.
     """
-    pool = LabelPool.of(label, count)
-    kept = [pool.kept(epoch) for epoch in range(min(epochs_together(label, count), pool.labelled_epochs))]
+    pool, kept = _sharing_passes(label, count)
     whole = sum(samples // pool.batch_size * pool.batch_size for samples in kept)
     return min(whole, pool.batch_size * stack)
+
+
+def _sharing_passes(label: LabelConfig, count: int) -> tuple[LabelPool, list[int]]:
+    """The pool, and the stored samples of each of its first epochs, which share forward passes."""
+    pool = LabelPool.of(label, count)
+    together = min(epochs_together(label, count), pool.labelled_epochs)
+    return pool, [pool.kept(epoch) for epoch in range(together)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cvdd.bn import running_moments
 from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import HALVES, InputWatch, Moments, layer_moments, matched_layers
-from cvdd.recording import Recorded
+from cvdd.recording import RealStatistics
 from cvdd.schema import StatisticsConfig
 from cvdd.seeds import generator
 
@@ -44,7 +44,7 @@ class Matcher:
         config: StatisticsConfig,
         groups: int,
         first_multiplier: float,
-        recorded: Recorded | None,
+        recorded: RealStatistics | None,
         seed: int,
     ) -> None:
         assert recorded is not None or not config.recorded

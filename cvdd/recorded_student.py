@@ -41,10 +41,8 @@ class RecordedStudent(StudentModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW of the protocol, whose rate lies where a recorded step reads it."""
-        protocol = self.protocol
-        on_gpu = self.device.type == "cuda"
-        rate = torch.tensor(protocol.lr, device=self.device) if on_gpu else protocol.lr
-        return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, capturable=on_gpu)
+        on_gpu, rate = self.device.type == "cuda", self.protocol.lr
+        return self._adamw(torch.tensor(rate, device=self.device) if on_gpu else rate, capturable=on_gpu)
 
     def _set_rate(self, rate: float) -> None:
         set_rate(optimizer_of(self), rate, self.device)

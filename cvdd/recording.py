@@ -20,7 +20,7 @@ MOVING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RealStatistics:
     """Statistics of the real training images at the inputs of a network's layers.
 
     Attributes:
@@ -31,9 +31,9 @@ class Recorded:
     layers: Table
     classes: Table
 
-    def to(self, device: torch.device) -> Recorded:
+    def to(self, device: torch.device) -> RealStatistics:
         """Return the same on a device."""
-        return Recorded(_moved(self.layers, device), _moved(self.classes, device))
+        return RealStatistics(_moved(self.layers, device), _moved(self.classes, device))
 
 
 def _moved(table: Table, device: torch.device) -> Table:
@@ -45,7 +45,7 @@ def _moved(table: Table, device: torch.device) -> Table:
 
 def record_statistics(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], config: StatisticsConfig, classes: int
-) -> Recorded:
+) -> RealStatistics:
     """Show a network the real data once and record what ``config`` asks for.
 
     Of all images: the mean over batches of each batch's statistics, weighted by its share of the images; the variance
@@ -89,7 +89,7 @@ def record_statistics(
                     if part not in of_classes:
                         of_classes[part] = _class_totals(config.class_statistics, classes, moments.mean)
                     of_classes[part].add(moments, labels)
-    return Recorded(_results(everything), _results(by_class))
+    return RealStatistics(_results(everything), _results(by_class))
 
 
 def pool(moments: Moments, group: Tensor, groups: int) -> Moments:

@@ -138,10 +138,14 @@ class StudentModule(Classifier):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimiser of the protocol, with decay on what it says; :meth:`on_train_epoch_start` sets its rate."""
-        protocol, groups = self.protocol, self._parameter_groups()
+        protocol = self.protocol
         if protocol.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum)
-        return torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas, fused=True)
+            return torch.optim.SGD(self._parameter_groups(), lr=protocol.lr, momentum=protocol.momentum)
+        return self._adamw(protocol.lr)
+
+    def _adamw(self, rate: float | Tensor, **options: Any) -> torch.optim.AdamW:
+        betas = self.protocol.betas
+        return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=betas, fused=True, **options)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol

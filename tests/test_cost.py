@@ -19,7 +19,7 @@ from cvdd.context import Context
 from cvdd.cost import StageCost, _notes, load_prediction, plan_pieces, planning, predict_run, show_cost
 from cvdd.cost.plan import Piece
 from cvdd.cost.prediction import FOLDER, measured_seconds, predict
-from cvdd.cost.steps import MoveStep, Network, Overhead, ScoreStep, StudentStep, TrainStep, VoteStep
+from cvdd.cost.steps import MoveStep, Network, Overhead, ReplayStep, ScoreStep, StudentStep, TrainStep, VoteStep
 from cvdd.cost.work import Work, work_of
 from cvdd.engine import Engine
 from cvdd.footprint import profile
@@ -153,6 +153,13 @@ def test_what_is_recorded_is_held_together(compose: Compose, monkeypatch: pytest
     assert (largest("images"), largest("labels")) == (1, 1)
     monkeypatch.setattr("cvdd.cost.plan.records", lambda wanted, device: True)
     assert (largest("images"), largest("labels")) == (5, 5)
+
+
+def test_no_more_samples_are_held_than_there_are(compose: Compose) -> None:
+    """Sixteen batches of 1024 fit a pass; three epochs of a hundred images share one, and are all there is."""
+    counted = works(compose("relabel", "label.batch_size=1024", "label.stack=16", "label.epochs=3"))
+    steps = [step for piece, work in counted if piece.stage == "labels" for step in work.uses]
+    assert {step.together for step in steps if isinstance(step, ScoreStep | ReplayStep)} == {300}
 
 
 @pytest.mark.parametrize(("compared", "rows"), [("false", 0), ("true", 10)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.config_base import ConfigError
 from cvdd.matching import Matcher
-from cvdd.recording import Recorded, record_statistics
+from cvdd.recording import RealStatistics, record_statistics
 from cvdd.schema import StatisticsConfig
 from cvdd.voting import Voter, voting_loss
 
@@ -33,7 +33,7 @@ def config(**options: Any) -> StatisticsConfig:
     return StatisticsConfig.model_validate({"layers": "bn_and_conv", **of_convolutions, **options})
 
 
-def real(options: StatisticsConfig, side: int = 12) -> Recorded | None:
+def real(options: StatisticsConfig, side: int = 12) -> RealStatistics | None:
     """Statistics of twelve made-up images of four classes."""
     if not options.recorded:
         return None
@@ -85,7 +85,7 @@ def statistics_of(name: str, inputs: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def target_of(recorded: Recorded | None, name: str, statistic: str) -> Tensor:
+def target_of(recorded: RealStatistics | None, name: str, statistic: str) -> Tensor:
     part, moment = statistic.split(".")
     if name in BATCHNORM:
         layer = network()[int(name)]
@@ -332,7 +332,7 @@ def test_a_voter_without_layers_votes_by_its_cross_entropy(layers: str | None) -
     network = plain()
     own = None
     if layers is not None:
-        own = Matcher(network, StatisticsConfig(layers=layers), 3, 10.0, Recorded({}, {}), 0)
+        own = Matcher(network, StatisticsConfig(layers=layers), 3, 10.0, RealStatistics({}, {}), 0)
     terms, _ = vote([Voter("plain", network, matcher=own)], IMAGES)
     assert terms.bn.tolist() == [[0.0, 0.0, 0.0]]
     expected = nn.functional.cross_entropy(network(IMAGES.flatten(0, 1)), TARGETS.flatten()) * 3

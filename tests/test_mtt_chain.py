@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import cvdd.context
 from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
+from cvdd.chain.compare import Result
 from cvdd.chain.images import load_history, load_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
@@ -101,6 +102,14 @@ def test_the_whitening_lies_with_the_images(made: tuple[Context, Artifact]) -> N
     ours = load_file(artifact.path / "whitening.safetensors")
     theirs = load_file(whitening.path / "whitening.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_whitening_is_no_image_however_large(made: tuple[Context, Artifact]) -> None:
+    _, artifact = made
+    measured = dict.fromkeys(("top1", "best_top1", "top5", "loss"), 50.0)
+    student = Artifact(artifact.path, {**artifact.manifest, "metrics": measured})
+    shown = Result("mtt", "convnet", "mtt", (0,), (student,), artifact, None).summary()["image_bytes"]
+    assert 0 < shown == artifact.bytes - (artifact.path / "whitening.safetensors").stat().st_size
 
 
 def test_snapshots_are_those_of_their_epochs(made: tuple[Context, Artifact]) -> None:

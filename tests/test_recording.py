@@ -15,7 +15,7 @@ from cvdd.chain.members import load_network, make_member
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import channel_moments, patch_moments
-from cvdd.recording import Recorded, pool, record_statistics
+from cvdd.recording import RealStatistics, pool, record_statistics
 from cvdd.schema import StatisticsConfig
 
 pytest_plugins = ["chain_fixtures"]
@@ -36,7 +36,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(IMAGES.split(SPLIT), LABELS.split(SPLIT), strict=True))
 
 
-def record(**options: object) -> Recorded:
+def record(**options: object) -> RealStatistics:
     of_convolutions = {} if options.get("layers") == "bn" else {"patch": 3}
     config = StatisticsConfig.model_validate({"layers": "bn_and_conv", **of_convolutions, **options})
     return record_statistics(small_network().double(), batches(), config, CLASSES)

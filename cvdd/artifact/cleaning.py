@@ -9,10 +9,8 @@ from pathlib import Path
 
 from cvdd.artifact.claims import Claim, Claims
 from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, read_manifests
+from cvdd.artifact.places import PARTIAL, lock_file, part_locks
 from cvdd.artifact.uses import used_by_others
-
-PARTIAL = ".partial"
-LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,11 @@ def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[t
             shutil.rmtree(item.path)
         finally:
             claim.release()
-        shutil.rmtree(_locks(item.path) / f"{item.path.name}.parts", ignore_errors=True)
+        shutil.rmtree(part_locks(item.path), ignore_errors=True)
         yield item, True
 
 
-def _locks(path: Path) -> Path:
-    kind = path.parent.parent if path.parent.name == PARTIAL else path.parent
-    return kind / LOCKS
-
-
 def _claim(claims: Claims, path: Path) -> Claim | None:
-    folder = _locks(path)
-    folder.mkdir(exist_ok=True)
-    return claims.take(folder / f"{path.name}.lock")
+    file = lock_file(path)
+    file.parent.mkdir(exist_ok=True)
+    return claims.take(file)

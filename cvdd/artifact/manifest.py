@@ -56,7 +56,11 @@ class Artifact:
     @property
     def bytes(self) -> int:
         """Size of all its files."""
-        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+        return self.bytes_without()
+
+    def bytes_without(self, *names: str) -> int:
+        """Size of its files but those of these names."""
+        return sum(int(entry["bytes"]) for name, entry in self.manifest["files"].items() if name not in names)
 
 
 def digest_of(kind: str, identity: Mapping[str, Any], parents: Sequence[Artifact]) -> str:

@@ -23,6 +23,7 @@ from cvdd.artifact.manifest import (
     verify,
 )
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
+from cvdd.artifact.places import lock_file, part_locks, unfinished
 from cvdd.artifact.sealing import peak_memory, seal
 from cvdd.artifact.sessions import Session, seconds_of_sessions
 from cvdd.artifact.uses import Uses
@@ -119,7 +120,7 @@ class Store:
         path = making.path(self.root)
         if (sealed := sealed_as(path)) is not None:
             return self.open(sealed)
-        folder = self.root / kind / ".locks" / f"{path.name}.parts"
+        folder = part_locks(path)
         with store_errors(self.root):
             watched = False
             while not (path / MANIFEST).exists():
@@ -176,7 +177,7 @@ class Store:
 
     def _begin(self, path: Path) -> Path:
         """Return the directory in which an artefact is built; its lock is held."""
-        work = path.parent / ".partial" / path.name
+        work = unfinished(path)
         self._uses.note(work)
         work.mkdir(parents=True, exist_ok=True)
         log.info("making %s/%s", path.parent.name, path.name)
@@ -184,8 +185,7 @@ class Store:
 
     def _lock(self, path: Path) -> AbstractContextManager[None]:
         """Hold an artefact, so that only one process makes or seals it."""
-        file = path.parent / ".locks" / f"{path.name}.lock"
-        return held(self.claims, file, f"{path.parent.name}/{path.name}")
+        return held(self.claims, lock_file(path), f"{path.parent.name}/{path.name}")
 
 
 @dataclass(frozen=True)

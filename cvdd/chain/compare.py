@@ -14,6 +14,7 @@ from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
 from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import Priors, find_priors
+from cvdd.chain.space import WHITENING
 from cvdd.chain.students import make_student
 from cvdd.context import Context
 from cvdd.seeds import derive_seed
@@ -47,6 +48,11 @@ class Result:
         """One number per seed."""
         return [float(student.metrics[metric]) for student in self.students]
 
+    def standard_error(self, metric: str = "top1") -> float | None:
+        """Of the mean over seeds; None with a single one."""
+        values = self.values(metric)
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
     def summary(self) -> dict[str, Any]:
         """Everything about it that belongs in a table, as JSON."""
         top1 = self.values()
@@ -58,13 +64,14 @@ class Result:
             "n": len(top1),
             "top1": statistics.fmean(top1),
             "std": statistics.stdev(top1) if len(top1) > 1 else None,
-            "standard_error": statistics.stdev(top1) / math.sqrt(len(top1)) if len(top1) > 1 else None,
+            "standard_error": self.standard_error(),
             "best_top1": statistics.fmean(self.values("best_top1")),
             "top5": statistics.fmean(self.values("top5")),
             "loss": statistics.fmean(self.values("loss")),
             "seeds": list(self.seeds),
             "top1_by_seed": top1,
-            "image_bytes": self.images.bytes if self.images else None,
+            # A whitening is no image, however large.
+            "image_bytes": self.images.bytes_without(WHITENING) if self.images else None,
             "label_bytes": self.labels.bytes if self.labels else None,
             "images": self.images.path.name if self.images else None,
             "labels": self.labels.artifact.path.name if self.labels and self.labels.artifact else None,
@@ -161,10 +168,10 @@ def _full_data(context: Context) -> Sequence[Result]:
     config = context.config
     if not config.protocol.full_data:
         return []
-    results = []
+    results, serving = [], context.differing({}, context.label, serves="students")
     for name, backbone in config.students.items():
         trained = [
-            make_classifier(context, f"full-{name}-seed{seed}", backbone, derive_seed(seed, "student"))
+            make_classifier(serving, f"full-{name}-seed{seed}", backbone, derive_seed(seed, "student"))
             for seed in config.protocol.seeds
         ]
         students = tuple(_as_student(artifact) for artifact in trained)

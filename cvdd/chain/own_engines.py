@@ -32,6 +32,7 @@ class OwnEngine:
         images: makes the images.
         student: trains a student on them where ``protocol.student=method``.
         labels: says what it learns there; None where labels are made as for any other method.
+        learns_labels: whether what it learns there was distilled too, and lies beside the images.
         check: refuses before any work what its stages would refuse.
     """
 
@@ -41,6 +42,7 @@ class OwnEngine:
     apart: bool
     images: Callable[[Context], Artifact]
     student: Callable[[Context, Artifact, str, BackboneConfig, int], Artifact]
+    learns_labels: Callable[[Context], bool]
     labels: Callable[[Context, Artifact], Labels] | None = None
     check: Callable[[Context], None] | None = None
 
@@ -54,6 +56,7 @@ OWN: Mapping[str, OwnEngine] = MappingProxyType(
             apart=True,
             images=make_apm_images,
             student=make_apm_student,
+            learns_labels=lambda context: True,
             labels=apm_labels,
             check=check_apm,
         ),
@@ -64,6 +67,7 @@ OWN: Mapping[str, OwnEngine] = MappingProxyType(
             apart=False,
             images=make_mtt_images,
             student=make_mtt_student,
+            learns_labels=lambda context: mtt_of(context).labels == "learned",
         ),
     }
 )

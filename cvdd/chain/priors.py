@@ -61,7 +61,7 @@ def measure_prior(context: Context, member: str) -> Priors:
     Every step is an ordinary artefact, so a prior is measured once whatever is changed later in the committee.
     """
     config, prior = context.config, context.config.prior
-    single = context.differing(prior_overrides(config, member), f"prior of {member}")
+    single = context.differing(prior_overrides(config, member), f"prior of {member}", serves="priors")
     images = make_images(single, {})
     labels = make_labels(single, images, {})
     backbone = config.committee.members[prior.observer].backbone

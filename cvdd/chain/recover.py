@@ -30,7 +30,7 @@ from cvdd.matching import Matcher
 from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.methods.fadrm import adjustable_residual
 from cvdd.progress import Advance
-from cvdd.recording import Recorded
+from cvdd.recording import RealStatistics
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 UNITS = "units"
 
-Member = tuple[Voter, Recorded | None]
+Member = tuple[Voter, RealStatistics | None]
 """A member that votes, and recorded statistics where the method matches any."""
 
 

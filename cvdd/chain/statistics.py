@@ -18,7 +18,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.layer_statistics import Moments
 from cvdd.member import augment
-from cvdd.recording import Recorded, Table, record_statistics
+from cvdd.recording import RealStatistics, Table, record_statistics
 from cvdd.seeds import derive_seed, generator
 
 STATISTICS = "statistics.safetensors"
@@ -68,13 +68,13 @@ def make_statistics(context: Context, name: str) -> Artifact:
     return context.store.make("statistics", f"{data.name}-{name}", identity, [member], build)
 
 
-def load_statistics(artifact: Artifact) -> Recorded:
+def load_statistics(artifact: Artifact) -> RealStatistics:
     """Read the statistics that :func:`make_statistics` made."""
     tables: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {"layers": {}, "classes": {}}
     for key, tensor in load_file(artifact.path / STATISTICS).items():
         table, layer, part, moment = key.split("/")
         tables[table].setdefault(layer, {}).setdefault(part, {})[moment] = tensor
-    return Recorded(_table(tables["layers"]), _table(tables["classes"]))
+    return RealStatistics(_table(tables["layers"]), _table(tables["classes"]))
 
 
 def _table(tree: dict[str, dict[str, dict[str, Tensor]]]) -> Table:
@@ -84,7 +84,7 @@ def _table(tree: dict[str, dict[str, dict[str, Tensor]]]) -> Table:
     }
 
 
-def _flat(recorded: Recorded) -> dict[str, Tensor]:
+def _flat(recorded: RealStatistics) -> dict[str, Tensor]:
     return {
         f"{name}/{layer}/{part}/{moment}": tensor.contiguous().cpu()
         for name, table in (("layers", recorded.layers), ("classes", recorded.classes))

@@ -94,9 +94,8 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         return Scale(images, 1, images * 24.0 * step.size**3, images * 3 * step.size**2 * 4 * 6)
     if isinstance(step, ScoreStep):
         label, one = step.settings, profiles(step.network, "forward")
-        shown = label.batch_size * label.stack
         # Halves of two are the least that BatchNorm can normalise.
-        return Scale(1, min(label.batch_size, 4), one.flops, one.activations * shown + one.weights)
+        return Scale(1, min(label.batch_size, 4), one.flops, one.activations * step.together + one.weights)
     if isinstance(step, MeasureStep):
         one = profiles(step.network, "forward")
         return Scale(1, 1, one.flops, one.activations * step.batch + one.weights)
@@ -105,7 +104,7 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         return Scale(1, patches.factor**2, one.flops * patches.crops, one.activations * SCORED_AT_ONCE + one.weights)
     if isinstance(step, ReplayStep):
         label = step.settings
-        held = label.batch_size * label.stack * 3 * step.size**2 * 4 * 3
+        held = step.together * 3 * step.size**2 * 4 * 3
         return Scale(1, min(label.batch_size, 4), 12.0 * step.size**3, held)
     return Scale(1, 1, 0.0, 0.0)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -138,7 +138,7 @@ class PlanStore(Store):
             artifact = Artifact(path, manifest)
         context = self.context
         if context is not None and kind != "data":
-            stage = _stage(kind, name, context)
+            stage = _stage(kind, context)
             recorded = records(context.config.engine.cuda_graphs, context.device)
             piece = Piece(stage, artifact, made is not None, tuple(parents), context.config, context.data(), recorded)
             self.pieces.setdefault(piece.name, piece)
@@ -172,9 +172,11 @@ class Planning(Context):
                 self.notes[why] = None
         return self._loaded[key]
 
-    def differing(self, overrides: Mapping[str, Any], label: str) -> Planning:
+    def differing(
+        self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None
+    ) -> Planning:
         """Return a context whose configuration differs, and whose pieces are noted with it."""
-        changed = super().differing(overrides, label)
+        changed = super().differing(overrides, label, serves)
         assert isinstance(changed, Planning)
         return _bound(changed)
 
@@ -243,10 +245,10 @@ _WALKS: Mapping[str, Callable[[Planning], None]] = {
 }
 
 
-def _stage(kind: str, name: str, context: Context) -> str:
-    if kind in ("images", "students") and context.label.startswith("prior of "):
+def _stage(kind: str, context: Context) -> str:
+    if context.serves == "priors" and kind in ("images", "students"):
         return "priors"
-    if kind == "members" and name.startswith(f"{context.data().name}-full-"):
+    if context.serves == "students" and kind == "members":
         # Students of all real data are trained like members.
         return "students"
     return _STAGE_OF.get(kind, "images")

@@ -147,15 +147,17 @@ class ScoreStep:
     Attributes:
         network: the teacher.
         label: JSON of the label recipe.
+        together: samples in the largest forward pass.
     """
 
     network: Network
     label: str
+    together: int
 
     @staticmethod
-    def of(network: Network, label: LabelConfig) -> ScoreStep:
+    def of(network: Network, label: LabelConfig, together: int) -> ScoreStep:
         """Return the step of a label recipe, whatever its length."""
-        return ScoreStep(network, _plain(label))
+        return ScoreStep(network, _plain(label), together)
 
     @property
     def settings(self) -> LabelConfig:
@@ -170,15 +172,17 @@ class ReplayStep:
     Attributes:
         label: JSON of the label recipe.
         size: of the images in pixels.
+        together: samples that are held at once.
     """
 
     label: str
     size: int
+    together: int
 
     @staticmethod
-    def of(label: LabelConfig, size: int) -> ReplayStep:
+    def of(label: LabelConfig, size: int, together: int) -> ReplayStep:
         """Return the step of a label recipe, whatever its length."""
-        return ReplayStep(_plain(label), size)
+        return ReplayStep(_plain(label), size, together)
 
     @property
     def settings(self) -> LabelConfig:

@@ -30,6 +30,7 @@ from cvdd.cost.steps import (
 from cvdd.engine import can_be_recorded
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
+from cvdd.labels import samples_at_most
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
 from cvdd.selection import FEATURES_AT_ONCE
@@ -252,9 +253,10 @@ def _measure(piece: Piece, work: Work, network: Network, images: int, batch: int
 
 
 def _score(piece: Piece, work: Work, label: LabelConfig, teachers: list[Artifact], samples: int) -> None:
-    size = piece.data.image_size
-    steps: list[Step] = [ScoreStep.of(_network(piece, one.manifest["identity"]), label) for one in teachers]
-    steps.append(ReplayStep.of(label, size))
+    images = piece.parents[0]
+    together = samples_at_most(label, int(images.metrics["images"]), label.stack)
+    steps: list[Step] = [ScoreStep.of(_network(piece, one.manifest["identity"]), label, together) for one in teachers]
+    steps.append(ReplayStep.of(label, piece.data.image_size, together))
     for step in steps:
         work.use(step, samples)
     if piece.recorded:

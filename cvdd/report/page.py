@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvdd.chain.compare import FULL_DATA, Distilled, Result
 from cvdd.chain.images import load_history
+from cvdd.chain.own_engines import own_engine
 from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.readable import readable_bytes, readable_seconds
@@ -106,12 +107,11 @@ def _labels_kept(result: Result) -> str:
     """Say how many bytes the labels of a row have, or why they have none."""
     if result.labels is None or result.labels.artifact is not None:
         return readable_bytes(result.summary()["label_bytes"])
-    config = result.labels.context.config
-    if teachers_of(config):
+    context = result.labels.context
+    if teachers_of(context.config):
         return "not stored"
-    mtt = config.method.mtt
-    own = config.protocol.student == "method" and (mtt is None or mtt.labels == "learned")
-    return "with images" if own else "hard"
+    own = own_engine(context.config.method) if context.config.protocol.student == "method" else None
+    return "with images" if own and own.learns_labels(context) else "hard"
 
 
 def _verdict(results: Sequence[Result]) -> str:

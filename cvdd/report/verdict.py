@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,8 @@ def hold_against(
     if expected is None:
         return None
     (own,) = [result for result in results if (result.row, result.student) == (results[0].row, expected.student)]
-    values = own.values("best_top1" if expected.epoch == "best" else "top1")
+    metric = "best_top1" if expected.epoch == "best" else "top1"
+    values = own.values(metric)
     measured = statistics.fmean(values)
     within = None
     if expected.value is not None and expected.tolerance is not None and not changed:
@@ -40,7 +40,7 @@ def hold_against(
     return {
         "expected": expected.model_dump(mode="json"),
         "measured": measured,
-        "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+        "standard_error": own.standard_error(metric),
         "n": len(values),
         "within": within,
         "changed": list(changed),

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cvdd.artifact.claims import Claims, claims_for
-from cvdd.artifact.cleaning import PARTIAL
 from cvdd.artifact.parts import FINISHED, TAKEN
 from cvdd.artifact.parts import Table as States
+from cvdd.artifact.places import PARTIAL
 from cvdd.artifact.sessions import seconds_of_sessions
 from cvdd.artifact.uses import used_by
 from cvdd.jobs import JOB, read_job
