@@ -157,7 +157,9 @@ def test_what_is_recorded_is_held_together(compose: Compose, monkeypatch: pytest
 
 def test_no_more_samples_are_held_than_there_are(compose: Compose) -> None:
     """Sixteen batches of 1024 fit a pass; three epochs of a hundred images share one, and are all there is."""
-    counted = works(compose("relabel", "label.batch_size=1024", "label.stack=16", "label.epochs=3"))
+    counted = works(
+        compose("relabel", "label.batch_size=1024", "label.stack=16", "label.epochs=3", "protocol.epochs=3")
+    )
     steps = [step for piece, work in counted if piece.stage == "labels" for step in work.uses]
     assert {step.together for step in steps if isinstance(step, ScoreStep | ReplayStep)} == {300}
 
