@@ -99,6 +99,7 @@ class Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             # What ends a recording that failed may fail too, and hide why.
+            _abandon(self._stream.device, self._pool)
             self._pool = torch.cuda.graph_pool_handle()
             if any(is_out_of_memory(cause) for cause in _causes(error)):
                 raise MemoryError(f"no more memory on {held[0].device if held else 'the GPU'}") from error
@@ -126,6 +127,20 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _abandon(device: torch.device, pool: Any) -> None:
+    """Let go of the memory of a recording that could not be ended: PyTorch does so only for one that was.
+
+    The allocator would otherwise go on as if it were recorded to, and never give these blocks to anything else.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch._C._cuda_endAllocateToPool(index, pool)
+    except RuntimeError:
+        # It was ended, and its graph lets go.
+        return
+    torch._C._cuda_releasePool(index, pool)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.graphs import WARM_UP_CALLS, Recorded
+from cvdd.graphs import WARM_UP_CALLS, Recorded, _abandon
 
 CPU = torch.device("cpu")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,6 +83,10 @@ def test_a_recording_that_is_spoilt_is_tried_once_more(
     }
     for name, stand_in in paper.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    pools: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: pools.append("ended"))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: pools.append("released"))
     monkeypatch.setattr(_Graph, "failing", failing)
     made: list[float] = []
     recorded = Recorded(lambda values: made.append(float(values)) or values, CPU, "a step")  # type: ignore[func-returns-value]
@@ -93,6 +97,16 @@ def test_a_recording_that_is_spoilt_is_tried_once_more(
     assert bool([record for record in caplog.records if record.levelno >= logging.WARNING]) is warned
     assert len(recorded._recordings) == (0 if warned else 1)
     assert gc.isenabled()
+    assert pools == ["ended", "released"] * failing
+
+
+def test_memory_of_an_ended_recording_is_left_to_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(index: int, pool: object) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: pytest.fail("released twice"))
+    _abandon(torch.device("cuda", 0), (0, 1))
 
 
 @with_gpu
@@ -100,6 +114,7 @@ def test_what_waits_for_the_device_is_not_recorded(caplog: pytest.LogCaptureFixt
     total = torch.zeros((), device="cuda")
 
     def impatient(values: Tensor) -> Tensor:
+        torch.zeros(2**26, device="cuda").add_(1)
         total.add_(1)
         return values * float(values.sum().item())
 
@@ -110,5 +125,7 @@ def test_what_waits_for_the_device_is_not_recorded(caplog: pytest.LogCaptureFixt
             assert total.item() == number
     (warning,) = caplog.records
     assert "waiting cannot be recorded" in warning.getMessage()
-    # And the device is as good as before.
+    # And the device is as good as before, all of its memory included.
     assert torch.ones(2, device="cuda").sum().item() == 2
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < 2**27
