@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cvdd.surroundings import SURROUNDINGS
+
 FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
 """The field behind each of these groups, for numbers that have no file."""
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
-_SURROUNDINGS = re.compile(r"[+~]*(paths|trainer|logger|hydra)[./=@]")
+_SURROUNDINGS = re.compile(rf"[+~]*({'|'.join(SURROUNDINGS)}|hydra)[./=@]")
 _MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
 
 

@@ -10,23 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import os
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from cvdd.children import begin_child, started
 from cvdd.schema import SILENT, RunConfig, with_overrides
-
-log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_TO_STOP = 10.0
 
 Item = TypeVar("Item")
 
@@ -42,25 +32,12 @@ def assisted(config: RunConfig) -> Iterator[None]:
     if not count:
         yield
         return
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        written = Path(folder) / "config.json"
-        written.write_text(with_overrides(config, SILENT).model_dump_json())
+    silent = with_overrides(config, SILENT)
+    with contextlib.ExitStack() as running:
         for index in range(1, count + 1):
-            journal = running.enter_context((config.paths.output / f"assistant{index}.log").open("w"))
-            command = [sys.executable, "-m", "cvdd.assistants", str(written), str(index), str(count + 1)]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=journal, stderr=subprocess.STDOUT)
-            running.callback(_stop, process)
+            journal = config.paths.output / f"assistant{index}.log"
+            running.enter_context(started("cvdd.assistants", silent, index, count + 1, journal=journal))
         yield
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    # Whatever it was in the middle of is kept in the store and goes on from there.
-    process.terminate()
-    try:
-        process.wait(SECONDS_TO_STOP)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def own_way(items: Sequence[Item], index: int, total: int) -> list[Item]:
@@ -92,7 +69,7 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.chain.compare import make_sets, rows_of, student_of
     from cvdd.chain.members import make_member
     from cvdd.chain.own_engines import own_engine
-    from cvdd.chain.priors import find_priors, measure_prior, priors_needed
+    from cvdd.chain.priors import find_priors, measure_prior, priors_needed, priors_of_row
     from cvdd.context import Context
     from cvdd.runtime import prepare_process
 
@@ -111,27 +88,21 @@ def assist(config: RunConfig, index: int, total: int) -> None:
             make_member(context, name)
         for name in own_way(members, index, total):
             measure_prior(context, name)
-    priors = find_priors(context)
+    shared = find_priors(context)
     rows = list(rows_of(context))
     seeds = sorted({seed for _, row in rows for seed in row.config.protocol.seeds})
     for (row, row_context), seed in own_way(list(itertools.product(rows, seeds)), index, total):
         if seed not in row_context.config.protocol.seeds:
             continue
+        priors = priors_of_row(context, row_context, shared)
         made = make_sets(row_context, row, priors, [seed])[seed]
         for name, backbone in config.students.items():
             student_of(made, name, backbone, seed)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
-
-
 def _main(arguments: Sequence[str]) -> None:
+    begin_child()
     written, index, total = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     assist(RunConfig.model_validate_json(written.read_text()), index, total)
 
 

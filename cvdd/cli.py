@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError, prepare
+from cvdd.arguments import ArgumentError, prepare, quote_numbers
 from cvdd.launching import check_launcher, check_multirun, launcher_field, register_resolvers, require_launcher
 from cvdd.outcome import USER_ERROR, told
 from cvdd.sweep import with_points
@@ -51,7 +51,7 @@ def _command(verb: str) -> None:
 def _again(verb: str, overrides: list[str]) -> DictConfig:
     from hydra import compose
 
-    return compose(verb, overrides)
+    return compose(verb, quote_numbers(overrides, config_directory()))
 
 
 def _run(composed: DictConfig) -> float | None:

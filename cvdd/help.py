@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from hydra.core.global_hydra import GlobalHydra
 
-from cvdd.validation import Field, fields
+from cvdd.fields import Field, fields
 
 WIDTH = 120
 KEY_WIDTH = 34

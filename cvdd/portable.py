@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cvdd.schema import RunConfig
+from cvdd.surroundings import SURROUNDINGS
 
 _PATH = re.compile(
     r"""(?<=')/[^']*  | (?<=")/[^"]*                                    # quoted, it may hold anything else
@@ -25,6 +26,11 @@ def portable_config(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"paths", "cost"})
     roots = _roots(config)
     return {key: _replace(value, roots) for key, value in tree.items()}
+
+
+def what_is_made(config: RunConfig) -> dict[str, Any]:
+    """Return what :func:`portable_config` does, but for how a command runs: equal for runs that make the same."""
+    return {key: value for key, value in portable_config(config).items() if key not in SURROUNDINGS}
 
 
 def portable_override(override: str, config: RunConfig | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
 from cvdd.chain.initial import require_real_images
 from cvdd.chain.own_engines import own_engine
-from cvdd.chain.priors import priors_needed
+from cvdd.chain.priors import priors_needed, shares_priors
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -21,7 +21,7 @@ from cvdd.engine import records
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
-from cvdd.schema import RunConfig, teachers_of
+from cvdd.schema import RunConfig, teachers_of, votes_by_priors
 from cvdd.units import plan_units
 
 
@@ -35,37 +35,37 @@ def check_before_work(context: Context) -> None:
     """
     config = context.config
     records(config.engine.cuda_graphs, context.device)
-    classes = config.dataset.num_classes or len(config.dataset.classes) or len(context.data().classes)
     rows = _rows(context)
+    measuring = _measuring(rows)
     labels = config.verb in ("relabel", "evaluate")
     for name, row in rows.items() if labels else ():
         with _said_of(name):
-            check_batches(_images(row, classes), row.config.label)
-    measuring = _measuring(context)
-    for row in measuring:
-        check_batches(_images(row, classes), row.config.label, measures_prior=True)
-    members = {
-        name: _try(f"committee.members.{name}", member.backbone, classes, config.dataset.image_size)
-        for name, member in config.committee.members.items()
-    }
+            check_batches(_images(row), row.config.label)
+    for name, row in measuring.items():
+        with _said_of(name):
+            check_batches(_images(row), row.config.label, measures_prior=True)
+    networks = _Networks()
+    members = {name: _members(name, row, networks) for name, row in rows.items()}
     if config.verb == "evaluate":
         for name, backbone in config.students.items():
-            _try(f"students.{name}", backbone, classes, config.dataset.image_size)
+            networks.get(f"students.{name}", backbone, context)
     if config.verb == "train":
         return
-    needed = dict.fromkeys(name for row in rows.values() for name in _matched(row.config, classes))
-    needed |= dict.fromkeys(name for row in rows.values() if labels for name in _replaced(row.config))
-    needed |= dict.fromkeys(name for row in measuring for name in _measured(row.config))
-    for name in needed:
-        require_batchnorm(members[name], name)
+    for name, row in rows.items():
+        with _said_of(name):
+            needed = [*_matched(row.config, _classes(row)), *(_replaced(row.config) if labels else ())]
+            needed += _measured(measuring[name].config) if name in measuring else []
+            for member in dict.fromkeys(needed):
+                require_batchnorm(members[name][member], member)
     for name, row in rows.items():
         with _said_of(name):
             _check_real_images(row, "ipc.images_per_class")
             own = own_engine(row.config.method)
             if own and own.check:
                 own.check(row)
-    for row in measuring:
-        _check_real_images(row, "prior.images_per_class")
+    for name, row in measuring.items():
+        with _said_of(name):
+            _check_real_images(row, "prior.images_per_class")
 
 
 def _rows(context: Context) -> dict[str, Context]:
@@ -87,18 +87,62 @@ def _said_of(row: str) -> Iterator[None]:
         raise ConfigError(f"{row}: {error}") from error
 
 
-def _measuring(context: Context) -> list[Context]:
-    """List what measures the priors: nothing if none are, and one for all members, who do not differ in what counts."""
-    config = context.config
-    if config.verb == "train" or config.prior.source != "measured" or not priors_needed(config):
-        return []
-    return [context.differing(prior_overrides(config, config.prior.observer), "")]
+def _measuring(rows: Mapping[str, Context]) -> dict[str, Context]:
+    """What measures priors, by row: once for all members of a row, who do not differ in what counts.
+
+    Rows that share the priors of the first measure none.
+    """
+    own = rows[""].config
+    measuring = {}
+    for name, row in rows.items():
+        config = row.config
+        shared = name and shares_priors(own, config)
+        if config.verb != "train" and config.prior.source == "measured" and not shared and priors_needed(config):
+            measuring[name] = row.differing(prior_overrides(config, config.prior.observer), "")
+    return measuring
 
 
-def _images(context: Context, classes: int) -> int:
+def _classes(context: Context) -> int:
+    dataset = context.config.dataset
+    return dataset.num_classes or len(dataset.classes) or len(context.data().classes)
+
+
+def _images(context: Context) -> int:
     """Count the images of the distilled set."""
     config = context.config
-    return len(context.data().train) if config.method.init == "all" else config.ipc.images_per_class * classes
+    return len(context.data().train) if config.method.init == "all" else config.ipc.images_per_class * _classes(context)
+
+
+class _Networks:
+    """Networks without their pretrained weights that took an image of their data set, each built once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], nn.Module] = {}
+
+    def get(self, where: str, backbone: BackboneConfig, context: Context) -> nn.Module:
+        """Return a network.
+
+        Args:
+            where: the field that names it, for messages.
+            backbone: its configuration.
+            context: with its data set.
+
+        Raises:
+            ConfigError: it cannot be built, or takes no such images.
+        """
+        classes, side = _classes(context), context.config.dataset.image_size
+        key = (backbone.model_dump_json(), classes, side)
+        if key not in self._known:
+            self._known[key] = _try(where, backbone, classes, side)
+        return self._known[key]
+
+
+def _members(row: str, context: Context, networks: _Networks) -> dict[str, nn.Module]:
+    with _said_of(row):
+        return {
+            name: networks.get(f"committee.members.{name}", member.backbone, context)
+            for name, member in context.config.committee.members.items()
+        }
 
 
 def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Module:
@@ -128,7 +172,8 @@ def _matched(config: RunConfig, classes: int) -> list[str]:
     if not (method.recovers and method.r_bn) or method.statistics.layers != "bn" or unknown:
         return []
     units = plan_units(config.ipc.images_per_class, classes, method)
-    voting = {index for draw in plan_draws(config, units, config.prior.values) for index in draw}
+    values = config.prior.values if votes_by_priors(config) else {}
+    voting = {index for draw in plan_draws(config, units, values) for index in draw}
     return [name for index, name in enumerate(members) if index in voting and members[name].bn_scale]
 
 

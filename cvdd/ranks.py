@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cvdd.children import begin_child, started
 from cvdd.config_base import ConfigError
 from cvdd.distributed import FAILED, LOOPBACK, SECONDS_BETWEEN_LOOKS, World, given_world, lost
 from cvdd.schema import SILENT, RunConfig, with_overrides
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 SECONDS_TO_NOTICE = 60.0
 """How long a rank that waits for a dead one has to say so by itself."""
 SECONDS_TO_FINISH = 60.0
-SECONDS_TO_STOP = 10.0
 TIME_TO_COME = timedelta(minutes=15)
 
 
@@ -92,25 +92,13 @@ def _others(config: RunConfig, world: World) -> Iterator[None]:
     """Run the other ranks while the body runs."""
     output = config.paths.output
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        written = Path(folder) / "config.json"
-        written.write_text(config.model_dump_json())
+    with contextlib.ExitStack() as running:
         processes = []
         for rank in range(1, world.size):
-            journal = running.enter_context((output / f"rank{rank}.log").open("w"))
-            command = [
-                sys.executable,
-                "-m",
-                "cvdd.ranks",
-                str(written),
-                *map(str, (rank, world.size, world.port)),
-            ]
             # A session of their own: Ctrl-C is for rank 0, which ends them.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=journal, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            running.callback(_stop, process)
-            processes.append(process)
+            place = (rank, world.size, world.port)
+            rank_process = started("cvdd.ranks", config, *place, journal=output / f"rank{rank}.log", own_session=True)
+            processes.append(running.enter_context(rank_process))
         done = threading.Event()
         running.callback(done.set)
         watch = threading.Thread(target=_watch, args=(processes, world, output, done), daemon=True, name="ranks")
@@ -139,16 +127,6 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], world: World, output: P
             os._exit(1)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 @contextlib.contextmanager
 def in_silence(config: RunConfig) -> Iterator[RunConfig]:
     """Yield the configuration of a rank other than 0: nothing that it prints or draws is kept."""
@@ -160,15 +138,8 @@ def in_silence(config: RunConfig) -> Iterator[RunConfig]:
         yield with_overrides(config, {**SILENT, "paths.output": Path(folder)})
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
-
-
 def _main(arguments: Sequence[str]) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    begin_child()
     from cvdd.outcome import told
     from cvdd.runtime import Invocation, work_as
 

@@ -10,16 +10,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from cvdd.arguments import ArgumentError
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
 from cvdd.schema import RunConfig
-from cvdd.validation import closest
+from cvdd.surroundings import FULL_DATA, is_shared_by_rows
+from cvdd.validation import closest, shared_by_rows
 
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
-
-SURROUNDINGS = ("verb", "paths", "trainer", "logger", "hydra", "compare", "expected")
-"""Parts of a configuration in which a row cannot differ from the rest."""
 
 
 def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
@@ -47,12 +46,24 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
     with open_dict(expanded):
         for name, row in written.items():
             overrides = [str(override) for override in row]
+            where = f"compare.{name}=[{','.join(overrides)}]"
+            for key in map(_key, overrides):
+                if is_shared_by_rows(key):
+                    raise ConfigError(f"{where}: {shared_by_rows(key)}")
             try:
                 tree = _tree(compose(overrides))
-            except (HydraException, OmegaConfBaseException) as error:
-                raise ConfigError(f"compare.{name}=[{','.join(overrides)}]: {_reason(error)}") from error
-            expanded.compare[name] = differences(base, tree)
+            except (HydraException, OmegaConfBaseException, ArgumentError) as error:
+                raise ConfigError(f"{where}: {_reason(error)}") from error
+            unknown = tree.keys() - base.keys()
+            if unknown:
+                raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
+            expanded.compare[name] = {key: value for key, value in differences(base, tree).items() if key != FULL_DATA}
     return expanded
+
+
+def _key(override: str) -> str:
+    group, _, package = override.lstrip("+~/").partition("=")[0].partition("@")
+    return (package or group).replace("/", ".")
 
 
 def _reason(error: Exception) -> str:
@@ -63,14 +74,17 @@ def _reason(error: Exception) -> str:
         return f"{group}={wrong}: choose {', '.join(error.options)}{closest(wrong, error.options, '')}"
     unknown = re.fullmatch(r"Could not override '(.+)'\.", first)
     if unknown:
-        known = [*RunConfig.model_fields, *(field.key for field in fields())]
-        return f"{unknown[1]}: there is no such field or group{closest(unknown[1], known)}"
+        return f"{unknown[1]}: there is no such field or group{_nearest(unknown[1])}"
     return first
+
+
+def _nearest(key: str) -> str:
+    return closest(key, [*RunConfig.model_fields, *(field.key for field in fields())])
 
 
 def _tree(config: DictConfig) -> dict[str, Any]:
     # Part by part, because the surroundings refer to things that only exist while a command runs.
-    return {str(key): _plain(config[key]) for key in config if key not in SURROUNDINGS}
+    return {str(key): _plain(config[key]) for key in config if key == "students" or not is_shared_by_rows(str(key))}
 
 
 def _plain(value: Any) -> Any:

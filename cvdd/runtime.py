@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from cvdd.distributed import World
 from cvdd.jobs import sign_in
 from cvdd.launching import tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
-from cvdd.portable import portable_config, portable_override
+from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
 from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
@@ -111,18 +112,13 @@ def run_name(config: RunConfig, invocation: Invocation) -> str:
 
 def run_id(config: RunConfig) -> str:
     """Identity of a run on a dashboard: the same for a repeated command, on whatever machine."""
-    tree = portable_config(config)
-    return digest_of("run", {key: value for key, value in tree.items() if key not in ("trainer", "logger")}, [])
+    return digest_of("run", what_is_made(config), [])
 
 
 def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:
     """The command that repeats this run, with names for the directories of this machine."""
-    typed = [_quoted(portable_override(override, config)) for override in invocation.overrides]
-    return [" ".join([f"python {config.verb}.py", *typed])]
-
-
-def _quoted(override: str) -> str:
-    return f"'{override}'" if any(character in override for character in ' {}[]()$*?<>|&;"') else override
+    typed = [portable_override(override, config) for override in invocation.overrides]
+    return [f"python {config.verb}.py {shlex.join(typed)}".rstrip()]
 
 
 def find_device(config: RunConfig, local_rank: int = 0) -> torch.device:

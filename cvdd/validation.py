@@ -14,11 +14,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cvdd.config_base import ConfigError
-from cvdd.fields import Field, field_at, fields, model_at
+from cvdd.fields import field_at, fields, model_at
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, with_overrides
-
-__all__ = ["Field", "check", "field_at", "fields"]
+from cvdd.surroundings import is_shared_by_rows
 
 REQUIREMENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -100,12 +99,31 @@ def _check_priors(run: RunConfig) -> None:
 def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> RunConfig:
     known = [field.key for field in fields()]
     for key, value in overrides.items():
+        if is_shared_by_rows(key):
+            raise ConfigError(f"{row}: {shared_by_rows(key)}")
         if not _exists(run, key):
-            raise ConfigError(f"{row}: {key}={_typed(value)}: there is no such field{closest(key, known)}")
+            raise ConfigError(f"{row}: {key}={_typed(value)}: {_why_missing(run, key, known)}")
     try:
         return with_overrides(run, dict(overrides))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{row}: {line}" for line in explain(error))) from error
+
+
+def shared_by_rows(key: str) -> str:
+    """Say why a row cannot have a field, and what to do instead."""
+    return f"{key} is the same for all rows; set it beside compare, or start a command of its own"
+
+
+def _why_missing(run: RunConfig, key: str, known: Sequence[str]) -> str:
+    if key not in known:
+        return f"there is no such field{closest(key, known)}"
+    node, path = run.model_dump(), list[str]()
+    for part in key.split("."):
+        if node is None:
+            break
+        path.append(part)
+        node = node[part]
+    return f"{'.'.join(path)} is null here; write the row as a list, so that it may choose a group that has it"
 
 
 def _exists(run: RunConfig, key: str) -> bool:

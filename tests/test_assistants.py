@@ -13,7 +13,7 @@ import pytest
 from helpers import tiny_context
 from mtt_helpers import mtt_context
 
-import cvdd.assistants
+import cvdd.children
 from cvdd.assistants import assist, assisted, own_way
 from cvdd.chain.compare import compare
 from cvdd.config_base import ConfigError
@@ -101,7 +101,7 @@ def test_assistants_end_with_the_comparison(tmp_path: Path, monkeypatch: pytest.
         started.append(original(*arguments, **options))  # type: ignore[call-overload]
         return started[-1]
 
-    monkeypatch.setattr(cvdd.assistants.subprocess, "Popen", noting)
+    monkeypatch.setattr(cvdd.children.subprocess, "Popen", noting)
     context = tiny_context(tmp_path, "trainer.assistants=2", "recipe.epochs=500")
     with assisted(context.config):
         assert len(started) == 2

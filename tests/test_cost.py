@@ -126,6 +126,22 @@ def test_rows_share_what_is_identical(compose: Compose) -> None:
     assert stages(works(same)) == alone
 
 
+def test_a_row_with_other_members_measures_their_priors(compose: Compose) -> None:
+    """Rows of the same members share the command's, whatever else they differ in."""
+
+    def measured(*overrides: str) -> set[str]:
+        counted = works(compose("evaluate", "compare=none", *overrides))
+        made = (piece.artifact for piece, _ in counted if piece.stage == "priors")
+        return {artifact.name for artifact in made if artifact.kind == "images"}
+
+    alone = measured()
+    assert len(alone) == 5
+    assert measured("+compare.row=['method=random_real','method.iterations=0']") == alone
+    others = measured("+compare.row=['committee=tiny_mixed']")
+    assert alone < others
+    assert any("vit" in name for name in others - alone)
+
+
 def test_a_verb_counts_no_later_stage(compose: Compose) -> None:
     assert list(stages(works(compose("train")))) == ["members"]
     assert "labels" not in stages(works(compose("distill")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, configure, tiny_context
 
 from cvdd.artifact import Store
@@ -12,6 +13,7 @@ from cvdd.backbones import batchnorm_layers
 from cvdd.chain.images import load_history
 from cvdd.chain.members import load_network, make_member
 from cvdd.config_base import ConfigError
+from cvdd.context import Context
 from cvdd.preflight import check_before_work
 from cvdd.runtime import Invocation, run
 
@@ -149,6 +151,33 @@ def test_classes_known_from_the_configuration_need_no_data(tmp_path: Path, monke
     monkeypatch.setattr(type(context), "data", lambda self: pytest.fail("the data were loaded"))
     with pytest.raises(ConfigError, match=r"label\.batch_size=9"):
         check_before_work(context)
+
+
+def row_with(root: Path, *row: str) -> Context:
+    """A comparison of one small network with a row of its own."""
+    typed = ",".join(f"'{override}'" for override in row)
+    overrides = ("dataset.digits.train_placements=1", "dataset.digits.test_placements=1", f"+compare.row=[{typed}]")
+    config = configure(root, "committee=tiny_resnet18", "compare=none", *overrides)
+    return Context(config, Store(config.paths.store), torch.device("cpu"))
+
+
+def test_a_row_may_have_members_that_the_command_has_not(tmp_path: Path) -> None:
+    check_before_work(row_with(tmp_path, "committee=tiny"))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (("committee.members.vit.bn_scale=1",), r"member vit has no BatchNorm layer"),
+        (
+            ("committee.members.vit.backbone.min_size=64",),
+            r"committee\.members\.vit: \w+ is made for images of at least 64",
+        ),
+    ],
+)
+def test_members_of_a_row_are_looked_at_too(row: tuple[str, ...], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^compare\.row: {problem}"):
+        check_before_work(row_with(tmp_path, "committee=tiny_mixed", *row))
 
 
 # --- networks of timm -------------------------------------------------------------------------------------------------

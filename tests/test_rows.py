@@ -38,6 +38,51 @@ def test_a_row_may_choose_another_committee(tmp_path: Path) -> None:
     assert list(made.committee.members) == ["resnet18"]
 
 
+def test_a_row_may_choose_a_numbered_file(tmp_path: Path) -> None:
+    config = check(row_of(tmp_path, ["ipc=50", "temperature=1"]))
+    made = with_overrides(config, {**config.compare["row"], "compare": {}})
+    assert (made.ipc.images_per_class, made.temperature.vote) == (50, 1.0)
+    with pytest.raises(ConfigError, match=r"compare\.row=\[ipc=7\]: ipc=7: there is no preset 7; choose"):
+        row_of(tmp_path, ["ipc=7"])
+
+
+SHARED = {
+    "students": "students=tiny_all",
+    "students.mine": "+backbone@students.mine=timm",
+    "trainer.threads": "trainer.threads=3",
+    "trainer": "trainer=cpu",
+    "paths.store": "paths.store=elsewhere",
+    "logger": "logger=wandb",
+    "cost": "cost=true",
+    "hydra.job.name": "hydra.job.name=x",
+    "protocol.full_data": "protocol.full_data=true",
+}
+
+
+@pytest.mark.parametrize(("key", "typed"), SHARED.items())
+def test_what_all_rows_share_is_no_matter_of_one(tmp_path: Path, key: str, typed: str) -> None:
+    """It would be ignored."""
+    with pytest.raises(ConfigError, match=rf"compare\.row=.*: \S*{re.escape(key)}.* is the same for all rows; set it"):
+        row_of(tmp_path, [typed])
+
+
+@pytest.mark.parametrize("key", ["verb", "paths.store", "students.x", "protocol.full_data", "compare"])
+def test_nor_is_it_in_a_row_of_fields(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^compare\.row: {re.escape(key)} is the same for all rows"):
+        check(compose_raw(tmp_path, "evaluate", "compare=none", f"+compare.row={{{key}: x}}"))
+
+
+def test_a_protocol_of_its_own_does_not_ask_for_another_row_of_all_data(tmp_path: Path) -> None:
+    config = check(row_of(tmp_path, ["protocol=paper"], "protocol.full_data=true"))
+    assert config.compare["row"]
+    assert "protocol.full_data" not in config.compare["row"]
+
+
+def test_a_field_of_a_section_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method\.mtt\.steps=5: method\.mtt is null here; write the row as a list"):
+        check(compose_raw(tmp_path, "evaluate", "compare=none", "+compare.row={method.mtt.steps: 5}"))
+
+
 def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
     config = check(compose_raw(tmp_path, "evaluate", "compare=random_real"))
     assert config.compare["random_real"]["method.init"] == "real"
@@ -48,6 +93,7 @@ def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
     [
         ("method=cvdd_tniy", "method=cvdd_tniy: choose apm, .*, tesla; did you mean cvdd_tiny?"),
         ("method.lrr=1", "method.lrr: there is no such field or group; did you mean method.lr?"),
+        ("+foo=1", "foo: there is no such field"),
         ("lable=tiny", "lable: there is no such field or group; did you mean label?"),
     ],
 )

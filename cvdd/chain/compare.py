@@ -13,7 +13,7 @@ from cvdd.backbones import BackboneConfig
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
 from cvdd.chain.own_engines import make_distilled, own_engine
-from cvdd.chain.priors import Priors, find_priors
+from cvdd.chain.priors import Priors, find_priors, priors_of_row
 from cvdd.chain.space import WHITENING
 from cvdd.chain.students import make_student
 from cvdd.context import Context
@@ -127,11 +127,10 @@ def rows_of(context: Context) -> Iterator[tuple[str, Context]]:
 
 def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     """Measure all students on the configuration's own distilled set and on the rows that it is compared with."""
-    # All rows share the priors of the configuration itself: a comparison is of images under equal labels, and a
-    # prior measured with another row's initial images would change the weights of the teachers.
-    priors = find_priors(context)
+    shared = find_priors(context)
     distilled, results = [], []
     for row, row_context in rows_of(context):
+        priors = priors_of_row(context, row_context, shared)
         sets = make_sets(row_context, row, priors, row_context.config.protocol.seeds)
         first = next(iter(sets.values()))
         distilled.append(first)

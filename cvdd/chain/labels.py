@@ -16,6 +16,7 @@ from cvdd.bn import require_batchnorm
 from cvdd.chain.fitting import fit_batches, forget, remember, remembered
 from cvdd.chain.images import load_images
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.votes import priors_in_order
 from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -188,7 +189,7 @@ def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, flo
     if not teachers:
         return []
     voter = "prior" if config.label.weights == "prior" and len(teachers) > 1 else "equal"
-    weights = vote_weights([priors.get(name, 0.0) for name in teachers], config.temperature.label, voter)
+    weights = vote_weights(priors_in_order(priors, teachers), config.temperature.label, voter)
     shares: list[float] = weights.tolist()
     return shares
 

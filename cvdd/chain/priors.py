@@ -51,7 +51,27 @@ def priors_needed(config: RunConfig) -> bool:
     if config.verb == "relabel":
         return needs_priors(config)
     rows = [config, *(with_overrides(config, {**overrides, "compare": {}}) for overrides in config.compare.values())]
-    return any(needs_priors(row) for row in rows)
+    return any(needs_priors(row) for row in rows if shares_priors(config, row))
+
+
+def shares_priors(config: RunConfig, row: RunConfig) -> bool:
+    """Whether a row of a comparison has the priors of the command: the same members, measured or given alike.
+
+    A comparison is of images under equal labels, and a prior that was measured with another row's initial images would
+    change the weights of the teachers. Other members, or other settings of ``prior``, have priors of their own.
+    """
+    return (row.committee.members, row.prior) == (config.committee.members, config.prior)
+
+
+def priors_of_row(context: Context, row: Context, shared: Priors) -> Priors:
+    """Return the priors of a row of a comparison.
+
+    Args:
+        context: of the command.
+        row: of the row.
+        shared: those of the command.
+    """
+    return shared if shares_priors(context.config, row.config) else find_priors(row)
 
 
 def measure_prior(context: Context, member: str) -> Priors:

@@ -17,7 +17,7 @@ from cvdd.cost.fakes import scale_of
 from cvdd.cost.plan import STAGES, Piece
 from cvdd.cost.steps import Network, Step, TrainStep
 from cvdd.cost.work import Work
-from cvdd.portable import portable_config
+from cvdd.portable import what_is_made
 from cvdd.schema import RunConfig
 
 FOLDER = "predictions"
@@ -146,8 +146,7 @@ def machine_name(device: torch.device) -> str:
 
 def prediction_path(config: RunConfig) -> Path:
     """Return where the prediction of a configuration lies, whatever machine and loggers it runs with."""
-    tree = {key: value for key, value in portable_config(config).items() if key not in ("trainer", "logger")}
-    return config.paths.store / FOLDER / f"{digest_of('prediction', tree, [])}.json"
+    return config.paths.store / FOLDER / f"{digest_of('prediction', what_is_made(config), [])}.json"
 
 
 def save_prediction(config: RunConfig, stages: Sequence[StageCost], machine: str, notes: Sequence[str]) -> Path:

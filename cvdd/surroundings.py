@@ -1,0 +1,20 @@
+"""Which parts of a configuration say where and how a command runs, and not what it makes."""
+
+from __future__ import annotations
+
+SURROUNDINGS = ("paths", "trainer", "logger")
+"""No artefact depends on these."""
+
+FULL_DATA = "protocol.full_data"
+"""Adds one row of all real data to a comparison, or none; the protocol of another row has no say."""
+
+_SHARED_BY_ROWS = ("verb", *SURROUNDINGS, "cost", "students", "compare", "expected", "hydra")
+
+
+def is_shared_by_rows(key: str) -> bool:
+    """Whether a field, or a section, is what a comparison has once, whatever its rows are.
+
+    Args:
+        key: dotted.
+    """
+    return key.partition(".")[0] in _SHARED_BY_ROWS or key == FULL_DATA
