@@ -14,6 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils.data import Dataset, Sampler
 
 from cvdd.backbones import has_batchnorm
+from cvdd.config_base import ConfigError
 from cvdd.distributed import gather_parts
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.layouts import laid_out_as
@@ -40,9 +41,19 @@ class ShuffledBatches(Sampler[Tensor]):
         batch_size: images per batch.
         seed: of the order.
         least: images of a batch; a last one with fewer is left out. BatchNorm needs two.
+        field: that holds the batch size, for messages.
+
+    Raises:
+        ConfigError: no batch has as many images.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, least: int = 2) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, least: int = 2, field: str = "recipe.batch_size"
+    ) -> None:
+        if batch_size < least:
+            raise ConfigError(f"{field}={batch_size}: BatchNorm layers need batches of at least {least} images")
+        if count < least:
+            raise ConfigError(f"there are {count} images to train on; at least {least} are needed")
         self.count, self.batch_size, self.seed, self.least, self._epoch = count, batch_size, seed, least, 0
 
     def set_epoch(self, epoch: int) -> None:

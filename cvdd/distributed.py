@@ -183,7 +183,12 @@ def given_world(devices: int, environment: Mapping[str, str]) -> World | None:
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         size = int(environment["WORLD_SIZE"])
         here = int(environment.get("LOCAL_WORLD_SIZE", devices))
-        if here != devices or size % devices:
+        if here == devices and size % devices:
+            raise ConfigError(
+                f"{here} processes were started on this machine, and {size} in all; start trainer.devices={devices} on "
+                "each machine"
+            )
+        if here != devices:
             raise ConfigError(
                 f"trainer.devices={devices}, and {here} processes were started on this machine, {size} in all; set "
                 f"trainer.devices={here}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,6 +14,7 @@ from typing import Any
 
 import cvdd
 
+SOURCES = ("cvdd", "conf")
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "timm")
 
 
@@ -24,15 +27,28 @@ def code_version() -> dict[str, Any]:
         version[package] = metadata.version(package)
     commit = _git(root, "rev-parse", "HEAD")
     if commit is not None and (root / "pyproject.toml").exists():
-        difference = _git(root, "diff", "HEAD", "--", "cvdd", "conf") or ""
-        version["commit"] = commit
-        version["changed"] = hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
+        version["commit"] = commit.decode()
+        version["changed"] = _changes(root)
     return version
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _changes(root: Path) -> str | None:
+    """Hash of what differs from the commit in code and configuration, new files included; None if nothing does."""
+    difference = _git(root, "diff", "HEAD", "--binary", "--", *SOURCES) or b""
+    listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *SOURCES) or b""
+    new = [name for name in listed.split(b"\0") if name]
+    found = hashlib.sha256(difference)
+    for name in new:
+        path = root / os.fsdecode(name)
+        # One that has gone meanwhile is no change.
+        with contextlib.suppress(OSError):
+            found.update(name + path.read_bytes())
+    return found.hexdigest()[:12] if difference or new else None
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

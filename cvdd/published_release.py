@@ -134,6 +134,11 @@ class PublishedLabels:
         self.epochs = len(list(folder.glob("epoch_*")))
         if self.epochs == 0:
             raise ConfigError(f"{folder}: no label records found; expected epoch_#/batch_#.tar")
+        missing = [epoch for epoch in range(self.epochs) if not (folder / f"epoch_{epoch}").is_dir()]
+        if missing:
+            raise ConfigError(
+                f"{folder}: epoch_{missing[0]} of {self.epochs} epochs is missing; copy the whole folder again"
+            )
         self._order = published_order(count, self.epochs, seed)
         self.batch_size = len(read_record(self._path(0, 0), size)[2])
         self._bounds = batch_bounds(count, self.batch_size)

@@ -102,8 +102,10 @@ def require_batches(network: nn.Module, images: int, batch_size: int, field: str
     Raises:
         ConfigError: the last batch has one image.
     """
-    if has_batchnorm(network) and images % batch_size == 1:
+    if has_batchnorm(network) and (batch_size == 1 or images % batch_size == 1):
+        larger = next((size for size in range(batch_size + 1, images + 1) if images % size != 1), None)
+        instead = "more images" if larger is None else str(larger)
         raise ConfigError(
             f"{field}={batch_size} leaves a last batch of one of {images} images, too few for BatchNorm layers. Choose "
-            f"{batch_size + 1}, or a network without them (method.apm.teachers.backbone.arguments.norm=instance)"
+            f"{instead}, or a network without them (method.apm.teachers.backbone.arguments.norm=instance)"
         )

@@ -25,7 +25,7 @@ from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schedules import compute_as_made, cosine, optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
-from cvdd.voting import Judgement, Voter, judge
+from cvdd.voting import Judgement, Voter, judge, weigh
 
 MATRIX_ELEMENTS = 2**24
 """Of the matrices of several iterations that are made together."""
@@ -56,7 +56,7 @@ class LogRow:
 
 
 @dataclass(frozen=True)
-class _Vote:
+class _Said:
     """What was said in one iteration, by the voters that judged it.
 
     Attributes:
@@ -75,12 +75,12 @@ class _Vote:
     density: Tensor
     gradients: tuple[Tensor, ...] | None
 
-    def kept(self) -> _Vote:
+    def kept(self) -> _Said:
         """A copy that the next iteration does not overwrite, without gradients."""
         said = (self.loss, self.ce, self.bn, self.density)
         copied = torch.cat([part.flatten() for part in said]).split([part.numel() for part in said])
         loss, ce, bn, density = (one.view_as(part) for one, part in zip(copied, said, strict=True))
-        return _Vote(self.voters, loss, ce, bn, density, None)
+        return _Said(self.voters, loss, ce, bn, density, None)
 
 
 class NonFiniteLoss(ValueError):
@@ -193,7 +193,7 @@ class DistillModule(pl.LightningModule):
         """Optimise the images from one log row to the next."""
         begin, end = int(batch[0]), int(batch[1])
         optimizer = optimizer_of(self)
-        history: list[_Vote] = []
+        history: list[_Said] = []
         cosines: dict[str, float] = {}
         rate = 0.0
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
@@ -205,13 +205,13 @@ class DistillModule(pl.LightningModule):
             if self._recorded is None:
                 vote = self._iterate(iteration, view, compared and self.method.turns == "all")
             else:
-                vote = _Vote(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
+                vote = _Said(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
             if compared and vote.gradients is not None:
                 cosines = self._cosines(vote.gradients)
             history.append(vote.kept() if self._recorded is not None else vote)
         self._report(begin, history, rate, cosines)
 
-    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> _Vote:
+    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> _Said:
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
         gradient, vote = self._vote(iteration, seen.detach(), apart)
@@ -246,7 +246,7 @@ class DistillModule(pl.LightningModule):
         count, size = self.images.shape[1], self.trainer.world_size
         return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
-    def _vote(self, iteration: int, seen: Tensor, apart: bool) -> tuple[Tensor, _Vote]:
+    def _vote(self, iteration: int, seen: Tensor, apart: bool) -> tuple[Tensor, _Said]:
         """Return the gradient of the loss with respect to what is seen, and what was said.
 
         Each voter is asked alone, so that memory holds one graph at a time, unless they are recorded side by side.
@@ -255,15 +255,9 @@ class DistillModule(pl.LightningModule):
         everyone = method.turns == "all"
         judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
         weights = self.weights if everyone else self.turns[iteration, judging]
-        gradient, said, own = torch.zeros_like(seen), list[Judgement](), list[Tensor]()
         calls = [partial(self._ask, iteration, self._voters[index], seen) for index in judging]
-        for (judgement, slope), weight in zip(side_by_side(calls, self._streams), weights, strict=True):
-            gradient += weight.view(-1, 1, 1, 1, 1) * slope
-            said.append(judgement)
-            if apart:
-                own.append(slope)
-        values, ce, bn = (torch.stack(parts) for parts in zip(*said, strict=True))
-        loss, density = (weights * values).sum(), seen.new_zeros(())
+        vote = weigh(side_by_side(calls, self._streams), weights, keep=apart)
+        loss, gradient, density = vote.loss, vote.gradient, seen.new_zeros(())
         if method.density:
             crowded = seen.requires_grad_()
             crowding = densification(crowded, self.targets, method.density_scale).sum()
@@ -272,8 +266,7 @@ class DistillModule(pl.LightningModule):
                 gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
             density = crowding.detach()
             loss = loss + method.density * density
-        vote = _Vote(tuple(judging), loss, ce, bn, density, tuple(own) if own else None)
-        return gradient, vote
+        return gradient, _Said(tuple(judging), loss, vote.ce, vote.bn, density, vote.slopes)
 
     def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> tuple[Judgement, Tensor]:
         """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
@@ -328,7 +321,7 @@ class DistillModule(pl.LightningModule):
             for index in range(last - first):
                 yield rows[:, index], columns[:, index]
 
-    def _report(self, begin: int, history: Sequence[_Vote], lr: float, cosines: dict[str, float]) -> None:
+    def _report(self, begin: int, history: Sequence[_Said], lr: float, cosines: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]
         names = [voter.name for voter in self._voters]
         ce = dict(self.rows[-1].ce) if self.rows else {}
@@ -357,7 +350,7 @@ class DistillModule(pl.LightningModule):
         self.rows.append(row)
         self._on_row(row, self.images.detach())
 
-    def _blame(self, begin: int, history: Sequence[_Vote]) -> NoReturn:
+    def _blame(self, begin: int, history: Sequence[_Said]) -> NoReturn:
         # One iteration later the images are not finite either, and with them the terms of all members.
         for iteration, vote in enumerate(history, begin + 1):
             said = zip(vote.voters, vote.ce.mean(dim=1), vote.bn.mean(dim=1), strict=True)

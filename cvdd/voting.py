@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -52,64 +52,46 @@ class Judgement(NamedTuple):
     bn: Tensor
 
 
-@dataclass(frozen=True)
-class VoteTerms:
-    """What the members say.
+class Vote(NamedTuple):
+    """What a committee says of a stack.
 
     Attributes:
-        loss: scalar, the voting loss summed over units, so that each unit's gradient is its own.
-        ce: [members, units] cross-entropies.
-        bn: [members, units] distances of statistics, the first layer's multiplier included; 0 for a member that has
-            no layer to match, whose vote is its cross-entropy.
+        loss: scalar, ``sum_i w_i (ce * CE_i + r_bn * BN_i)``, summed over units: each unit's gradient is its own.
+        gradient: of the loss with respect to the images, [units, images, 3, h, w].
+        ce: [voters, units] cross-entropies.
+        bn: [voters, units] distances of statistics; 0 for a voter without a layer to match.
+        slopes: gradient of each voter's value by itself, where they are kept.
     """
 
     loss: Tensor
+    gradient: Tensor
     ce: Tensor
     bn: Tensor
+    slopes: tuple[Tensor, ...] | None
 
 
-def voting_loss(
-    images: Tensor,
-    targets: Tensor,
-    voters: Sequence[Voter],
-    weights: Tensor,
-    *,
-    ce: float = 1.0,
-    r_bn: float,
-    first_bn_multiplier: float = FIRST_LAYER_MULTIPLIER,
-    statistics_of: Literal["unit", "stack"] = "unit",
-    across: Reduce | None = None,
-) -> VoteTerms:
-    """Compute ``sum_i w_i (ce * CE_i + r_bn * BN_i)`` for a stack of units in one forward pass per voter.
+def weigh(opinions: Iterable[tuple[Judgement, Tensor]], weights: Tensor, keep: bool = False) -> Vote:
+    """Sum judgements by their shares of the vote (CV-DD, equation 4).
+
+    Opinions are taken one by one, so that memory holds the graph of one voter at a time if they are computed so.
 
     Args:
-        images: see :func:`judge`, like all that follow but the weights.
-        targets: likewise.
-        voters: the members of this draw.
-        weights: [members, units] shares of the vote, summing to 1 over members.
-        ce: likewise.
-        r_bn: likewise.
-        first_bn_multiplier: likewise.
-        statistics_of: likewise.
-        across: likewise. The loss is then that of all images, on each rank, and its gradient that of the rank's own.
+        opinions: of each voter its judgement, without gradient, and the gradient of its value with respect to the
+            images, [units, images, 3, h, w].
+        weights: [voters, units] shares, summing to 1 over voters.
+        keep: keep each gradient as well.
     """
-    said = [
-        judge(
-            images,
-            targets,
-            voter,
-            ce=ce,
-            r_bn=r_bn,
-            first_bn_multiplier=first_bn_multiplier,
-            statistics_of=statistics_of,
-            across=across,
-        )
-        for voter in voters
-    ]
-    loss = images.new_zeros(())
-    for judgement, weight in zip(said, weights, strict=True):
-        loss = loss + (weight * judgement.value).sum()
-    return VoteTerms(loss, torch.stack([one.ce for one in said]), torch.stack([one.bn for one in said]))
+    gradient: Tensor | None = None
+    said, slopes = list[Judgement](), list[Tensor]()
+    for (judgement, slope), weight in zip(opinions, weights, strict=True):
+        share = weight.view(-1, 1, 1, 1, 1) * slope
+        gradient = share if gradient is None else gradient.add_(share)
+        said.append(judgement)
+        if keep:
+            slopes.append(slope)
+    assert gradient is not None
+    values, ce, bn = (torch.stack(parts) for parts in zip(*said, strict=True))
+    return Vote((weights * values).sum(), gradient, ce, bn, tuple(slopes) if keep else None)
 
 
 def judge(

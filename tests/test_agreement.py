@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import method_config, quiet_trainer, small_network
 from torch import Tensor
+from vote_reference import voting_loss
 
 from cvdd.agreement import agreement, mean_agreement, pairs_of
 from cvdd.matching import Matcher
 from cvdd.schema import StatisticsConfig
 from cvdd.synthesis import DistillModule, LogRow
 from cvdd.units import Stage, Unit, unit_views
-from cvdd.voting import Voter, voting_loss
+from cvdd.voting import Voter
 
 
 def rows(*units: tuple[float, ...]) -> Tensor:

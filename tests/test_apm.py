@@ -170,6 +170,13 @@ def test_snapshots_are_copies_of_the_students_way() -> None:
 def test_batches_of_one_are_refused_only_where_they_are_too_few() -> None:
     with pytest.raises(ConfigError, match=r"surrogate\.batch_size=4 leaves a last batch of one of 9 images.*Choose 5"):
         require_batches(small_network(), 9, 4, "method.apm.surrogate.batch_size")
+    # Four would leave one of thirteen as well.
+    with pytest.raises(ConfigError, match=r"Choose 5,"):
+        require_batches(small_network(), 13, 3, "method.apm.surrogate.batch_size")
+    with pytest.raises(ConfigError, match=r"batch_size=1 leaves .* Choose 2,"):
+        require_batches(small_network(), 8, 1, "method.apm.surrogate.batch_size")
+    with pytest.raises(ConfigError, match="Choose more images"):
+        require_batches(small_network(), 1, 4, "method.apm.surrogate.batch_size")
     require_batches(small_network(), 8, 4, "method.apm.surrogate.batch_size")
     require_batches(smooth_network(0), 9, 4, "method.apm.surrogate.batch_size")
 

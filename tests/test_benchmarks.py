@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import MEAN, STD, random_pixels, small_network
 from torch import Tensor, nn
+from vote_reference import voting_loss
 
 from benchmarks import agreement, engine, precision, settings, speed, timing
 from benchmarks.cases import Case, chosen, cpu_cases, gpu_cases, make_program, work_of
@@ -27,7 +28,7 @@ from cvdd.losses import soft_label_loss
 from cvdd.replay import replay
 from cvdd.teachers import Teachers
 from cvdd.units import Unit, unit_matrices
-from cvdd.voting import Voter, voting_loss
+from cvdd.voting import Voter
 
 CPU = torch.device("cpu")
 SIZE = 12

@@ -17,6 +17,7 @@ from cvdd.augment import normalise
 from cvdd.chain.members import make_member
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches, smallest_batch
 from cvdd.compiler import compiling
+from cvdd.config_base import ConfigError
 from cvdd.data import Data, TensorSource
 from cvdd.engine import Passes
 from cvdd.measure import Accuracy, Evaluator
@@ -33,7 +34,7 @@ def trainable(seed: int = 0, **options: Any) -> nn.Module:
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "batches"), [(10, [4, 4, 2]), (9, [4, 4]), (8, [4, 4]), (3, [3]), (1, [])])
+@pytest.mark.parametrize(("count", "batches"), [(10, [4, 4, 2]), (9, [4, 4]), (8, [4, 4]), (3, [3])])
 def test_shuffled_batches_leave_out_a_single_image(count: int, batches: list[int]) -> None:
     sampler = ShuffledBatches(count, 4, seed=1)
     drawn = list(sampler)
@@ -49,6 +50,15 @@ def test_without_batchnorm_a_single_image_is_a_batch(count: int, batches: list[i
     sampler = ShuffledBatches(count, 4, seed=1, least=1)
     assert [len(batch) for batch in sampler] == batches
     assert len(sampler) == len(batches)
+
+
+def test_no_batch_at_all_is_refused() -> None:
+    """Lightning would train on nothing."""
+    with pytest.raises(ConfigError, match=r"^there are 1 images to train on; at least 2 are needed"):
+        ShuffledBatches(1, 4, seed=1)
+    with pytest.raises(ConfigError, match=r"^x\.batch_size=1: BatchNorm layers need batches of at least 2 images"):
+        ShuffledBatches(10, 1, seed=1, field="x.batch_size")
+    assert len(ShuffledBatches(1, 1, seed=1, least=1)) == 1
 
 
 def test_the_order_depends_on_seed_and_epoch() -> None:

@@ -21,6 +21,7 @@ import torch
 from helpers import TINY, configure, fit, method_config, random_pixels, small_network, tiny_context, training_arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from vote_reference import voting_loss
 
 import cvdd.ranks
 from cvdd.artifact import Store
@@ -31,7 +32,7 @@ from cvdd.distributed import World, given_world
 from cvdd.launching import check_multirun
 from cvdd.member import own_images
 from cvdd.units import Unit
-from cvdd.voting import Voter, voting_loss
+from cvdd.voting import Voter
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -133,6 +134,8 @@ def test_ranks_of_torchrun_are_taken_as_they_are() -> None:
     assert world == World(3, 4, 1, 2, "head", 29500)
     with pytest.raises(ConfigError, match="set trainer.devices=2"):
         given_world(4, environment)
+    with pytest.raises(ConfigError, match=r"and 3 in all; start trainer\.devices=2 on each machine"):
+        given_world(2, environment | {"WORLD_SIZE": "3"})
 
 
 def test_tasks_of_srun_are_ranks_if_there_is_one_for_each_device() -> None:

@@ -193,6 +193,14 @@ def test_damaged_record_is_named(damage: str, records: Path) -> None:
         labels.epoch(1)
 
 
+def test_a_missing_epoch_is_named_before_any_training(records: Path) -> None:
+    epochs = sorted(records.glob("epoch_*"))
+    assert len(epochs) > 1
+    epochs[0].rename(records / f"epoch_{len(epochs)}")
+    with pytest.raises(ConfigError, match=rf"epoch_0 of {len(epochs)} epochs is missing"):
+        PublishedLabels(records, 20, 32)
+
+
 def test_labels_of_another_number_of_images() -> None:
     with pytest.raises(ConfigError, match="epoch_0 has 3 batches of 8, and 30 images make 4"):
         PublishedLabels(LABELS, 30, 32)

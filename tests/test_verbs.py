@@ -147,6 +147,19 @@ def test_distill_leaves_a_picture_and_tells_where_the_images_are(
         assert len(picture.convert("L").getcolors()) > 50
 
 
+def test_a_picture_of_a_large_set_shows_some_of_it(
+    evaluated: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("cvdd.verbs.distill.PIXELS", 64**2 * 19)
+    monkeypatch.setattr("cvdd.report.gallery.CLASSES", 4)
+    monkeypatch.setattr("cvdd.report.gallery.SLOTS", 1)
+    distilled = command(evaluated.store, tmp_path / "out", "distill")
+    assert "images.png (4 of 10 classes, evenly spread; 1 of 2 slots)" in capsys.readouterr().out
+    with Image.open(distilled.output / "images.png") as picture:
+        assert picture.size == (66 + 2, 4 * 66 + 2)
+
+
 def test_terms_are_logged_as_they_enter_the_loss(evaluated: Outcome, tmp_path: Path) -> None:
     """One unit a stack, so that its weights and terms are those of the stack; with bn_scale and r_bn of their own."""
     overrides = ("method.units_per_stack=1", "method.ce=2")

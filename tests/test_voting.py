@@ -10,11 +10,12 @@ import torch
 from helpers import FIXTURES, method_config, small_network
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from vote_reference import VoteTerms, voting_loss
 
 from cvdd.augment import pixel_bounds
 from cvdd.committee import vote_weights
 from cvdd.synthesis import DistillModule, LogRow
-from cvdd.voting import Voter, VoteTerms, voting_loss
+from cvdd.voting import Judgement, Voter, judge, weigh
 
 EXPECTED = json.loads((FIXTURES / "voting_step" / "expected.json").read_text())
 TENSORS = load_file(FIXTURES / "voting_step" / "tensors.safetensors")
@@ -131,6 +132,26 @@ def vote(images: Tensor, targets: Tensor, weights: Tensor, **options: float) -> 
     terms = voting_loss(leaf, targets, committee(), weights, **{"r_bn": 0.01, **options})
     terms.loss.backward()
     return terms, leaf.grad
+
+
+def test_weighing_voter_by_voter_is_the_gradient_of_the_sum() -> None:
+    images, targets, weights = units(3)
+    terms, gradient = vote(images, targets, weights)
+
+    def opinion(voter: Voter) -> tuple[Judgement, Tensor]:
+        leaf = images.clone().requires_grad_()
+        said = judge(leaf, targets, voter, r_bn=0.01)
+        return Judgement(*(part.detach() for part in said)), torch.autograd.grad(said.value.sum(), leaf)[0]
+
+    weighed = weigh(map(opinion, committee()), weights, keep=True)
+    assert weighed.loss.item() == pytest.approx(terms.loss.item(), rel=1e-6)
+    torch.testing.assert_close(weighed.gradient, gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weighed.ce, terms.ce)
+    torch.testing.assert_close(weighed.bn, terms.bn)
+    assert weighed.slopes is not None
+    shares = weights.view(2, 3, 1, 1, 1, 1)
+    torch.testing.assert_close((shares * torch.stack(weighed.slopes)).sum(dim=0), weighed.gradient)
+    assert weigh(map(opinion, committee()), weights).slopes is None
 
 
 def test_a_stack_is_its_units() -> None:

@@ -73,7 +73,8 @@ def make_apm_student(
         known = load_labelled(images)
         title, own = f"student {name} seed {seed}", derive_seed(seed, "student")
         network = build_network(backbone, len(data.classes), own)
-        sampler = ShuffledBatches(len(known.images), training.batch_size, own, smallest_batch(network))
+        least, field = smallest_batch(network), "method.apm.student.batch_size"
+        sampler = ShuffledBatches(len(known.images), training.batch_size, own, least, field)
         loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
         with context.progress(title, training.epochs) as advance:
             module = SgdModule(

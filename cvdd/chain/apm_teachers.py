@@ -106,9 +106,10 @@ def _train(
     space = input_space(context, whitening)
     measure = measured_in(context, space)
     in_memory = data.train.in_memory
+    least = smallest_batch(network)
     loader: DataLoader[Any] = DataLoader(
         Positions() if in_memory else RealImages(data, data.image_size),
-        sampler=ShuffledBatches(len(data.train), teachers.batch_size, seed, smallest_batch(network)),
+        sampler=ShuffledBatches(len(data.train), teachers.batch_size, seed, least, "method.apm.teachers.batch_size"),
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,
     )

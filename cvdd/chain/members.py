@@ -18,7 +18,7 @@ from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
 from cvdd.batch_parts import part_size
 from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
-from cvdd.classifier import Positions, ShuffledBatches
+from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -147,9 +147,7 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     recipe = config.recipe
     evaluator = evaluator_of(context)
     in_memory = data.train.in_memory
-    sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
-    if len(sampler) == 0:
-        raise ConfigError(f"dataset {data.name} has {len(data.train)} training images; at least 2 are needed")
+    sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed, smallest_batch(network))
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe.batch_size, recipe.accumulation), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(

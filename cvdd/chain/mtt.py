@@ -278,8 +278,8 @@ def make_mtt_student(
                 on_epoch=log_epochs(context, f"evaluate/{name}/seed{seed}", advance),
                 rate=f"method.mtt.student.lr; it was {rate:.4g}",
             )
-            least = smallest_batch(module.network)
-            sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed, least)
+            least, field = smallest_batch(module.network), "method.mtt.student.batch_size"
+            sampler = ShuffledBatches(len(made.images), student.batch_size, own_seed, least, field)
             loader: DataLoader[Any] = DataLoader(Positions(), sampler=sampler, batch_size=None)
             context.fit(module, loader, student.epochs, work / "training.ckpt.tmp")
         return save_student(work, module.curve)

@@ -197,9 +197,10 @@ def _train_expert(
         on_epoch=on_epoch,
         rate="method.mtt.experts.lr",
     )
+    least = smallest_batch(network)
     loader: DataLoader[Any] = DataLoader(
         Positions() if images is not None else RealImages(data, data.image_size),
-        sampler=ShuffledBatches(len(data.train), experts.batch_size, seed, smallest_batch(network)),
+        sampler=ShuffledBatches(len(data.train), experts.batch_size, seed, least, "method.mtt.experts.batch_size"),
         batch_size=None,
         num_workers=0 if images is not None else config.trainer.workers,
     )

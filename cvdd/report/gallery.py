@@ -67,26 +67,52 @@ def make_gallery(distilled: Distilled) -> Gallery:
     """Read the images of a distilled set that fit a page, and what they started from."""
     context, images = distilled.context, distilled.images
     names: Sequence[str] = images.manifest["identity"]["classes"]
-    ipc = images_per_class(images)
-    labels = _spread(len(names), CLASSES)
-    slots = min(ipc, SLOTS)
-    shown = read_images(images, labels, slots)
-    start, title = _start(context, images, labels, slots)
-    left_out = [
-        f"{count} of {total} {what}"
-        for count, total, what in ((len(labels), len(names), "classes, evenly spread"), (slots, ipc, "slots"))
-        if count < total
-    ]
+    choice = choose_images(images)
+    shown = read_images(images, choice.labels, choice.slots)
+    start, title = _start(context, images, choice.labels, choice.slots)
     rows = tuple(
         GalleryRow(
             names[label],
             tuple(data_uri(image) for image in shown[index]),
             () if start is None else tuple(data_uri(image) for image in start[index]),
         )
-        for index, label in enumerate(labels)
+        for index, label in enumerate(choice.labels)
     )
-    note = f"Shown: {'; '.join(left_out)}." if left_out else ""
+    note = f"Shown: {choice.left_out}." if choice.left_out else ""
     return Gallery(rows, title, note, shown.shape[-1] <= SIDE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images of a distilled set are shown.
+
+    Attributes:
+        labels: classes.
+        slots: of each.
+        left_out: what is not shown, in words; empty if nothing is.
+    """
+
+    labels: tuple[int, ...]
+    slots: int
+    left_out: str
+
+
+def choose_images(images: Artifact, whole: int = 0) -> Choice:
+    """Choose what can be shown: at most 20 classes and 10 slots.
+
+    Args:
+        images: a distilled set.
+        whole: a set of no more images is shown as it is.
+    """
+    classes, ipc = len(images.manifest["identity"]["classes"]), images_per_class(images)
+    most = (classes, ipc) if classes * ipc <= whole else (CLASSES, SLOTS)
+    labels, slots = _spread(classes, most[0]), min(ipc, most[1])
+    left_out = [
+        f"{count} of {total} {what}"
+        for count, total, what in ((len(labels), classes, "classes, evenly spread"), (slots, ipc, "slots"))
+        if count < total
+    ]
+    return Choice(tuple(labels), slots, "; ".join(left_out))
 
 
 def images_per_class(images: Artifact) -> int:

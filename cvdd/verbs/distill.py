@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from torchvision.io import write_png
 
-from cvdd.chain.images import load_images
 from cvdd.chain.own_engines import make_distilled
 from cvdd.chain.priors import find_priors
 from cvdd.context import Context
-from cvdd.grids import image_grid
+from cvdd.grids import ENLARGED, image_grid
+from cvdd.report.gallery import choose_images, read_images
 from cvdd.report.tables import print_artifact
+
+PIXELS = 2**25
+"""Of a picture that shows all images; its making takes several times three bytes for each."""
 
 
 def distill(context: Context, commands: list[str]) -> float | None:
-    """Make the images and save a picture of them, one class a row."""
+    """Make the images and save a picture of them, one class a row; of large sets it shows some."""
     images = make_distilled(context, find_priors(context).values)
-    pixels, _ = load_images(images)
+    choice = choose_images(images, PIXELS // max(context.config.dataset.image_size, ENLARGED) ** 2)
     picture = context.config.paths.output / "images.png"
-    write_png(image_grid(pixels, context.config.ipc.images_per_class), str(picture))
+    shown = read_images(images, choice.labels, choice.slots).flatten(0, 1)
+    write_png(image_grid(shown, choice.slots), str(picture))
     context.log_artifacts({f"{context.config.method.name}/images": images})
-    print_artifact(images, {"picture": str(picture)})
+    print_artifact(images, {"picture": f"{picture} ({choice.left_out})" if choice.left_out else str(picture)})
     return None

@@ -1,0 +1,45 @@
+"""Whether the code that made a result is that of a commit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cvdd.provenance import _changes
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "cvdd").mkdir()
+    (tmp_path / "cvdd" / "one.py").write_text("one = 1\n")
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    return tmp_path
+
+
+def test_a_clean_checkout_has_no_changes(checkout: Path) -> None:
+    (checkout / "cvdd" / "one.pyc").write_text("ignored")
+    (checkout / "notes.txt").write_text("no code")
+    assert _changes(checkout) is None
+
+
+def test_changed_code_is_told_apart(checkout: Path) -> None:
+    (checkout / "cvdd" / "one.py").write_text("one = 2\n")
+    changed = _changes(checkout)
+    # Not every file is text.
+    (checkout / "cvdd" / "one.py").write_bytes(b"one = 1 # \xff\n")
+    assert None not in (changed, _changes(checkout))
+    assert changed != _changes(checkout)
+
+
+def test_new_code_counts_too(checkout: Path) -> None:
+    new = checkout / "cvdd" / "two.py"
+    new.write_text("two = 2\n")
+    changed = _changes(checkout)
+    new.write_text("two = 3\n")
+    assert None not in (changed, _changes(checkout))
+    assert changed != _changes(checkout)
