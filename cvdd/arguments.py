@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +16,8 @@ FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "te
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
 _SURROUNDINGS = re.compile(rf"[+~]*({'|'.join(SURROUNDINGS)}|hydra)[./=@]")
+_PLAIN = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+_COMPLETION = frozenset({"-sc", "--shell-completion"})
 _MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
 
 
@@ -35,14 +38,68 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
         directory: of the configuration.
 
     Raises:
-        ArgumentError: a number has no file, or a group is given no choice.
+        ArgumentError: a number has no file, a group is given no choice, a group, choice or field is not there, or a
+            file of one's own has the name of another.
     """
+    for folder in own_directories(arguments):
+        _refuse_hidden(folder, directory)
     for argument in arguments:
         group, _, value = argument.partition("=")
         if value == "null" and (directory / group).is_dir():
             choices = sorted(path.stem for path in (directory / group).glob("*.yaml"))
             raise ArgumentError(f"{argument}: choose {_listed(choices)}; ~{group} leaves the group out")
+    for argument in arguments if not _COMPLETION & set(arguments) else ():
+        _refuse_unknown(argument, directory, _is_certain(arguments))
     return quote_numbers(arguments, directory)
+
+
+def _is_certain(arguments: Sequence[str]) -> bool:
+    """Whether our files are all there are: somebody's own folder may have more, and then Hydra decides."""
+    return not any(argument.lstrip("+~").startswith(_MORE_DIRECTORIES) for argument in arguments)
+
+
+def _refuse_unknown(argument: str, directory: Path, certain: bool) -> None:
+    """Refuse a group, a choice or a field that is not there, for which Hydra would not say what was meant."""
+    match = _PLAIN.fullmatch(argument)
+    if match is None or match[1].partition(".")[0] in ("hydra", "point", "local"):
+        return
+    key, values = match[1], match[2].split(",")
+    if (directory / key).is_dir():
+        choices = sorted(path.stem for path in (directory / key).glob("*.yaml"))
+        wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in choices]
+        if certain and wrong and key not in FIELDS:
+            raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{_meant(wrong[0], choices)}")
+    elif "." in key or certain:
+        # The schema takes half a second to read, which a run needs anyway.
+        from cvdd.fields import fields, is_known
+
+        if not is_known(key):
+            groups = [path.name for path in directory.iterdir() if path.is_dir()]
+            known = [*groups, *(field.key for field in fields())]
+            raise ArgumentError(f"{argument}: there is no such field or group{_meant(key, known) or '; see --help'}")
+
+
+def _meant(given: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def own_directories(arguments: Sequence[str]) -> Iterator[Path]:
+    """Yield the directories of configuration that somebody adds with ``--config-dir``."""
+    for index, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key in ("--config-dir", "-cd"):
+            yield Path(value or next(iter(arguments[index + 1 :]), ""))
+
+
+def _refuse_hidden(folder: Path, directory: Path) -> None:
+    """Refuse files that Hydra would never read, because it looks for a name in our directory first."""
+    for file in sorted(folder.glob("**/*.yaml")) if folder != directory else ():
+        if (directory / file.relative_to(folder)).is_file():
+            raise ArgumentError(
+                f"{file}: there is a {file.relative_to(folder)} already, which would be taken instead; give yours "
+                "another name"
+            )
 
 
 def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
@@ -58,8 +115,7 @@ def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
     Raises:
         ArgumentError: a number has no file; the message says which have one and what to type instead.
     """
-    # Somebody's own folder may have more files than ours; then Hydra decides.
-    certain = not any(argument.lstrip("+~").startswith(_MORE_DIRECTORIES) for argument in arguments)
+    certain = _is_certain(arguments)
     quoted = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)

@@ -56,6 +56,16 @@ def field_at(key: str) -> Field | None:
     return None
 
 
+def is_known(key: str) -> bool:
+    """Whether a dotted key is that of a field, of something in a field that holds a dictionary, or of a section."""
+    parts = key.split(".")
+    for field in fields():
+        names = field.key.split(".")
+        if all(a in (b, "NAME") for a, b in zip(names, parts, strict=False)):
+            return True
+    return False
+
+
 def model_at(path: Sequence[str]) -> type[BaseModel] | None:
     """Return the part of the schema at a dotted path, if there is one."""
     model: type[BaseModel] = RunConfig

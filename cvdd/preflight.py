@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
@@ -158,10 +158,16 @@ def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Mo
         raise ConfigError(f"{where}: {error}") from error
     try:
         with torch.inference_mode():
-            network(torch.zeros(1, 3, side, side))
+            logits = network(torch.zeros(1, 3, side, side))
     except (AssertionError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: {backbone.name} takes no images of {side} pixels: {first}") from error
+    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != [1, classes]:
+        raise ConfigError(
+            f"{where}: {backbone.name} returns {found} for an image of {classes} classes, not logits [1, {classes}]; "
+            "its builder is given num_classes"
+        )
     return network
 
 

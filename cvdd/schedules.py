@@ -41,6 +41,7 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
         return 0.5 ** sum(20 * done >= twentieths * total for twentieths in (16, 18, 19))
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
         return cosine(5, 6 * protocol.eta) * (1 - done / total)
+    assert protocol.schedule in ("cosine", "early_late")
     return cosine(done, total * protocol.eta)
 
 

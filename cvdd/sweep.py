@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings
+from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings, own_directories
 from cvdd.config_base import StrictConfig
 from cvdd.launching import speaks_for_all
 
@@ -114,7 +116,7 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
         return list(arguments)
     if "," in name:
         raise ArgumentError(f"sweep={name}: choose one; each has a directory and a table of its own")
-    files = [folder / "sweep" / f"{name}.yaml" for folder in (*_own_directories(arguments), directory)]
+    files = [folder / "sweep" / f"{name}.yaml" for folder in (*own_directories(arguments), directory)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         # Hydra lists the choices.
@@ -141,13 +143,6 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
     return [*others[:place], f"+{GROUP}={','.join(quoted)}", *others[place:]]
 
 
-def _own_directories(arguments: Sequence[str]) -> Iterator[Path]:
-    for index, argument in enumerate(arguments):
-        key, _, value = argument.partition("=")
-        if key in ("--config-dir", "-cd"):
-            yield Path(value or next(iter(arguments[index + 1 :]), ""))
-
-
 def _register(sweep: SweepConfig) -> None:
     store = ConfigStore.instance()
     for name in sweep.points:
@@ -156,11 +151,11 @@ def _register(sweep: SweepConfig) -> None:
 
 def _refuse_conflicts(name: str, sweep: SweepConfig, arguments: Sequence[str]) -> None:
     for argument in arguments:
-        key, sign, value = argument.lstrip("+~").partition("=")
+        key, sign, _ = argument.lstrip("+~").partition("=")
         key = key.partition("@")[0]
         if not sign or key.startswith("-"):
             continue
-        if "," in value and not value.startswith(("[", "{", "'", '"')) and not key.startswith("hydra."):
+        if not key.startswith("hydra.") and _is_of_many(argument):
             raise ArgumentError(
                 f"{argument}: sweep={name} has its points already; give one value, or start the sweep once for each "
                 "with its own hydra.sweep.dir"
@@ -169,6 +164,15 @@ def _refuse_conflicts(name: str, sweep: SweepConfig, arguments: Sequence[str]) -
         for other in sweep.varied():
             if key == other or ("." in key and (key.startswith(f"{other}.") or other.startswith(f"{key}."))):
                 raise ArgumentError(f"{argument}: sweep={name} varies {other} itself; leave out one of the two")
+
+
+def _is_of_many(argument: str) -> bool:
+    """Whether an override stands for several values: a list without brackets, a range, a pattern."""
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:
+        # Hydra says what is wrong with it.
+        return False
 
 
 def _settings_keys(settings: Mapping[str, Any]) -> Iterator[str]:

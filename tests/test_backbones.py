@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, has_batchnorm
+from cvdd.backbones.config import packages_of_others
 from cvdd.config_base import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "conf" / "backbone"
@@ -178,6 +180,24 @@ def test_foreign_targets_are_refused(target: str) -> None:
     unchecked = BackboneConfig.model_construct(name="net", target=target, arguments={}, pretrained=False)
     with pytest.raises(ConfigError, match=r"cvdd\.<\.\.\.>, timm\.<\.\.\.>, torchvision\.models\.<\.\.\.>"):
         build_network(unchecked, 10, 0)
+
+
+def test_an_installed_package_may_bring_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By an entry point; a configuration alone cannot add one."""
+    (tmp_path / "mylib.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(48, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"adds its own by an entry point of the group cvdd\.backbones"):
+        config("mylib.net")
+    found = [EntryPoint("mylib", "mylib", "cvdd.backbones")]
+    monkeypatch.setattr("cvdd.backbones.config.entry_points", lambda group: found)
+    packages_of_others.cache_clear()
+    try:
+        assert build_network(config("mylib.net"), 7, 0)(torch.zeros(1, 3, 4, 4)).shape == (1, 7)
+    finally:
+        packages_of_others.cache_clear()
 
 
 @pytest.mark.parametrize(

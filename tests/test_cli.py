@@ -76,6 +76,62 @@ def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:
     assert str(caught.value).endswith(answer)
 
 
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("ipcc=50", "ipcc=50: there is no such field or group; did you mean ipc?"),
+        ("comittee.size=3", "comittee.size=3: there is no such field or group; did you mean committee.size?"),
+        ("method.lrr=0.1", "method.lrr=0.1: there is no such field or group; did you mean method.lr?"),
+        ("students.mine.argument.width=8", "no such field or group; did you mean students.NAME.arguments?"),
+        ("protocol=papper", "did you mean paper?"),
+        ("method=sre2l,cdaa", "did you mean cda?"),
+        ("nothing=1", "nothing=1: there is no such field or group; see --help"),
+    ],
+)
+def test_what_is_not_there_is_answered(typed: str, answer: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        prepare([typed], CONF)
+    assert str(caught.value).endswith(answer)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "method=sre2l,cda",
+        "students.mine.arguments.width=8",
+        "committee.members.x.backbone.arguments={width: 8}",
+        "method.mtt=null",
+        "prior.values={resnet18: 40}",
+        "seed=0,1",
+        "dataset.classes=[a,b]",
+        "hydra.sweep.dir=x",
+        "+foo=1",
+        "~compare.one_member",
+        "hydra/launcher=local",
+        "sweep=voter",
+        "compare.row={method.lr: 1}",
+        "--cfg=job",
+    ],
+)
+def test_what_is_there_or_new_is_left_to_hydra(typed: str) -> None:
+    assert prepare([typed], CONF) == [typed]
+
+
+def test_files_of_ones_own_are_not_hidden_by_ours(tmp_path: Path) -> None:
+    """Hydra would take ours, without a word."""
+    (tmp_path / "protocol").mkdir()
+    (tmp_path / "protocol" / "mine.yaml").touch()
+    arguments = ["--config-dir", str(tmp_path), "protocol=mine"]
+    assert prepare(arguments, CONF) == arguments
+    (tmp_path / "protocol" / "tiny.yaml").touch()
+    with pytest.raises(
+        ArgumentError, match=r"protocol.tiny\.yaml: there is a protocol.tiny\.yaml already, which would"
+    ):
+        prepare(arguments, CONF)
+    with pytest.raises(ArgumentError, match=r"already"):
+        prepare([f"--config-dir={tmp_path}"], CONF)
+
+
 def test_a_folder_of_ones_own_may_have_other_numbers() -> None:
     assert prepare(["ipc=7", "--config-dir", "mine"], CONF) == ["ipc='7'", "--config-dir", "mine"]
 
@@ -226,8 +282,8 @@ def test_completion_works_in_a_shell(tmp_path: Path) -> None:
     [
         (["ipc=7"], USER_ERROR, ["choose 1, 10 or 50", "ipc.images_per_class=7"]),
         (["committee.size=9"], USER_ERROR, ["committee.size=9", "choose 1 to 5"]),
-        (["dataset=mnist"], 1, ["dataset/mnist", "cifar10", "digits_photo"]),
-        (["method.speed=3"], 1, ["method.speed"]),
+        (["dataset=mnist"], USER_ERROR, ["dataset=mnist: choose cifar10", "digits_photo"]),
+        (["method.speed=3"], USER_ERROR, ["method.speed=3: there is no such field", "did you mean method.seed?"]),
         (["--multirun", "committee.size=8,9"], 1, ["committee.size=8 is", "committee.size=9 is", "choose 1 to 5"]),
     ],
 )

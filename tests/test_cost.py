@@ -326,6 +326,19 @@ def test_an_unknown_size_is_an_error_that_names_the_override(
         assert override in str(caught.value)
 
 
+def test_images_of_a_folder_that_were_never_decoded_are_counted(compose: Compose, tmp_path: Path) -> None:
+    for part, count in (("train", 12), ("test", 3)):
+        for name in ("one", "two", "three"):
+            (tmp_path / "mine" / part / name).mkdir(parents=True)
+            for index in range(count):
+                (tmp_path / "mine" / part / name / f"{index}.jpg").touch()
+    config = compose("train", *FOLDER_OF_MINE, f"dataset.root={tmp_path / 'mine'}")
+    context = planning(config, CPU)
+    data = context.data()
+    assert (len(data.classes), len(data.train), len(data.test)) == (3, 36, 9)
+    assert context.notes == {"mine is not decoded yet; sizes are those of its configuration, or counted": None}
+
+
 def test_a_folder_of_known_size(compose: Compose) -> None:
     sizes = ("dataset.num_classes=10", "dataset.train_per_class=64", "dataset.test_per_class=5")
     counted = works(compose("train", *FOLDER_OF_MINE, *sizes))

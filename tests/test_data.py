@@ -27,6 +27,7 @@ from cvdd.data import (
     load_data,
     to_eval_tensor,
 )
+from cvdd.data.dataset import RawData
 from cvdd.data.splits import keep_per_class, split_validation
 
 CONF = Path(__file__).parents[1] / "conf" / "dataset"
@@ -184,6 +185,26 @@ def test_subsets_per_class_are_seeded_and_nested() -> None:
 def test_fewer_images_than_asked_per_class() -> None:
     with pytest.raises(ConfigError, match="dataset.test_per_class=13: class 'a' has only 12"):
         keep_per_class(make_source(), ["a", "b"], 13, 0, "dataset.test_per_class")
+
+
+@pytest.mark.parametrize(
+    ("side", "label", "problem"),
+    [
+        (16, 0, r"training images of 16 pixels, and dataset\.image_size=32"),
+        (32, 10, r"training labels from 0 to 10, and 10 classes"),
+        (32, -1, r"training labels from -1 to 9, and 10 classes"),
+    ],
+)
+def test_a_reader_is_held_to_what_others_rely_on(
+    side: int, label: int, problem: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.arange(10).repeat(2)
+    labels[3 if label > 0 else 0] = label
+    train = TensorSource(torch.zeros(20, 3, side, side, dtype=torch.uint8), labels)
+    raw = RawData(tuple("0123456789"), train, lambda: train, (0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr("cvdd.data.load.READERS", {"digits_photo": lambda config, store: raw})
+    with pytest.raises(ValueError, match=rf"reader of dataset\.source=digits_photo returns {problem}"):
+        load_data(read_yaml("digits_photo"), store)
 
 
 def test_tensor_source_refuses_other_shapes() -> None:

@@ -126,6 +126,8 @@ def test_the_points_stand_beside_the_sweep() -> None:
         (["sweep=n_and_temperature", "temperature='2'"], "sweep=n_and_temperature varies temperature.vote itself"),
         (["sweep=ipc", "ipc='10'"], "sweep=ipc varies ipc.images_per_class itself"),
         (["sweep=voter", "seed=0,1"], "sweep=voter has its points already"),
+        (["sweep=voter", "seed=range(3)"], "sweep=voter has its points already"),
+        (["sweep=voter", "students=glob(*)"], "sweep=voter has its points already"),
     ],
 )
 def test_what_a_sweep_would_ignore_is_refused(arguments: list[str], answer: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +12,7 @@ from pydantic import Field, field_validator
 
 from cvdd.config_base import ConfigError, StrictConfig
 
+PACKAGES_OF_OTHERS = "cvdd.backbones"
 ALLOWED_PACKAGES = ("cvdd", "timm", "torchvision.models")
 _FILE_OF_WEIGHTS = "committee.members.NAME.checkpoint, which reads weights without running code"
 RESERVED: Mapping[str, str] = MappingProxyType(
@@ -31,13 +34,26 @@ def check_target(target: str) -> str:
     A config is data that people pass around; the check keeps it from naming any callable on the machine.
 
     Raises:
-        ConfigError: the dotted path is malformed or lies outside ``ALLOWED_PACKAGES``.
+        ConfigError: the dotted path is malformed or lies outside these packages and :func:`packages_of_others`.
     """
-    inside = any(target.startswith(package + ".") for package in ALLOWED_PACKAGES)
+    allowed = (*ALLOWED_PACKAGES, *packages_of_others())
+    inside = any(target.startswith(package + ".") for package in allowed)
     if not inside or not all(part.isidentifier() for part in target.split(".")):
-        choices = ", ".join(f"{package}.<...>" for package in ALLOWED_PACKAGES)
-        raise ConfigError(f"backbone.target={target} is not an accepted builder; valid dotted paths: {choices}")
+        choices = ", ".join(f"{package}.<...>" for package in allowed)
+        raise ConfigError(
+            f"backbone.target={target} is not an accepted builder; valid dotted paths: {choices}. An installed package "
+            f"adds its own by an entry point of the group {PACKAGES_OF_OTHERS}"
+        )
     return target
+
+
+@functools.cache
+def packages_of_others() -> tuple[str, ...]:
+    """Return the modules that installed packages name as entry points, because their builders may be called too.
+
+    Whoever installs a package trusts its code; a configuration alone cannot add one.
+    """
+    return tuple(sorted({entry.module for entry in entry_points(group=PACKAGES_OF_OTHERS)}))
 
 
 class BackboneConfig(StrictConfig):

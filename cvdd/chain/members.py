@@ -103,13 +103,19 @@ def load_network(context: Context, artifact: Artifact, backbone: BackboneConfig)
     """Rebuild the network of a member artefact, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: its classes are not those of the data set, in order.
+        ConfigError: its classes are not those of the data set, in order, or its weights fit another network.
     """
     data = context.data()
     check_same_classes(list(data.classes), artifact.manifest["identity"]["classes"], f"member {artifact.name}")
     bare = backbone.model_copy(update={"pretrained": False})
     network = build_network(bare, len(data.classes), 0)
-    network.load_state_dict(load_file(artifact.path / WEIGHTS))
+    try:
+        network.load_state_dict(load_file(artifact.path / WEIGHTS))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{artifact.path} was trained when the code of {backbone.name} built another network. Give the backbone "
+            "another name, or delete this directory to train the member again"
+        ) from error
     return network.eval().requires_grad_(False)
 
 

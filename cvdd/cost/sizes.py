@@ -12,7 +12,7 @@ from torch import Tensor
 from cvdd.artifact import Store
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, DatasetConfig, DigitsOptions, load_data
-from cvdd.data.image_folder import LARGEST_IN_MEMORY
+from cvdd.data.image_folder import LARGEST_IN_MEMORY, count_images
 
 PUBLISHED: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {
@@ -90,17 +90,18 @@ def sized_data(config: DatasetConfig, store: Store) -> tuple[Data, str | None]:
     try:
         return load_data(config.model_copy(update={"download": False}), store), None
     except NotMade:
-        return _described(config), f"{config.name} is not decoded yet; sizes are those of its configuration"
+        return _described(config), f"{config.name} is not decoded yet; sizes are those of its configuration, or counted"
     except ConfigError as error:
         sizes = "the published ones" if config.source in PUBLISHED else "those of its configuration"
         return _described(config), f"{config.name} is not there, so sizes are {sizes} ({error})"
 
 
 def _described(config: DatasetConfig) -> Data:
-    classes = len(config.classes) or config.num_classes
+    counted = count_images(config) if config.source == "image_folder" else None
+    classes = len(config.classes) or config.num_classes or (counted and counted[0])
     if classes is None:
         raise _unknown(config, "number of classes")
-    train, test = _counts(config, classes)
+    train, test = _counts(config, classes, counted and counted[1:])
     images = train + test
     in_memory = config.source not in _FROM_FILES
     if config.source == "image_folder":
@@ -119,9 +120,9 @@ def _described(config: DatasetConfig) -> Data:
     )
 
 
-def _counts(config: DatasetConfig, classes: int) -> tuple[int, int]:
-    """Training images, and images to measure on."""
-    whole = _whole(config, classes)
+def _counts(config: DatasetConfig, classes: int, counted: tuple[int, int] | None) -> tuple[int, int]:
+    """Training images, and images to measure on; some may have been counted."""
+    whole = counted or _whole(config, classes)
     train: int | None = None
     test: int | None = None
     if whole is not None:

@@ -45,7 +45,7 @@ def read(config: DatasetConfig, store: Store) -> RawData:
         train = read_images(packed) if _fits(config, files) else files
 
     def test() -> ImageSource:
-        part = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        part = _test_part(root)
         if part is None:
             raise ConfigError(
                 f"{config.name}: no test folder in dataset.root={root}. Expected there: {_LAYOUT}; or type "
@@ -59,6 +59,24 @@ def read(config: DatasetConfig, store: Store) -> RawData:
         return read_images(_pack(config, store, "test", classes, found, config.test_resize))
 
     return RawData(classes, train, test, mean, std)
+
+
+def count_images(config: DatasetConfig) -> tuple[int, int, int] | None:
+    """Count what is there without decoding any image.
+
+    Returns:
+        classes, training images and test images; None if there is no such folder.
+    """
+    root = data_root(config)
+    if not (root / "train").is_dir():
+        return None
+    classes = _classes(config, root / "train")
+    part = _test_part(root)
+    return len(classes), len(scan(root / "train", classes)), 0 if part is None else len(scan(part, classes))
+
+
+def _test_part(root: Path) -> Path | None:
+    return next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
 
 
 def _classes(config: DatasetConfig, part: Path) -> tuple[str, ...]:

@@ -46,6 +46,12 @@ def load_data(config: DatasetConfig, store: Store) -> Data:
         ValueError: a file is damaged; the message names it.
     """
     raw = READERS[config.source](config, store)
+    _check(config, raw.train, len(raw.classes), "training")
+    if isinstance(raw.train, TensorSource) and raw.train.side != config.image_size:
+        raise ValueError(
+            f"the reader of dataset.source={config.source} returns training images of {raw.train.side} pixels, and "
+            f"dataset.image_size={config.image_size}"
+        )
     if config.classes_per_unit > len(raw.classes):
         raise ConfigError(
             f"dataset.classes_per_unit={config.classes_per_unit}: {config.name} has only {len(raw.classes)} classes; "
@@ -57,6 +63,7 @@ def load_data(config: DatasetConfig, store: Store) -> Data:
             test = views_to_measure(test, config.test_resize)
     else:
         train, test = raw.train, raw.test()
+        _check(config, test, len(raw.classes), "test")
     if config.train_per_class is not None:
         count, override = config.train_per_class, "dataset.train_per_class"
         train = keep_per_class(train, raw.classes, count, config.split_seed, override)
@@ -73,6 +80,16 @@ def load_data(config: DatasetConfig, store: Store) -> Data:
         name=config.name,
         identity=_identity(config, raw, train, test),
     )
+
+
+def _check(config: DatasetConfig, source: ImageSource, classes: int, part: str) -> None:
+    """Hold a reader to what everything else relies on."""
+    found = source.labels
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
+        raise ValueError(
+            f"the reader of dataset.source={config.source} returns {part} labels from {int(found.min())} to "
+            f"{int(found.max())}, and {classes} classes; labels are from 0 to {classes - 1}"
+        )
 
 
 def _identity(config: DatasetConfig, raw: RawData, train: ImageSource, test: ImageSource) -> dict[str, Any]:

@@ -97,6 +97,11 @@ class TensorSource:
         """Always true."""
         return True
 
+    @property
+    def side(self) -> int:
+        """Side of the images in pixels."""
+        return self._images.shape[-1]
+
     def __len__(self) -> int:
         """Number of images."""
         return len(self._images)

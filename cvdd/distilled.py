@@ -1,0 +1,164 @@
+"""A distilled set for programs of one's own: ``cvdd.load`` reads it, ``python -m cvdd.distilled`` writes PNG files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import write_png
+
+from cvdd.artifact import Artifact
+from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest, verify
+from cvdd.augment import normalise
+from cvdd.chain.images import load_images
+from cvdd.config_base import ConfigError
+from cvdd.label_store import LabelLayout, StoredLabels
+from cvdd.outcome import told
+from cvdd.replay import batch_bounds, replay
+from cvdd.schema import LabelConfig
+
+_OF_NO_FILE = re.compile(r"[^\w. -]")
+"""What the name of a class may have and that of a folder should not."""
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """Images, and soft labels where these are stored.
+
+    Attributes:
+        images: [n, 3, h, w] uint8, class by class.
+        labels: [n] class indices.
+        classes: names, by index.
+        mean: of the normalisation that the committee was trained with, in units of 1.
+        std: likewise.
+        soft: the stored soft labels, or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    soft: StoredLabels | None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of soft labels; 0 without any."""
+        return 0 if self.soft is None else self.soft.epochs
+
+    def normalised(self) -> Tensor:
+        """Return the images as networks take them: [n, 3, h, w] float32."""
+        return normalise(self.images.float(), torch.tensor(self.mean), torch.tensor(self.std))
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch of soft labels: what the teachers saw, and what they said.
+
+        Args:
+            epoch: from 0 to ``epochs - 1``; crops, flips and mixes differ from one to the next.
+
+        Yields:
+            Samples, [b, 3, h, w] float32, normalised, and logits, [b, classes] float32.
+
+        Raises:
+            ValueError: there is no such epoch, or there are no soft labels.
+        """
+        if self.soft is None or not 0 <= epoch < self.epochs:
+            raise ValueError(
+                f"there are soft labels of {self.epochs} epochs, counted from 0, and none of epoch {epoch}"
+            )
+        plan, logits = self.soft.epoch(epoch)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        for start, stop in batch_bounds(len(plan), self.soft.batch_size):
+            yield replay(self.images, plan.batch(start, stop), mean, std), logits[start:stop].float()
+
+    def save_images(self, folder: str | Path) -> None:
+        """Write the images as PNG files, a folder for each class in the order of their indices.
+
+        Folders are named ``0_airplane`` and so on, so that ``torchvision.datasets.ImageFolder`` gives the same indices.
+
+        Args:
+            folder: is made.
+
+        Raises:
+            ConfigError: there is something in it already.
+        """
+        target = Path(folder)
+        if target.is_dir() and any(target.iterdir()):
+            raise ConfigError(f"{target} is not empty; name a folder that is not there yet")
+        width = len(str(len(self.classes) - 1))
+        for index, name in enumerate(self.classes):
+            place = target / f"{index:0{width}d}_{_OF_NO_FILE.sub('_', name)}"
+            place.mkdir(parents=True)
+            for number, image in enumerate(self.images[self.labels == index]):
+                write_png(image, str(place / f"{number:04d}.png"))
+
+
+def load(path: str | Path) -> DistilledSet:
+    """Read a distilled set from a store.
+
+    Args:
+        path: directory of its labels, ``STORE/labels/NAME-HASH``, beside whose store its images are found; or of its
+            images alone, ``STORE/images/NAME-HASH``. Commands print both, and a run's page lists them.
+
+    Raises:
+        ConfigError: the directory holds no images or labels, or its images are not in the store.
+        DamagedArtifact: a file is missing or was changed.
+    """
+    artifact = _whole(Path(path))
+    if artifact.kind not in ("images", "labels"):
+        raise ConfigError(f"{path} holds {artifact.kind}; name the directory of images or of labels")
+    images = artifact if artifact.kind == "images" else _images_of(artifact)
+    identity = images.manifest["identity"]
+    pixels, labels = load_images(images)
+    data, classes = identity["data"], tuple(identity["classes"])
+    soft = None if artifact is images else _stored(artifact, len(pixels), len(classes), pixels.shape[-1])
+    return DistilledSet(pixels, labels, classes, tuple(data["mean"]), tuple(data["std"]), soft)
+
+
+def _whole(path: Path) -> Artifact:
+    if not (path / MANIFEST).is_file():
+        raise ConfigError(f"{path} is no artefact of a store; name a directory such as store/labels/NAME-HASH")
+    artifact = read_manifest(path)
+    for problem in verify(artifact):
+        raise DamagedArtifact(f"{path}: {problem}. Make it again, or copy it again")
+    return artifact
+
+
+def _images_of(labels: Artifact) -> Artifact:
+    digest, folder = labels.manifest["identity"]["images"], labels.path.resolve().parent.parent / "images"
+    found = sorted(folder.glob(f"*-{digest}"))
+    if not found:
+        raise ConfigError(f"{labels.path}: the images of these labels, images/*-{digest}, are not in the store")
+    return _whole(found[0])
+
+
+def _stored(labels: Artifact, count: int, classes: int, size: int) -> StoredLabels:
+    identity = labels.manifest["identity"]
+    # Who labelled, and with what weight, is of the past.
+    label = LabelConfig.model_validate(
+        {**identity["label"], "name": labels.name, "teachers": "committee", "weights": "equal", "store": "logits"}
+        | {"parameters": identity["parameters"]}
+    )
+    return StoredLabels(labels.path, LabelLayout.of(label, count, classes), label, size, identity["seed"])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the images of a distilled set as PNG files."""
+    parser = argparse.ArgumentParser(prog="python -m cvdd.distilled", description=main.__doc__)
+    parser.add_argument("path", metavar="STORE/images/NAME-HASH", help="the distilled set")
+    parser.add_argument("folder", metavar="FOLDER", help="where the files go, a folder for each class; it is made")
+    given = parser.parse_args(arguments)
+    made = load(given.path)
+    made.save_images(given.folder)
+    print(f"{len(made.images)} images of {len(made.classes)} classes in {given.folder}")
+
+
+if __name__ == "__main__":
+    with told(sweeping=False):
+        main(sys.argv[1:])
