@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,30 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "timm")
 
 @functools.cache
 def code_version() -> dict[str, Any]:
-    """Return version, commit, whether the checkout differs from it, and the versions of the main libraries."""
+    """Return versions of this package and of libraries, a hash of its source, and commit and changes, if known."""
     root = Path(__file__).parent.parent
     version: dict[str, Any] = {"cvdd": cvdd.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         version[package] = metadata.version(package)
+    version["source"] = _source()
     commit = _git(root, "rev-parse", "HEAD")
     if commit is not None and (root / "pyproject.toml").exists():
         version["commit"] = commit.decode()
         version["changed"] = _changes(root)
     return version
+
+
+def made_by_other_code(code: Mapping[str, Any]) -> bool:
+    """Whether what a manifest says of the code is known not to be that of this process; older ones do not say it."""
+    return code.get("source") not in (None, code_version()["source"])
+
+
+def _source() -> str:
+    """Hash of the Python files of this package, which is there without git too."""
+    found, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _changes(root: Path) -> str | None:

@@ -6,14 +6,14 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from cvdd.allocator import keep_freed_memory
 from cvdd.arguments import is_of_surroundings
-from cvdd.artifact import Store, digest_of
+from cvdd.artifact import Artifact, Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
@@ -22,9 +22,12 @@ from cvdd.launching import tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
 from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
+from cvdd.provenance import made_by_other_code
 from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
 from cvdd.verbs import VERBS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,21 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)
     with reporting_to(loggers):
-        return VERBS[config.verb](context, invocation_lines(config, invocation))
+        metric = VERBS[config.verb](context, invocation_lines(config, invocation))
+    _warn_of_other_code(context.store.opened)
+    return metric
+
+
+def _warn_of_other_code(used: Sequence[Artifact]) -> None:
+    old = [artifact for artifact in used if made_by_other_code(artifact.manifest["code"])]
+    if old:
+        log.warning(
+            "%d of the %d artefacts of this run were made by other code than this (%s, for instance): their identity "
+            "is what is configured, not the code. If the difference matters, make them anew: paths.store=DIR",
+            len(old),
+            len(used),
+            f"{old[0].kind}/{old[0].path.name}",
+        )
 
 
 def prepare_process(config: RunConfig, local_rank: int = 0) -> torch.device:

@@ -7,6 +7,8 @@ SURROUNDINGS = ("paths", "trainer", "logger")
 
 FULL_DATA = "protocol.full_data"
 """Adds one row of all real data to a comparison, or none; the protocol of another row has no say."""
+FULL_DATA_ROW = "full_data"
+"""Its name."""
 
 _SHARED_BY_ROWS = ("verb", *SURROUNDINGS, "cost", "students", "compare", "expected", "hydra")
 

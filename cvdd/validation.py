@@ -17,7 +17,7 @@ from cvdd.config_base import ConfigError
 from cvdd.fields import field_at, fields, model_at
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, with_overrides
-from cvdd.surroundings import is_shared_by_rows
+from cvdd.surroundings import FULL_DATA_ROW, is_shared_by_rows
 
 REQUIREMENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -73,6 +73,9 @@ def check(config: DictConfig) -> RunConfig:
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error))) from error
     rows = [run]
+    if FULL_DATA_ROW in (run.method.name, *run.compare):
+        where = f"compare.{FULL_DATA_ROW}" if FULL_DATA_ROW in run.compare else f"method.name={FULL_DATA_ROW}"
+        raise ConfigError(f"{where}: this is the name of the row of protocol.full_data=true; choose another")
     for name, overrides in run.compare.items():
         row = _check_row(run, f"compare.{name}", overrides)
         if name == run.method.name and row != run:

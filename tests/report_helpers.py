@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from cvdd.artifact import Artifact, Store
-from cvdd.chain.compare import FULL_DATA, Distilled, Result
+from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.labels import Labels
 from cvdd.chain.priors import Priors
 from cvdd.context import Context
 from cvdd.report.page import render_page
 from cvdd.schema import RunConfig
+from cvdd.surroundings import FULL_DATA_ROW
 
 HOSTILE = "<script>alert('x')</script> & co"
 CLASSES = ("zero", HOSTILE, "two")
@@ -110,7 +111,7 @@ class Maker:
         return Distilled(self.context, row, Priors({}), images, labels)
 
     def result(self, made: Distilled | None, values: Sequence[float], student: str = "small") -> Result:
-        row = FULL_DATA if made is None else made.row
+        row = FULL_DATA_ROW if made is None else made.row
         students = []
         for seed, value in enumerate(values):
             rows = [{"epoch": e, "train_loss": 1 / e, **({"top1": value} if e % 2 == 0 else {})} for e in range(1, 5)]

@@ -159,6 +159,14 @@ def test_rows_of_a_comparison_differ_in_what_they_say(made: tuple[Distilled, Res
     assert protocols[0] == protocols[1]
 
 
+def test_rows_that_are_the_same_are_named(chain_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = tiny_context(chain_home, "+compare.again={method.checkpoint_every: 4}", "compare=random_real")
+    _, results = compare(context)
+    assert [result.row for result in results] == ["cvdd", "random_real", "again"]
+    assert "rows cvdd and again are one and the same: they differ in nothing that is read" in caplog.messages
+    assert len([message for message in caplog.messages if "one and the same" in message]) == 1
+
+
 def test_full_data_is_a_row_of_its_own(chain_home: Path) -> None:
     _, results = compare(tiny_context(chain_home, "protocol.full_data=true"))
     full = results[-1]

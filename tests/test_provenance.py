@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from cvdd.provenance import _changes
+from cvdd.provenance import _changes, code_version, made_by_other_code
 
 
 @pytest.fixture
@@ -19,6 +20,15 @@ def checkout(tmp_path: Path) -> Path:
     for arguments in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
     return tmp_path
+
+
+def test_code_is_known_by_its_source_without_git_too() -> None:
+    known = code_version()
+    assert re.fullmatch("[0-9a-f]{12}", known["source"])
+    assert not made_by_other_code(known)
+    assert made_by_other_code({**known, "source": "0" * 12})
+    # Manifests of earlier versions do not say it.
+    assert not made_by_other_code({"commit": "abc"})
 
 
 def test_a_clean_checkout_has_no_changes(checkout: Path) -> None:

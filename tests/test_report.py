@@ -16,7 +16,7 @@ from report_helpers import CLASSES, HOSTILE, Maker, Page, pair
 from rich.console import Console
 
 from cvdd.artifact import Artifact, Store
-from cvdd.chain.compare import FULL_DATA
+from cvdd.chain.compare import FULL_DATA_ROW
 from cvdd.chain.unit_files import write_unit
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
@@ -155,7 +155,7 @@ def test_all_rows_and_values_are_there(page: Page) -> None:
         "94.2 \u00b1 0.1",
     ):
         assert shown in page.text
-    for shown in ("cvdd", "random_real", FULL_DATA, "72.2", "99.0", "0.500", "1.2 kB", "two$"):
+    for shown in ("cvdd", "random_real", FULL_DATA_ROW, "72.2", "99.0", "0.500", "1.2 kB", "two$"):
         assert shown in page.text
     assert "cvdd is ahead by 5.0" in page.text
     assert "Best epoch, chosen on the measured images" in page.text

@@ -113,3 +113,11 @@ def test_differences_name_leaves_unless_the_keys_differ() -> None:
     other = {"a": 1, "b": {"c": 5, "d": {"e": 3}}, "f": {"h": 4}}
     assert differences(base, other) == {"b.c": 5, "f": {"h": 4}}
     assert differences(base, base) == {}
+
+
+@pytest.mark.parametrize("typed", ["+compare.full_data={seed: 1}", "method.name=full_data"])
+def test_the_name_of_the_row_of_all_data_is_taken(tmp_path: Path, typed: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"full_data: this is the name of the row of protocol\.full_data=true; choose"
+    ):
+        check(compose_raw(tmp_path, "evaluate", "compare=none", typed))

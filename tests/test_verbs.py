@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from cvdd.artifact import Store
 from cvdd.chain.images import load_history
 from cvdd.config_base import ConfigError
+from cvdd.provenance import code_version
 from cvdd.report.summary import COLUMNS
 from cvdd.runtime import Invocation, run
 
@@ -147,11 +150,22 @@ def test_distill_leaves_a_picture_and_tells_where_the_images_are(
         assert len(picture.convert("L").getcolors()) > 50
 
 
+def test_artefacts_of_other_code_are_used_with_a_word(
+    evaluated: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(evaluated.store, tmp_path / "same", "distill")
+    assert "other code" not in caplog.text
+    changed = {**code_version(), "source": "0" * 12}
+    monkeypatch.setattr("cvdd.provenance.code_version", lambda: changed)
+    command(evaluated.store, tmp_path / "other", "distill")
+    assert re.search(r"(\d+) of the \1 artefacts of this run were made by other code .*paths\.store=DIR", caplog.text)
+
+
 def test_a_picture_of_a_large_set_shows_some_of_it(
     evaluated: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("cvdd.verbs.distill.PIXELS", 64**2 * 19)
+    monkeypatch.setattr(sys.modules["cvdd.verbs.distill"], "PIXELS", 64**2 * 19)
     monkeypatch.setattr("cvdd.report.gallery.CLASSES", 4)
     monkeypatch.setattr("cvdd.report.gallery.SLOTS", 1)
     distilled = command(evaluated.store, tmp_path / "out", "distill")

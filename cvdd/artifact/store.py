@@ -48,6 +48,11 @@ class Store:
         self._verified: dict[Path, Artifact] = {}
 
     @property
+    def opened(self) -> list[Artifact]:
+        """Artefacts that this process found or made so far."""
+        return list(self._verified.values())
+
+    @property
     def user(self) -> str:
         """Name of this process in the store."""
         return self._uses.user

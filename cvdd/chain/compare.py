@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from cvdd.chain.space import WHITENING
 from cvdd.chain.students import make_student
 from cvdd.context import Context
 from cvdd.seeds import derive_seed
+from cvdd.surroundings import FULL_DATA_ROW
 
-FULL_DATA = "full_data"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,16 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
         for name, backbone in context.config.students.items():
             students = [student_of(made, name, backbone, seed) for seed, made in sets.items()]
             results.append(Result(row, name, protocol.name, tuple(sets), tuple(students), first.images, first.labels))
+    _warn_of_equal_rows(results)
     return distilled, [*results, *_full_data(context)]
+
+
+def _warn_of_equal_rows(results: Sequence[Result]) -> None:
+    by_students: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        by_students.setdefault(tuple(student.path.name for student in result.students), []).append(result.row)
+    for rows in dict.fromkeys(tuple(rows) for rows in by_students.values() if len(rows) > 1):
+        log.warning("rows %s are one and the same: they differ in nothing that is read", " and ".join(rows))
 
 
 def student_of(made: Distilled, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
@@ -176,7 +187,7 @@ def _full_data(context: Context) -> Sequence[Result]:
         students = tuple(_as_student(artifact) for artifact in trained)
         # Not trained by the protocol of the other rows but like a member.
         protocol = f"recipe {config.recipe.name}"
-        results.append(Result(FULL_DATA, name, protocol, tuple(config.protocol.seeds), students, None, None))
+        results.append(Result(FULL_DATA_ROW, name, protocol, tuple(config.protocol.seeds), students, None, None))
     return results
 
 

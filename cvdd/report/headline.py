@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cvdd.chain.compare import FULL_DATA, Result
+from cvdd.chain.compare import Result
+from cvdd.surroundings import FULL_DATA_ROW
 
 Verdict = Literal["ahead", "level", "behind", "unknown"]
 
@@ -97,7 +98,7 @@ def other_students(results: Sequence[Result]) -> str | None:
 def reference(results: Sequence[Result]) -> str | None:
     """Say what the first student reaches with all real data, if that was measured."""
     for result in results:
-        if result.row == FULL_DATA and result.student == results[0].student:
+        if result.row == FULL_DATA_ROW and result.student == results[0].student:
             return f"Trained on all real data, {result.student} reaches {accuracy(result)}; {_seeds(result)}."
     return None
 

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cvdd.chain.compare import FULL_DATA, Distilled, Result
+from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.images import load_history
 from cvdd.chain.own_engines import own_engine
 from cvdd.context import Context
 from cvdd.portable import portable_config
+from cvdd.provenance import made_by_other_code
 from cvdd.readable import readable_bytes, readable_seconds
 from cvdd.report import headline, plots
 from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
@@ -24,6 +25,7 @@ from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table
 from cvdd.schema import RunConfig, teachers_of
+from cvdd.surroundings import FULL_DATA_ROW
 
 TEMPLATE = "page.html.j2"
 
@@ -41,6 +43,7 @@ def render_page(
     """
     config, main = context.config, distilled[0]
     members, patches = open_members(context, summary), open_patches(distilled)
+    artifacts = all_artifacts(members, patches, distilled, results)
     terms = member_terms(load_history(main.images), main.context.config)
     return (
         _environment()
@@ -58,7 +61,7 @@ def render_page(
             ],
             verdict=_verdict(results),
             colours=plots.row_colours(results),
-            full_data=any(result.row == FULL_DATA for result in results),
+            full_data=any(result.row == FULL_DATA_ROW for result in results),
             gallery=make_gallery(main),
             dots=plots.dot_plot(results),
             accuracy=plots.accuracy_curves(results),
@@ -68,10 +71,13 @@ def render_page(
             votes=vote_table(summary["votes"], list(summary["members"])),
             costs=stage_costs(members, patches, distilled, results),
             predicted=predicted_costs(context),
-            artifacts=all_artifacts(members, patches, distilled, results),
+            artifacts=artifacts,
+            others=sum(made_by_other_code(artifact.manifest["code"]) for artifact in artifacts),
             code=_code(summary["code"]),
             libraries={
-                key: value for key, value in summary["code"].items() if key not in ("commit", "changed", "cvdd")
+                key: value
+                for key, value in summary["code"].items()
+                if key not in ("commit", "changed", "cvdd", "source")
             },
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             yaml=portable_yaml(config),

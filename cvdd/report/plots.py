@@ -9,11 +9,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cvdd.chain.compare import FULL_DATA, Result
+from cvdd.chain.compare import Result
 from cvdd.chain.training import load_curve
 from cvdd.report.drawing import INK, MUTED, RULE, canvas, series_colour, to_svg
 from cvdd.report.headline import accuracy
 from cvdd.report.terms import MemberTerms
+from cvdd.surroundings import FULL_DATA_ROW
 
 WIDTH = 9.6
 POINTS = 300
@@ -41,7 +42,7 @@ def dot_plot(results: Sequence[Result]) -> Markup:
     with canvas(WIDTH, 0.62 + 0.27 * place) as (figure, (axes,)):
         distant = _distant(results)
         for result, y in zip(ordered, places, strict=True):
-            if distant and result.row == FULL_DATA:
+            if distant and result.row == FULL_DATA_ROW:
                 continue
             colour, summary = series_colour(colours[result.row]), result.summary()
             values = summary["top1_by_seed"]
@@ -67,7 +68,7 @@ def dot_plot(results: Sequence[Result]) -> Markup:
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.04)
         for result, y in zip(ordered, places, strict=True):
-            if distant and result.row == FULL_DATA:
+            if distant and result.row == FULL_DATA_ROW:
                 text, colour = f"{accuracy(result)} \u2192", series_colour(colours[result.row])
                 axes.text(1.0, y, text, color=colour, ha="right", va="center", transform=axes.get_yaxis_transform())
         axes.set_xlabel("top-1 accuracy of the last epoch in percent")
@@ -81,7 +82,7 @@ def accuracy_curves(results: Sequence[Result]) -> Markup | None:
 
 def loss_curves(results: Sequence[Result]) -> Markup | None:
     """Draw the students' training loss by epoch; not that of real data, which is another loss."""
-    return _curves([result for result in results if result.row != FULL_DATA], "train_loss", "loss", "training loss")
+    return _curves([result for result in results if result.row != FULL_DATA_ROW], "train_loss", "loss", "training loss")
 
 
 def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
@@ -114,10 +115,10 @@ def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Ma
     with canvas(width, 2.5 * rows, rows, columns) as (figure, axes):
         for one, student in zip(axes, students, strict=False):
             for result in results:
-                if result.student == student and result.row != FULL_DATA:
+                if result.student == student and result.row != FULL_DATA_ROW:
                     _curve(one, result, metric, series_colour(colours[result.row]))
             for result in results:
-                if result.student == student and result.row == FULL_DATA:
+                if result.student == student and result.row == FULL_DATA_ROW:
                     _real_data(one, result, series_colour(colours[result.row]))
             one.set_title(f"{title}, {student}")
             one.set_xlabel("epoch")
@@ -151,8 +152,8 @@ def _means(values: Sequence[float]) -> list[float]:
 
 def _distant(results: Sequence[Result]) -> bool:
     """Whether showing all real data in the same picture would leave no room for the differences between the others."""
-    others = [value for result in results if result.row != FULL_DATA for value in result.values()]
-    real = [value for result in results if result.row == FULL_DATA for value in result.values()]
+    others = [value for result in results if result.row != FULL_DATA_ROW for value in result.values()]
+    real = [value for result in results if result.row == FULL_DATA_ROW for value in result.values()]
     return bool(others and real) and max(real) > max(others) + 2 * (max(others) - min(others))
 
 
