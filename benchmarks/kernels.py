@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -78,7 +79,8 @@ def compare(name: str, layer: nn.Module, channels: int, side: int, copy: float) 
 
 
 def main() -> None:
-    """Compare all shapes."""
+    """Compare max-pooling and depthwise convolutions of these shapes with PyTorch's on a GPU."""
+    argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=main.__doc__).parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels for GPUs need one, and PyTorch finds none")
     rate = measure_limits(torch.device("cuda")).copy

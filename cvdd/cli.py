@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,9 +15,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, prepare, quote_numbers
-from cvdd.launching import check_launcher, check_multirun, launcher_field, register_resolvers, require_launcher
-from cvdd.outcome import USER_ERROR, told
-from cvdd.sweep import with_points
+from cvdd.launching import (
+    check_launcher,
+    check_multirun,
+    launcher_field,
+    register_resolvers,
+    require_launcher,
+    speaks_for_all,
+)
+from cvdd.outcome import USER_ERROR, failure_kept, told
+from cvdd.sweep import leaves, with_points
 
 # A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
 register_resolvers()
@@ -54,14 +64,30 @@ def _again(verb: str, overrides: list[str]) -> DictConfig:
     return compose(verb, quote_numbers(overrides, config_directory()))
 
 
+def debug_limits(choice: str | None) -> dict[str, float]:
+    """Return the numbers of a file of ``debug`` by their fields: rows of a comparison have no larger ones."""
+    file = config_directory() / "debug" / f"{choice}.yaml"
+    if not file.is_file():
+        return {}
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+    limits: dict[str, float] = {}
+    for other in tree.pop("defaults", []):
+        limits |= debug_limits(other)
+    return limits | {key: value for key, value in leaves(tree) if type(value) in (int, float)}
+
+
 def _run(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
     sweeping = settings.mode is RunMode.MULTIRUN
-    with told(sweeping):
+    one_of_many = sweeping and speaks_for_all(os.environ)
+    kept = failure_kept(Path(settings.runtime.output_dir)) if one_of_many else contextlib.nullcontext()
+    with kept, told(sweeping):
         from cvdd.rows import expand_rows
         from cvdd.validation import check
 
-        config = check(expand_rows(composed, lambda row: _again(composed.verb, [*settings.overrides.task, *row])))
+        limits = debug_limits(settings.runtime.choices.get("debug"))
+        again = partial(_again, composed.verb)
+        config = check(expand_rows(composed, lambda row: again([*settings.overrides.task, *row]), limits))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -25,11 +26,31 @@ INTERRUPTED = 130
 _KEPT = "What is finished in the store is kept, and the same command goes on from it."
 
 
+FAILURE = "failure.txt"
+"""Beside the log of a point that failed: what it said."""
+
+
 class PointFailed(CompactHydraException):
     """One point of a multirun could not run; its message was printed when it failed.
 
     Hydra prints an error of its own kind without a stack trace and goes on with the next point.
     """
+
+
+@contextlib.contextmanager
+def failure_kept(folder: Path) -> Iterator[None]:
+    """Write down why a point of a multirun failed, so that reports can tell it from one that is being made.
+
+    Args:
+        folder: of the point.
+    """
+    file = folder / FAILURE
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        file.write_text(str(error) or type(error).__name__)
+        raise
 
 
 def is_for_users(error: BaseException) -> bool:

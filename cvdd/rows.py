@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
@@ -17,11 +18,12 @@ from cvdd.schema import RunConfig
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
 from cvdd.validation import closest, shared_by_rows
 
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
 
 
-def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
+def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, float] = NO_LIMITS) -> DictConfig:
     """Replace the rows of ``compare`` that are lists of overrides by the fields in which they differ.
 
     A row such as ``[method=sre2l, label=sre2l]`` is composed like the command itself with these overrides at its end,
@@ -30,6 +32,7 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
     Args:
         composed: the configuration.
         compose: composes it again with more overrides.
+        limits: by field, what no row is to exceed: ``debug=smoke`` is for a moment, whatever rows say.
 
     Raises:
         ConfigError: a row cannot be composed.
@@ -39,11 +42,14 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
         if isinstance(row, str):
             raise ConfigError(f"compare.{name}={row}: a row is a list of overrides; write [{row}]")
     written = {name: row for name, row in rows.items() if isinstance(row, ListConfig)}
-    if not written:
+    if not rows or not (written or limits):
         return composed
     base = _tree(composed)
     expanded = composed.copy()
     with open_dict(expanded):
+        for row in expanded.compare.values():
+            if isinstance(row, DictConfig):
+                row.update({key: limit for key, limit in limits.items() if key in row and row[key] > limit})
         for name, row in written.items():
             overrides = [str(override) for override in row]
             where = f"compare.{name}=[{','.join(overrides)}]"
@@ -52,6 +58,8 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
                     raise ConfigError(f"{where}: {shared_by_rows(key)}")
             try:
                 tree = _tree(compose(overrides))
+                if beyond := [f"{key}={limit}" for key, limit in limits.items() if _exceeds(tree, key, limit)]:
+                    tree = _tree(compose([*overrides, *beyond]))
             except (HydraException, OmegaConfBaseException, ArgumentError) as error:
                 raise ConfigError(f"{where}: {_reason(error)}") from error
             unknown = tree.keys() - base.keys()
@@ -59,6 +67,13 @@ def expand_rows(composed: DictConfig, compose: Composer) -> DictConfig:
                 raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
             expanded.compare[name] = {key: value for key, value in differences(base, tree).items() if key != FULL_DATA}
     return expanded
+
+
+def _exceeds(tree: Mapping[str, Any], key: str, limit: float) -> bool:
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, (int, float)) and node > limit
 
 
 def _key(override: str) -> str:

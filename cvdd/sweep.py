@@ -180,15 +180,16 @@ def _settings_keys(settings: Mapping[str, Any]) -> Iterator[str]:
         for key in entry if isinstance(entry, dict) else ():
             group = key.removeprefix("override ").lstrip("/")
             yield FIELDS.get(group, group)
-    yield from _leaves({key: value for key, value in settings.items() if key != "defaults"}, "")
+    yield from (key for key, _ in leaves({key: value for key, value in settings.items() if key != "defaults"}))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of what is no dictionary, or an empty one."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def same_command(one: Sequence[str], other: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from cvdd.arguments import prepare
-from cvdd.cli import _again, config_directory
+from cvdd.cli import _again, config_directory, debug_limits
 from cvdd.rows import expand_rows
 from cvdd.schema import RunConfig
 from cvdd.validation import check
@@ -38,7 +38,8 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(conf), version_base="1.3"):
         prepared = prepare(arguments, conf)
         composed = hydra_compose(verb, prepared)
-        return expand_rows(composed, lambda row: _again(verb, [*prepared, *row]))
+        debug = next((item.removeprefix("debug=") for item in overrides if item.startswith("debug=")), None)
+        return expand_rows(composed, lambda row: _again(verb, [*prepared, *row]), debug_limits(debug))
 
 
 @pytest.fixture

@@ -83,6 +83,16 @@ def test_a_field_of_a_section_that_is_not_there(tmp_path: Path) -> None:
         check(compose_raw(tmp_path, "evaluate", "compare=none", "+compare.row={method.mtt.steps: 5}"))
 
 
+def test_smoke_is_for_a_moment_whatever_rows_say(tmp_path: Path) -> None:
+    typed = ("experiment=compare", "debug=smoke", "+compare.row={method.iterations: 9}")
+    config = check(compose_raw(tmp_path, "evaluate", *typed))
+    rows = {name: with_overrides(config, {**row, "compare": {}}) for name, row in config.compare.items()}
+    assert len(rows) > 20
+    assert {row.method.iterations for row in rows.values()} == {0, 4}
+    assert {row.protocol.epochs for row in rows.values()} == {1}
+    assert config.compare["row"] == {"method.iterations": 4}
+
+
 def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
     config = check(compose_raw(tmp_path, "evaluate", "compare=random_real"))
     assert config.compare["random_real"]["method.init"] == "real"

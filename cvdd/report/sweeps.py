@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.config_base import ConfigError
+from cvdd.outcome import FAILURE
 from cvdd.portable import portable_override
 from cvdd.report.headline import with_error
 from cvdd.report.sweep_plots import Cell, plot, standalone
@@ -142,7 +143,10 @@ def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point
         label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or folder.name
         at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
         metrics = _load(folder / METRICS)
-        if metrics is None:
+        failure = folder / FAILURE
+        if failure.is_file():
+            points.append(Point(folder.name, at, "failed", failure.read_text()))
+        elif metrics is None:
             points.append(Point(folder.name, at, "not finished"))
         else:
             results = _of_row(metrics, metrics["results"][0]["row"])
