@@ -31,7 +31,8 @@ from cvdd.artifact import (
     file_checksum,
     write_atomically,
 )
-from cvdd.artifact.manifest import manifest_checksum
+from cvdd.artifact.files import fsync
+from cvdd.artifact.manifest import manifest_checksum, read_manifest
 
 IDENTITY = {"size": 3, "seed": 0}
 
@@ -82,6 +83,27 @@ def test_an_artefact_lists_its_files_with_checksums(artifact: Artifact) -> None:
 def test_nothing_is_left_beside_it(artifact: Artifact) -> None:
     assert [path.name for path in artifact.path.iterdir() if path.name.endswith(".tmp")] == []
     assert list((artifact.path.parent / ".partial").iterdir()) == []
+
+
+def test_all_of_it_is_on_disk_before_it_has_its_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power keeps a file only if the names that lead to it were written too."""
+    synced: list[Path] = []
+
+    def watched(path: Path) -> None:
+        synced.append(path)
+        fsync(path)
+
+    def nested(work: Path) -> Mapping[str, Any]:
+        (work / "inner" / "most").mkdir(parents=True)
+        (work / "inner" / "most" / "numbers.bin").write_bytes(bytes(100))
+        return build(work)
+
+    monkeypatch.setattr(cvdd.artifact.sealing, "fsync", watched)
+    path = make(store, nested).path
+    work = path.parent / ".partial" / path.name
+    assert synced[-1] == path.parent
+    assert {work, work / "inner", work / "inner" / "most"} <= set(synced[:-1])
+    assert {work / name for name in read_manifest(path).manifest["files"]} <= set(synced[:-1])
 
 
 def test_the_second_call_opens_it(artifact: Artifact) -> None:
