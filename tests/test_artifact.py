@@ -295,7 +295,7 @@ READ_ONLY = "cannot be written .*Choose another place: paths.store=DIR"
 def test_refusals_of_the_system_say_what_to_type(number: int, message: str, store: Store) -> None:
     def refused(work: Path) -> Mapping[str, Any]:
         (work / "half.txt").write_text("kept")
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), str(work / "rest.txt"))
 
     def finish(work: Path) -> Mapping[str, Any]:
         return {"found": (work / "half.txt").read_text()}
@@ -337,6 +337,16 @@ def test_a_full_disk_without_a_name_may_be_that_of_the_output(store: Store) -> N
         make(store, full)
 
 
+def test_a_disk_that_became_read_only_without_a_name_may_be_that_of_the_output(store: Store) -> None:
+    """As the system refuses a write into a file that was opened before."""
+
+    def refused(work: Path) -> Mapping[str, Any]:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(StoreError, match=r"the run's output cannot be written .*paths\.output=DIR or paths\.store=DIR"):
+        make(store, refused)
+
+
 def test_a_full_disk_in_the_words_of_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports the system's error in an exception of its own."""
 
@@ -366,6 +376,17 @@ def test_an_error_elsewhere_is_not_blamed_on_the_store(store: Store, tmp_path: P
 
     with pytest.raises(PermissionError, match=r"image\.png"):
         make(store, unreadable)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_permission_for_nothing_that_has_a_name_is_not_blamed_on_the_store(number: int, store: Store) -> None:
+    """As a device, a socket or a signal to another process is refused."""
+
+    def refused(work: Path) -> Mapping[str, Any]:
+        raise PermissionError(number, os.strerror(number))
+
+    with pytest.raises(PermissionError, match=os.strerror(number)):
+        make(store, refused)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
