@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_process, wait_for
 
 from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Store
 from cvdd.artifact.__main__ import main
-
-FORK = multiprocessing.get_context("fork")
 
 
 def build(work: Path) -> Mapping[str, Any]:
@@ -88,6 +87,81 @@ def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["list", "--store", str(tmp_path / "nowhere")]) == 2
     assert f"there is no store at {tmp_path / 'nowhere'}; say where it is with --store DIR" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """All that lies in a directory, with its content."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def work_of_somebody(folder: Path) -> None:
+    """What people have beside a store, or take for one."""
+    for name in ("src/pkg", "docs/img", "app/.partial/upload", "web", "builds/nightly-0123456789ab", ".git/objects"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file.txt").write_text("precious")
+    (folder / "docs/img" / MANIFEST).write_text('{"name": "a page"}')
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["verify"], ["gc"], ["gc", "--delete"]])
+def test_a_directory_that_is_no_store_is_refused_and_left_alone(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work_of_somebody(tmp_path)
+    before = everything(tmp_path)
+    assert main([*arguments, "--store", str(tmp_path)]) == 2
+    message = f"{tmp_path} is no store, for nothing in it was made by cvdd; say where it is with --store DIR"
+    assert message in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_the_directories_around_and_in_a_store_are_none(
+    root: Path, chain: tuple[Artifact, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = everything(root)
+    for place in (root.parent, root / "images", chain[0].path):
+        assert main(["gc", "--delete", "--store", str(place)]) == 2
+        assert f"{place} is no store" in capsys.readouterr().err
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize("inside", ["", "images"])
+def test_what_is_not_of_the_store_stays_in_it(
+    inside: str, root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its kinds, and in one of them."""
+    work_of_somebody(root / "more")
+    (chain[2].path / MANIFEST).unlink()
+    for path in sorted((root / "more").iterdir()):
+        path.rename(root / inside / path.name)
+    (root / "more").rmdir()
+    # Earlier versions left it wherever they looked.
+    (root / inside / "src" / ".locks").mkdir()
+    mine = [path for path in sorted((root / inside).iterdir()) if path.name in ("src", "docs", "app", "web", "builds")]
+    before = [everything(path) for path in mine]
+    assert main(["list", "--store", str(root)]) == 0
+    assert "in 2 artefacts, 1 half made" in capsys.readouterr().out
+    assert main(["verify", "--store", str(root)]) == 0
+    assert main(["gc", "--unused", "labels", "--delete", "--store", str(root)]) == 0
+    assert not partial.exists()
+    assert not chain[2].path.exists()
+    assert not chain[1].path.exists()
+    assert [everything(path) for path in mine] == before
+
+
+def test_a_store_that_was_copied_without_its_locks(
+    root: Path, chain: tuple[Artifact, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*"))
+    before = everything(copy)
+    assert main(["verify", "--store", str(copy)]) == 0
+    assert main(["gc", "--unused", "labels", "--store", str(copy)]) == 0
+    capsys.readouterr()
+    assert main(["gc", "--unused", "students", "--store", str(copy)]) == 0
+    assert row_of(capsys.readouterr().out, f"students/{chain[2].path.name}").split()[-1] == "yes"
+    assert everything(copy) == before
+    assert main(["gc", "--unused", "students", "--delete", "--store", str(copy)]) == 0
+    assert not (copy / "students" / chain[2].path.name).exists()
 
 
 def test_verify_names_what_is_damaged(
@@ -173,12 +247,8 @@ def use(root: Path, ready: Path) -> None:
 
 
 def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = FORK.Process(target=use, args=(root, tmp_path / "ready"))
-    process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = in_process(use, root, tmp_path / "ready")
+    wait_for(tmp_path / "ready")
     command = ["gc", "--store", str(root), "--unused", "images", "labels"]
     for arguments in (command, [*command, "--delete"]):
         assert main(arguments) == 0

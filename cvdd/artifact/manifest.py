@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cvdd.artifact.places import is_named, worked_in
 from cvdd.config_base import ConfigError
 
 FORMAT = 1
@@ -125,9 +126,18 @@ def read_manifest(path: Path) -> Artifact:
     return artifact
 
 
+def kinds(root: Path) -> list[Path]:
+    """List the directories of a store's root in which artefacts are, or were made; nothing else there is the store's.
+
+    Those of a store that was copied without its locks are known by what is sealed in them.
+    """
+    sealed = {path.parents[1] for path in root.glob(f"*/*/{MANIFEST}") if is_named(path.parent)}
+    return sorted({kind for kind in sealed if kind.name[0] != "."} | {*worked_in(root)})
+
+
 def read_manifests(root: Path) -> Iterator[Artifact | DamagedArtifact]:
     """Yield every sealed artefact of a store, or why its manifest cannot be used."""
-    for manifest in sorted(root.glob(f"*/*/{MANIFEST}")):
+    for manifest in (manifest for kind in kinds(root) for manifest in sorted(kind.glob(f"*/{MANIFEST}"))):
         try:
             yield read_manifest(manifest.parent)
         except DamagedArtifact as error:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 PARTIAL = ".partial"
 LOCKS = ".locks"
+
+_NAMED = re.compile(r".+-[0-9a-f]{12}", re.DOTALL)
+
+
+def is_named(path: Path) -> bool:
+    """Whether a directory has the name of an artefact, ``<name>-<digest>``."""
+    return _NAMED.fullmatch(path.name) is not None
+
+
+def worked_in(root: Path) -> list[Path]:
+    """List the directories of a store's root in which a process has made artefacts."""
+    # A pattern passes over what it may not look into, such as a disk's lost+found.
+    return sorted(path.parent for path in root.glob(f"*/{LOCKS}") if path.is_dir() and path.parent.name[0] != ".")
 
 
 def unfinished(path: Path) -> Path:
