@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -387,49 +385,3 @@ def test_a_permission_for_nothing_that_has_a_name_is_not_blamed_on_the_store(num
 
     with pytest.raises(PermissionError, match=os.strerror(number)):
         make(store, refused)
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-def slow_build(work: Path) -> Mapping[str, Any]:
-    with (work.parents[2] / "builds.log").open("a") as stream:
-        stream.write(f"{os.getpid()}\n")
-    time.sleep(0.5)
-    (work / "made.txt").write_text(str(os.getpid()))
-    return {}
-
-
-def make_in_process(root: Path, results: Any) -> None:
-    artifact = make(Store(root), slow_build)
-    results.put((os.getpid(), (artifact.path / "made.txt").read_text()))
-
-
-def test_processes_make_it_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=make_in_process, args=(tmp_path, results)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(timeout=60)
-    assert len((tmp_path / "builds.log").read_text().splitlines()) == 1
-    assert len({process for process, _ in found}) == 3
-    assert len({maker for _, maker in found}) == 1
-
-
-def die_in_process(root: Path) -> None:
-    def dies(work: Path) -> Mapping[str, Any]:
-        (work / "half.txt").write_text("first half")
-        os._exit(1)
-
-    make(Store(root), dies)
-
-
-def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=die_in_process, args=(tmp_path,))
-    worker.start()
-    worker.join(timeout=60)
-    assert worker.exitcode == 1
-    assert (make(Store(tmp_path)).path / "half.txt").read_text() == "first half"

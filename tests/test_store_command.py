@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import in_process, wait_for
 
-from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Store
+from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, digest_of
 from cvdd.artifact.__main__ import main
 
 
@@ -263,6 +264,39 @@ def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsy
     assert Store(root).artifacts() == []
     assert list(root.glob("*/.partial/*")) == []
     assert list((root / ".users").iterdir()) == []
+
+
+def share(root: Path, ready: Path) -> None:
+    """A process that makes a part of labels, and takes its time."""
+
+    @contextlib.contextmanager
+    def maker(work: Path) -> Iterator[Maker]:
+        def slow(index: int) -> None:
+            ready.touch()
+            time.sleep(60)
+
+        yield Maker(slow)
+
+    parts = Parts(["one"], lambda work, index: False, maker)
+    Store(root).make_parts("labels", "mine", {}, [], parts, build)
+
+
+def test_gc_leaves_the_locks_of_parts_that_are_being_made(root: Path, tmp_path: Path) -> None:
+    """What is left of the same artefact under another name has the same locks."""
+    digest = digest_of("labels", {}, [])
+    rest = root / "labels" / f"theirs-{digest}"
+    rest.mkdir(parents=True)
+    process = in_process(share, root, tmp_path / "ready")
+    wait_for(tmp_path / "ready")
+    (lock,) = (root / "labels" / ".locks").glob("*.parts/*")
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert lock.exists()
+    assert rest.exists()
+    process.kill()
+    process.join()
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert not lock.exists()
+    assert list((root / "labels").glob("*-*")) == list((root / "labels" / ".partial").iterdir()) == []
 
 
 def test_an_artefact_is_no_longer_one_before_its_files_go(

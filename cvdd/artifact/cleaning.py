@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cvdd.artifact.claims import Claims
 from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, kinds, read_manifests
-from cvdd.artifact.places import PARTIAL, is_named, lock_file, part_locks, worked_in
+from cvdd.artifact.places import PARTIAL, digest_in, is_named, kind_of, lock_file, part_locks, worked_in
 from cvdd.artifact.uses import FOLDER as USERS
 from cvdd.artifact.uses import used_by_others
 
@@ -117,7 +117,8 @@ def sealed(root: Path) -> list[Artifact]:
 
 def in_use(root: Path, claims: Claims, paths: Sequence[Path]) -> set[Path]:
     """Return those directories that a running process reads or makes."""
-    used = used_by_others(root, claims)
+    others = _artefacts(used_by_others(root, claims))
+    used = {path for path in paths if _artefact(path) in others}
     for path in paths:
         # Without the directory of the locks nobody holds one, and looking must not make it.
         if not lock_file(path).parent.is_dir():
@@ -127,7 +128,16 @@ def in_use(root: Path, claims: Claims, paths: Sequence[Path]) -> set[Path]:
             used.add(path)
         else:
             claim.release()
-    return used & set(paths)
+    return used
+
+
+def _artefact(path: Path) -> tuple[Path, str]:
+    return kind_of(path), digest_in(path)
+
+
+def _artefacts(paths: Collection[Path]) -> set[tuple[Path, str]]:
+    """Return what directories belong to: those of one digest share their locks, whatever their names and places."""
+    return {_artefact(path) for path in paths}
 
 
 def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[tuple[Removable, bool]]:
@@ -145,12 +155,13 @@ def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[t
             continue
         try:
             # Asked again for each, under its lock: a process says what it uses before it looks for it.
-            if item.path in used_by_others(root, claims):
+            if _artefact(item.path) in _artefacts(used_by_others(root, claims)):
                 yield item, False
                 continue
             (item.path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(item.path)
+            # Before anybody else can begin it again and hold some of them.
+            shutil.rmtree(part_locks(item.path), ignore_errors=True)
         finally:
             claim.release()
-        shutil.rmtree(part_locks(item.path), ignore_errors=True)
         yield item, True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cvdd.artifact.places import is_named, worked_in
+from cvdd.artifact.places import digest_in, is_named, worked_in
 from cvdd.config_base import ConfigError
 
 FORMAT = 1
@@ -98,8 +98,7 @@ def sealed_as(path: Path) -> Path | None:
     """
     if (path / MANIFEST).exists():
         return path
-    digest = path.name.rpartition("-")[2]
-    same = sorted(path.parent.glob(f"*-{digest}/{MANIFEST}"))
+    same = sorted(path.parent.glob(f"*-{digest_in(path)}/{MANIFEST}"))
     return same[0].parent if same else None
 
 

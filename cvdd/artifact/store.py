@@ -79,8 +79,9 @@ class Store:
         if (sealed := sealed_as(path)) is not None:
             return self.open(sealed)
         with store_errors(self.root), self._lock(path):
-            if (path / MANIFEST).exists():
-                return self.open(path)
+            # Others may have made it meanwhile, under this name or another.
+            if (sealed := sealed_as(path)) is not None:
+                return self.open(sealed)
             work = self._begin(path)
             session = Session(work)
             try:
@@ -123,10 +124,10 @@ class Store:
         folder = part_locks(path)
         with store_errors(self.root):
             watched = False
-            while not (path / MANIFEST).exists():
+            while (sealed := sealed_as(path)) is None:
                 with self._lock(path):
-                    if (path / MANIFEST).exists():
-                        break
+                    if sealed_as(path) is not None:
+                        continue
                     work = self._begin(path)
                     if not Table(work).fits(len(parts.names)):
                         parts.prepare(work)
@@ -140,7 +141,7 @@ class Store:
                     # Others finished it between two looks of this process, and seal it.
                     continue
                 with self._lock(path):
-                    if (path / MANIFEST).exists():
+                    if sealed_as(path) is not None:
                         continue
                     # Not without the lock: another process may be sealing the directory that it is written to.
                     session.note(last=True)
@@ -150,9 +151,9 @@ class Store:
                     shutil.rmtree(folder, ignore_errors=True)
             if watched:
                 # It was sealed just now: reading all of it again in every process would find nothing new.
-                self._uses.note(path)
-                self._verified[path] = read_manifest(path)
-        return self.open(path)
+                self._uses.note(sealed)
+                self._verified[sealed] = read_manifest(sealed)
+        return self.open(sealed)
 
     def open(self, path: Path) -> Artifact:
         """Open a sealed artefact and verify the checksum of each of its files (once per process).
