@@ -68,8 +68,8 @@ def test_list_shows_sizes_parents_and_users(
     row = row_of(output, f"labels/{labels.path.name}")
     assert "1.5 kB" in row
     assert row.index(f"images/{images.path.name}") < row.index(f"students/{student.path.name}")
-    # The file itself and the five characters of how long the session was.
-    assert f"half made: images/.partial/{partial.name}, 705 B (interrupted; the same command goes on)" in output
+    # The file itself, and the twenty characters of how long the session was and when it began.
+    assert f"half made: images/.partial/{partial.name}, 720 B (interrupted; the same command goes on)" in output
     assert "4.5 kB in 3 artefacts, 1 half made" in output
 
 
@@ -183,7 +183,7 @@ def test_gc_only_shows_unless_told_otherwise(root: Path, partial: Path, capsys: 
     assert main(["gc", "--store", str(root)]) == 0
     output = capsys.readouterr().out
     assert row_of(output, f"images/.partial/{partial.name}").split()[-1] == "yes"
-    assert "705 B would be freed; nothing was removed. Add --delete to do it." in output
+    assert "720 B would be freed; nothing was removed. Add --delete to do it." in output
     assert (partial / "half.bin").exists()
 
 

@@ -25,7 +25,7 @@ from cvdd.artifact.manifest import (
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
 from cvdd.artifact.places import lock_file, part_locks, unfinished
 from cvdd.artifact.sealing import peak_memory, seal
-from cvdd.artifact.sessions import Session, seconds_of_sessions
+from cvdd.artifact.sessions import Session, process_seconds, read_sessions, wall_seconds
 from cvdd.artifact.uses import Uses
 from cvdd.provenance import code_version
 
@@ -207,7 +207,7 @@ class _Making:
         return root / self.kind / directory
 
     def manifest(self, work: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        sessions = seconds_of_sessions(work)
+        sessions = read_sessions(work)
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -218,7 +218,8 @@ class _Making:
             "metrics": dict(metrics),
             "code": code_version(),
             "cost": {
-                "wall_seconds": round(sum(sessions), 3),
+                "wall_seconds": round(wall_seconds(sessions), 3),
+                "process_seconds": round(process_seconds(sessions), 3),
                 "sessions": len(sessions),
                 "peak_memory_bytes": peak_memory(),
             },
