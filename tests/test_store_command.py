@@ -14,6 +14,7 @@ from processes import in_process, wait_for
 
 from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, digest_of
 from cvdd.artifact.__main__ import main
+from cvdd.artifact.cleaning import sealed
 
 
 def build(work: Path) -> Mapping[str, Any]:
@@ -195,7 +196,7 @@ def test_gc_removes_what_is_half(
     assert "2.2 kB freed" in capsys.readouterr().out
     assert not partial.exists()
     assert not chain[2].path.exists()
-    assert {artifact.digest for artifact in Store(root).artifacts()} == {chain[0].digest, chain[1].digest}
+    assert {artifact.digest for artifact in sealed(root)} == {chain[0].digest, chain[1].digest}
     assert main(["gc", "--store", str(root), "--delete"]) == 0
     assert "nothing to remove" in capsys.readouterr().out
 
@@ -214,7 +215,7 @@ def test_gc_removes_unused_artefacts_of_the_kinds_that_are_named(
 ) -> None:
     """What another artefact is made from stays, unless that one goes too."""
     assert main(["gc", "--store", str(root), "--unused", *kinds, "--delete"]) == 0
-    assert {artifact.kind for artifact in Store(root).artifacts()} == left
+    assert {artifact.kind for artifact in sealed(root)} == left
 
 
 def test_gc_refuses_a_kind_that_is_not_there(root: Path, chain: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +262,7 @@ def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsy
     process.kill()
     process.join()
     assert main([*command, "--delete"]) == 0
-    assert Store(root).artifacts() == []
+    assert sealed(root) == []
     assert list(root.glob("*/.partial/*")) == []
     assert list((root / ".users").iterdir()) == []
 
@@ -307,6 +308,6 @@ def test_an_artefact_is_no_longer_one_before_its_files_go(
 
     monkeypatch.setattr("cvdd.artifact.cleaning.shutil.rmtree", interrupted)
     assert main(["gc", "--store", str(root), "--unused", "students", "--delete"]) == 130
-    assert {artifact.kind for artifact in Store(root).artifacts()} == {"images", "labels"}
+    assert {artifact.kind for artifact in sealed(root)} == {"images", "labels"}
     with pytest.raises(DamagedArtifact):
         Store(root).open(chain[2].path)

@@ -14,7 +14,6 @@ from cvdd.artifact.claims import claims_for, held
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import (
     FORMAT,
-    MANIFEST,
     Artifact,
     DamagedArtifact,
     digest_of,
@@ -171,10 +170,6 @@ class Store:
             )
         self._verified[path] = artifact
         return artifact
-
-    def artifacts(self) -> list[Artifact]:
-        """List all sealed artefacts without verifying their files."""
-        return [read_manifest(manifest.parent) for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}"))]
 
     def _begin(self, path: Path) -> Path:
         """Return the directory in which an artefact is built; its lock is held."""
