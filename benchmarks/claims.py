@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd.artifact import Artifact, Maker, Parts, Store
+from cvdd.artifact.cleaning import sealed
 
 UNIT_SECONDS = 10.0
 """Length of a real unit, of which the overhead is a share."""
@@ -175,7 +176,7 @@ def simulate(simulation: Simulation, root: Path) -> Outcome:
 def _count(lines: Sequence[Sequence[str]], store: Path, killed: int, wall: float) -> Outcome:
     words = [line[0] for line in lines]
     claims = [(float(line[1]), float(line[2])) for line in lines if line[0] == "begin" and float(line[1]) >= 0]
-    manifests = Store(store).artifacts()
+    manifests = sealed(store)
     assert len(manifests) == 1
     seal = words.index("seal")
     return Outcome(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +29,9 @@ from cvdd.artifact import (
     file_checksum,
     write_atomically,
 )
-from cvdd.artifact.manifest import manifest_checksum
+from cvdd.artifact.cleaning import sealed
+from cvdd.artifact.files import fsync
+from cvdd.artifact.manifest import manifest_checksum, read_manifest
 
 IDENTITY = {"size": 3, "seed": 0}
 
@@ -84,6 +84,27 @@ def test_nothing_is_left_beside_it(artifact: Artifact) -> None:
     assert list((artifact.path.parent / ".partial").iterdir()) == []
 
 
+def test_all_of_it_is_on_disk_before_it_has_its_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power keeps a file only if the names that lead to it were written too."""
+    synced: list[Path] = []
+
+    def watched(path: Path) -> None:
+        synced.append(path)
+        fsync(path)
+
+    def nested(work: Path) -> Mapping[str, Any]:
+        (work / "inner" / "most").mkdir(parents=True)
+        (work / "inner" / "most" / "numbers.bin").write_bytes(bytes(100))
+        return build(work)
+
+    monkeypatch.setattr(cvdd.artifact.sealing, "fsync", watched)
+    path = make(store, nested).path
+    work = path.parent / ".partial" / path.name
+    assert synced[-1] == path.parent
+    assert {work, work / "inner", work / "inner" / "most"} <= set(synced[:-1])
+    assert {work / name for name in read_manifest(path).manifest["files"]} <= set(synced[:-1])
+
+
 def test_the_second_call_opens_it(artifact: Artifact) -> None:
     assert reopened(artifact).digest == artifact.digest
 
@@ -121,7 +142,7 @@ def test_parents_are_recorded(store: Store, artifact: Artifact) -> None:
     child = make(store, parents=[artifact])
     assert child.manifest["parents"] == [{"kind": "things", "name": "thing", "digest": artifact.digest}]
     assert child.digest != artifact.digest
-    assert {found.digest for found in store.artifacts()} == {artifact.digest, child.digest}
+    assert {found.digest for found in sealed(store.root)} == {artifact.digest, child.digest}
 
 
 def test_an_interrupted_build_goes_on_in_its_directory(store: Store) -> None:
@@ -135,7 +156,7 @@ def test_an_interrupted_build_goes_on_in_its_directory(store: Store) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make(store, stops)
-    assert store.artifacts() == []
+    assert sealed(store.root) == []
     artifact = make(store, goes_on)
     assert sorted(artifact.manifest["files"]) == ["half.txt"]
     assert artifact.manifest["cost"]["sessions"] == 2
@@ -273,7 +294,7 @@ READ_ONLY = "cannot be written .*Choose another place: paths.store=DIR"
 def test_refusals_of_the_system_say_what_to_type(number: int, message: str, store: Store) -> None:
     def refused(work: Path) -> Mapping[str, Any]:
         (work / "half.txt").write_text("kept")
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), str(work / "rest.txt"))
 
     def finish(work: Path) -> Mapping[str, Any]:
         return {"found": (work / "half.txt").read_text()}
@@ -315,6 +336,16 @@ def test_a_full_disk_without_a_name_may_be_that_of_the_output(store: Store) -> N
         make(store, full)
 
 
+def test_a_disk_that_became_read_only_without_a_name_may_be_that_of_the_output(store: Store) -> None:
+    """As the system refuses a write into a file that was opened before."""
+
+    def refused(work: Path) -> Mapping[str, Any]:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(StoreError, match=r"the run's output cannot be written .*paths\.output=DIR or paths\.store=DIR"):
+        make(store, refused)
+
+
 def test_a_full_disk_in_the_words_of_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports the system's error in an exception of its own."""
 
@@ -346,47 +377,12 @@ def test_an_error_elsewhere_is_not_blamed_on_the_store(store: Store, tmp_path: P
         make(store, unreadable)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_permission_for_nothing_that_has_a_name_is_not_blamed_on_the_store(number: int, store: Store) -> None:
+    """As a device, a socket or a signal to another process is refused."""
 
+    def refused(work: Path) -> Mapping[str, Any]:
+        raise PermissionError(number, os.strerror(number))
 
-def slow_build(work: Path) -> Mapping[str, Any]:
-    with (work.parents[2] / "builds.log").open("a") as stream:
-        stream.write(f"{os.getpid()}\n")
-    time.sleep(0.5)
-    (work / "made.txt").write_text(str(os.getpid()))
-    return {}
-
-
-def make_in_process(root: Path, results: Any) -> None:
-    artifact = make(Store(root), slow_build)
-    results.put((os.getpid(), (artifact.path / "made.txt").read_text()))
-
-
-def test_processes_make_it_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=make_in_process, args=(tmp_path, results)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(timeout=60)
-    assert len((tmp_path / "builds.log").read_text().splitlines()) == 1
-    assert len({process for process, _ in found}) == 3
-    assert len({maker for _, maker in found}) == 1
-
-
-def die_in_process(root: Path) -> None:
-    def dies(work: Path) -> Mapping[str, Any]:
-        (work / "half.txt").write_text("first half")
-        os._exit(1)
-
-    make(Store(root), dies)
-
-
-def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=die_in_process, args=(tmp_path,))
-    worker.start()
-    worker.join(timeout=60)
-    assert worker.exitcode == 1
-    assert (make(Store(tmp_path)).path / "half.txt").read_text() == "first half"
+    with pytest.raises(PermissionError, match=os.strerror(number)):
+        make(store, refused)

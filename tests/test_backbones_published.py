@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cvdd.backbones import BackboneConfig, build_network, find_published, load_published
+from cvdd.backbones import BackboneConfig, build_network, load_published
 from cvdd.config_base import ConfigError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "published"
@@ -147,14 +146,3 @@ def test_other_content(content: object, message: str, tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_published(tmp_path / "ResNet18.pth", network())
-
-
-def test_find_published(tmp_path: Path) -> None:
-    assert find_published(tmp_path) == {}
-    for name in ("ShuffleNetV2", "Densenet121"):
-        shutil.copy(CHECKPOINT, tmp_path / f"{name}.pth")
-    found = find_published(tmp_path)
-    assert {backbone: path.name for backbone, path in found.items()} == {
-        "shufflenetv2": "ShuffleNetV2.pth",
-        "densenet121": "Densenet121.pth",
-    }

@@ -10,6 +10,7 @@ import torch
 from helpers import PRIORS, same_files, tiny_context
 
 import cvdd.chain.images
+from cvdd.artifact import cleaning
 from cvdd.augment import denormalise, normalise
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.images import load_history, load_images, make_images
@@ -62,8 +63,8 @@ def test_the_same_configuration_makes_nothing_anew(
 def test_another_store_gets_the_same_bits(made: tuple[Distilled, Result], chain_home: Path, tmp_path: Path) -> None:
     context = tiny_context(tmp_path)
     compare(context)
-    mine = {artifact.path.name: artifact for artifact in tiny_context(chain_home).store.artifacts()}
-    theirs = {artifact.path.name: artifact for artifact in context.store.artifacts()}
+    mine = {artifact.path.name: artifact for artifact in cleaning.sealed(tiny_context(chain_home).store.root)}
+    theirs = {artifact.path.name: artifact for artifact in cleaning.sealed(context.store.root)}
     assert {artifact.kind for artifact in theirs.values()} == {
         "data",
         "members",
@@ -184,7 +185,9 @@ def test_priors_are_measured_once(chain_home: Path, sealed: list[str]) -> None:
     found = find_priors(measuring(chain_home))
     priors = found.values
     assert list(priors) == list(PRIORS)
-    students = [a for a in tiny_context(chain_home).store.artifacts() if "prior-" in a.name and a.kind == "students"]
+    students = [
+        a for a in cleaning.sealed(tiny_context(chain_home).store.root) if "prior-" in a.name and a.kind == "students"
+    ]
     assert {student.digest for student in found.students} == {student.digest for student in students}
     assert sorted(priors.values()) == sorted(student.metrics["top1"] for student in students)
     assert all(student.manifest["identity"]["measured_on"] == "train" for student in students)

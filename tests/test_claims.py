@@ -11,7 +11,7 @@ import pytest
 from processes import ends, in_process, wait_for
 
 from cvdd.artifact import Store
-from cvdd.artifact.claims import Claims, Leases, Locks, claims_for, held, locks_are_local
+from cvdd.artifact.claims import Claim, Claims, Leases, Locks, claims_for, held, locks_are_local
 from cvdd.config_base import ConfigError
 
 # --- locks and leases -------------------------------------------------------------------------------------------------
@@ -92,6 +92,57 @@ def test_two_that_watched_the_same_owner_die_do_not_both_follow_it(tmp_path: Pat
     time.sleep(0.3)
     assert one.take(tmp_path / "a.lock") is not None
     assert two.take(tmp_path / "a.lock") is None
+
+
+def watching_the_dead(path: Path, count: int) -> list[Leases]:
+    """Several that have all watched the first lease of a path for long enough."""
+    path.with_name(f"{path.name}.0").touch()
+    all_of_them = [Leases(beat=10, silence=0.2) for _ in range(count)]
+    assert [leases.take(path) for leases in all_of_them] == count * [None]
+    time.sleep(0.3)
+    return all_of_them
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_lease_under_the_name_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finds the dead silent. Before it goes on, another takes over and ends, and a third begins to count anew."""
+    path = tmp_path / "a.lock"
+    one, another = watching_the_dead(path, 2)
+    third = Leases(beat=10, silence=0.2)
+    silent, taken = one._silent, list[Claim | None]()
+
+    def meanwhile(lease: Path) -> bool:
+        found = silent(lease)
+        monkeypatch.setattr(one, "_silent", silent)
+        claim = another.take(path)
+        assert claim is not None
+        claim.release()
+        assert names(tmp_path) == []
+        taken.append(third.take(path))
+        return found
+
+    monkeypatch.setattr(one, "_silent", meanwhile)
+    assert one.take(path) is None
+    (claim,) = taken
+    assert claim is not None
+    assert names(tmp_path) == ["a.lock.0"]
+    claim.release()
+    assert names(tmp_path) == []
+
+
+def test_an_end_takes_only_what_is_silent_with_it(tmp_path: Path) -> None:
+    """Somebody who has just taken the name of a dead one has yet to see that it must step back."""
+    path = tmp_path / "a.lock"
+    (one,) = watching_the_dead(path, 1)
+    claim = one.take(path)
+    assert claim is not None
+    (tmp_path / "a.lock.0").unlink()
+    (tmp_path / "a.lock.0").touch()
+    claim.release()
+    assert names(tmp_path) == ["a.lock.0"]
 
 
 def test_whoever_waits_gets_it_when_it_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +302,23 @@ def test_only_what_was_missing_is_measured(made: tuple[Distilled, Result], again
     cost = stages([(piece, work_of(piece)) for piece in students])["students"]
     assert measured_seconds(pieces, cost) == 0
     unmade = StageCost(**{**cost.__dict__, "made": []})
-    seconds = students[0].artifact.manifest["cost"]["wall_seconds"]
+    seconds = students[0].artifact.manifest["cost"]["process_seconds"]
     assert measured_seconds(pieces, unmade) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"), [({"wall_seconds": 100.0, "process_seconds": 180.0}, 180.0), ({"wall_seconds": 180.0}, 180.0)]
+)
+def test_what_processes_measured_together_stands_beside_a_prediction_for_one(
+    times: dict[str, float], seconds: float, made: tuple[Distilled, Result], again: Callable[..., Context]
+) -> None:
+    """Artefacts of earlier versions have one time, which was that."""
+    pieces = plan_pieces(planning(in_store(again()), CPU))
+    piece = next(piece for piece in pieces if piece.stage == "students")
+    cost = stages([(piece, work_of(piece))])["students"]
+    manifest = {**piece.artifact.manifest, "cost": times}
+    piece = replace(piece, artifact=replace(piece.artifact, manifest=manifest))
+    assert measured_seconds([piece], replace(cost, made=[])) == seconds
 
 
 FOLDER_OF_MINE = ("dataset=image_folder", "dataset.name=mine", "dataset.root=/nowhere", "dataset.image_size=32")

@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from cvdd.artifact import Store
+from cvdd.artifact.cleaning import sealed
 from cvdd.config_base import ConfigError
 from cvdd.data import (
     READERS,
@@ -256,7 +257,7 @@ def test_validation_is_cut_from_training_by_digit(digits: Data, store: Store) ->
 
 def test_validation_never_reads_the_test_set(tmp_path: Path) -> None:
     load_data(read_yaml("digits_photo", evaluate_on="validation"), Store(tmp_path))
-    assert [artifact.name for artifact in Store(tmp_path).artifacts()] == ["digits_photo-train"]
+    assert [artifact.name for artifact in sealed(tmp_path)] == ["digits_photo-train"]
 
 
 def test_identity_is_json_and_follows_the_content(digits: Data, store: Store) -> None:

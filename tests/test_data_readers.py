@@ -17,6 +17,7 @@ import torchvision.datasets
 from PIL import Image
 
 from cvdd.artifact import Store
+from cvdd.artifact.cleaning import sealed
 from cvdd.config_base import ConfigError
 from cvdd.data import DatasetConfig, image_folder, load_data, to_eval_tensor
 
@@ -179,7 +180,7 @@ def test_tiny_imagenet_from_its_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data.test.labels.tolist() == [0, 1, 2, 2]
     assert [round(int(data.test.image(index)[0, 0, 0]) / 60) for index in range(4)] == [0, 1, 2, 2]
     load_data(tiny_config(tmp_path / "raw" / "tiny-imagenet-200"), store)
-    assert len(store.artifacts()) == 2, "decoded once, whichever of the two folders root names"
+    assert len(sealed(store.root)) == 2, "decoded once, whichever of the two folders root names"
 
 
 @pytest.mark.parametrize("name", ["tiny_imagenet", "cifar10"])
@@ -245,7 +246,7 @@ def test_full_size_images_are_lazy(tmp_path: Path, store: Store, source: str) ->
     assert data.train.image(1).shape == (3, 40, 51)
     assert data.test.labels.tolist() == [0, 1, 2]
     assert to_eval_tensor(data.test, 32, 36, [0, 2]).shape == (2, 3, 32, 32)
-    assert store.artifacts() == []
+    assert sealed(store.root) == []
 
 
 @pytest.mark.parametrize("source", ["imagenette", "imagenet1k"])
@@ -317,9 +318,9 @@ def test_image_folder_is_measured_once_and_held_in_memory(folder: Path, store: S
     assert data.test.labels.tolist() == [0, 1, 2]
     assert data.mean == pytest.approx([100 / 255] * 3)
     assert data.std == pytest.approx([float(numpy.std([0, 100, 200])) / 255] * 3)
-    made = {artifact.path: artifact.digest for artifact in store.artifacts()}
+    made = {artifact.path: artifact.digest for artifact in sealed(store.root)}
     again = load_data(folder_config(folder), Store(store.root))
-    assert {artifact.path: artifact.digest for artifact in store.artifacts()} == made
+    assert {artifact.path: artifact.digest for artifact in sealed(store.root)} == made
     assert again.identity == data.identity
 
 
@@ -367,7 +368,7 @@ def test_damaged_image_is_named_while_packing(folder: Path, store: Store) -> Non
     (folder / "train" / "cow" / "2.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"cow/2.png is truncated, corrupt"):
         load_data(folder_config(folder), store)
-    assert store.artifacts() == []
+    assert sealed(store.root) == []
 
 
 def test_more_classes_per_unit_than_classes(folder: Path, store: Store) -> None:

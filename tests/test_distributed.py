@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vote_reference import voting_loss
 
 import cvdd.ranks
-from cvdd.artifact import Store
+from cvdd.artifact.cleaning import sealed
 from cvdd.chain.recover import require_splittable, splits_units
 from cvdd.classifier import Classifier, RunningStatistics, ShuffledBatches
 from cvdd.config_base import ConfigError
@@ -73,7 +73,7 @@ def command(tmp_path: Path) -> Command:
 def files(store: Path) -> dict[str, str]:
     """Checksums of all files of the members, images and labels of a store."""
     kinds = ("members", "images", "labels")
-    made = [artifact for artifact in Store(store).artifacts() if artifact.kind in kinds]
+    made = [artifact for artifact in sealed(store) if artifact.kind in kinds]
     return {f"{a.path.name}/{name}": entry["sha256"] for a in made for name, entry in a.manifest["files"].items()}
 
 

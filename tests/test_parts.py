@@ -160,6 +160,36 @@ def test_what_a_killed_process_dropped_is_taken_over(tmp_path: Path) -> None:
     assert made == [2, 3, 1]
 
 
+def test_parts_are_shared_under_two_names(tmp_path: Path) -> None:
+    """One goes on with what the other has begun, and neither makes a part that the other holds or has made."""
+
+    def mine(root: Path) -> None:
+        def waits(work: Path, index: int) -> None:
+            (root / "begun").touch()
+            wait_for(root / "go on")
+            write(work, index)
+
+        Store(root).make_parts("things", "mine", {"parts": 4}, [], parts_of(waits), finish)
+
+    def hurry(work: Path, index: int) -> None:
+        made.append(index)
+        write(work, index)
+        if len(made) == 3:
+            (tmp_path / "go on").touch()
+
+    made: list[int] = []
+    other = in_process(mine, tmp_path)
+    wait_for(tmp_path / "begun")
+    (work,) = (tmp_path / "things" / ".partial").iterdir()
+    assert work.name.startswith("mine-")
+    artifact = make(Store(tmp_path), parts_of(hurry))
+    assert made == [1, 2, 3]
+    assert ends(other) == 0
+    assert artifact.metrics == {"found": 4}
+    assert [path.parent for path in tmp_path.glob(f"things/*/{MANIFEST}")] == [artifact.path]
+    assert list((tmp_path / "things" / ".partial").iterdir()) == []
+
+
 def test_a_slow_process_delays_only_its_own_part(tmp_path: Path) -> None:
     def slow(root: Path) -> None:
         def waits(work: Path, index: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TINY, configure, tiny_context
 
-from cvdd.artifact import Store
+from cvdd.artifact.cleaning import sealed
 from cvdd.backbones import batchnorm_layers
 from cvdd.chain.images import load_history
 from cvdd.chain.members import load_network, make_member
@@ -120,7 +120,7 @@ def test_refused_before_any_work(verb: str, overrides: tuple[str, ...], message:
     config = configure(tmp_path, *TINY, *overrides, verb=verb)
     with pytest.raises(ConfigError, match=message):
         run(config, Invocation(()))
-    assert {artifact.kind for artifact in Store(config.paths.store).artifacts()} <= {"data"}
+    assert {artifact.kind for artifact in sealed(config.paths.store)} <= {"data"}
     assert not list(config.paths.output.iterdir())
 
 
@@ -198,7 +198,7 @@ def test_a_member_and_a_student_of_timm(tmp_path: Path) -> None:
     network = load_network(context, artifact, config.committee.members["extra"].backbone)
     assert len(batchnorm_layers(network)) == artifact.metrics["batchnorm_layers"] == 13
     assert batchnorm_layers(network)[0][1].num_batches_tracked > 0
-    (images,) = (found for found in context.store.artifacts() if found.kind == "images")
+    (images,) = (found for found in sealed(context.store.root) if found.kind == "images")
     history = load_history(images)["slot0000_block0000"]
     assert list(history["weights"]) == ["resnet18", "extra"]
     assert history["rows"][-1]["bn"]["extra"] > 0
@@ -209,7 +209,7 @@ def test_a_member_without_batchnorm_votes_by_its_cross_entropy(tmp_path: Path) -
     overrides = (*TINY, *SHORT, *WITHOUT, *VOTES, "method.r_bn=0", "label.bn_mode=running")
     config = configure(tmp_path, *overrides)
     assert run(config, Invocation(overrides)) is not None
-    (images,) = (found for found in Store(config.paths.store).artifacts() if found.kind == "images")
+    (images,) = (found for found in sealed(config.paths.store) if found.kind == "images")
     row = load_history(images)["slot0000_block0000"]["rows"][-1]
     assert row["ce"]["extra"] > 0
     assert row["bn"]["extra"] == 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_process, wait_for
 
-from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Store
+from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, digest_of
 from cvdd.artifact.__main__ import main
-
-FORK = multiprocessing.get_context("fork")
+from cvdd.artifact.cleaning import sealed
 
 
 def build(work: Path) -> Mapping[str, Any]:
@@ -68,8 +69,8 @@ def test_list_shows_sizes_parents_and_users(
     row = row_of(output, f"labels/{labels.path.name}")
     assert "1.5 kB" in row
     assert row.index(f"images/{images.path.name}") < row.index(f"students/{student.path.name}")
-    # The file itself and the five characters of how long the session was.
-    assert f"half made: images/.partial/{partial.name}, 705 B (interrupted; the same command goes on)" in output
+    # The file itself, and the twenty characters of how long the session was and when it began.
+    assert f"half made: images/.partial/{partial.name}, 720 B (interrupted; the same command goes on)" in output
     assert "4.5 kB in 3 artefacts, 1 half made" in output
 
 
@@ -90,6 +91,81 @@ def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "nowhere").exists()
 
 
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """All that lies in a directory, with its content."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def work_of_somebody(folder: Path) -> None:
+    """What people have beside a store, or take for one."""
+    for name in ("src/pkg", "docs/img", "app/.partial/upload", "web", "builds/nightly-0123456789ab", ".git/objects"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file.txt").write_text("precious")
+    (folder / "docs/img" / MANIFEST).write_text('{"name": "a page"}')
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["verify"], ["gc"], ["gc", "--delete"]])
+def test_a_directory_that_is_no_store_is_refused_and_left_alone(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work_of_somebody(tmp_path)
+    before = everything(tmp_path)
+    assert main([*arguments, "--store", str(tmp_path)]) == 2
+    message = f"{tmp_path} is no store, for nothing in it was made by cvdd; say where it is with --store DIR"
+    assert message in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_the_directories_around_and_in_a_store_are_none(
+    root: Path, chain: tuple[Artifact, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = everything(root)
+    for place in (root.parent, root / "images", chain[0].path):
+        assert main(["gc", "--delete", "--store", str(place)]) == 2
+        assert f"{place} is no store" in capsys.readouterr().err
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize("inside", ["", "images"])
+def test_what_is_not_of_the_store_stays_in_it(
+    inside: str, root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its kinds, and in one of them."""
+    work_of_somebody(root / "more")
+    (chain[2].path / MANIFEST).unlink()
+    for path in sorted((root / "more").iterdir()):
+        path.rename(root / inside / path.name)
+    (root / "more").rmdir()
+    # Earlier versions left it wherever they looked.
+    (root / inside / "src" / ".locks").mkdir()
+    mine = [path for path in sorted((root / inside).iterdir()) if path.name in ("src", "docs", "app", "web", "builds")]
+    before = [everything(path) for path in mine]
+    assert main(["list", "--store", str(root)]) == 0
+    assert "in 2 artefacts, 1 half made" in capsys.readouterr().out
+    assert main(["verify", "--store", str(root)]) == 0
+    assert main(["gc", "--unused", "labels", "--delete", "--store", str(root)]) == 0
+    assert not partial.exists()
+    assert not chain[2].path.exists()
+    assert not chain[1].path.exists()
+    assert [everything(path) for path in mine] == before
+
+
+def test_a_store_that_was_copied_without_its_locks(
+    root: Path, chain: tuple[Artifact, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*"))
+    before = everything(copy)
+    assert main(["verify", "--store", str(copy)]) == 0
+    assert main(["gc", "--unused", "labels", "--store", str(copy)]) == 0
+    capsys.readouterr()
+    assert main(["gc", "--unused", "students", "--store", str(copy)]) == 0
+    assert row_of(capsys.readouterr().out, f"students/{chain[2].path.name}").split()[-1] == "yes"
+    assert everything(copy) == before
+    assert main(["gc", "--unused", "students", "--delete", "--store", str(copy)]) == 0
+    assert not (copy / "students" / chain[2].path.name).exists()
+
+
 def test_verify_names_what_is_damaged(
     root: Path, chain: tuple[Artifact, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +184,7 @@ def test_gc_only_shows_unless_told_otherwise(root: Path, partial: Path, capsys: 
     assert main(["gc", "--store", str(root)]) == 0
     output = capsys.readouterr().out
     assert row_of(output, f"images/.partial/{partial.name}").split()[-1] == "yes"
-    assert "705 B would be freed; nothing was removed. Add --delete to do it." in output
+    assert "720 B would be freed; nothing was removed. Add --delete to do it." in output
     assert (partial / "half.bin").exists()
 
 
@@ -120,7 +196,7 @@ def test_gc_removes_what_is_half(
     assert "2.2 kB freed" in capsys.readouterr().out
     assert not partial.exists()
     assert not chain[2].path.exists()
-    assert {artifact.digest for artifact in Store(root).artifacts()} == {chain[0].digest, chain[1].digest}
+    assert {artifact.digest for artifact in sealed(root)} == {chain[0].digest, chain[1].digest}
     assert main(["gc", "--store", str(root), "--delete"]) == 0
     assert "nothing to remove" in capsys.readouterr().out
 
@@ -139,7 +215,7 @@ def test_gc_removes_unused_artefacts_of_the_kinds_that_are_named(
 ) -> None:
     """What another artefact is made from stays, unless that one goes too."""
     assert main(["gc", "--store", str(root), "--unused", *kinds, "--delete"]) == 0
-    assert {artifact.kind for artifact in Store(root).artifacts()} == left
+    assert {artifact.kind for artifact in sealed(root)} == left
 
 
 def test_gc_refuses_a_kind_that_is_not_there(root: Path, chain: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,12 +249,8 @@ def use(root: Path, ready: Path) -> None:
 
 
 def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = FORK.Process(target=use, args=(root, tmp_path / "ready"))
-    process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = in_process(use, root, tmp_path / "ready")
+    wait_for(tmp_path / "ready")
     command = ["gc", "--store", str(root), "--unused", "images", "labels"]
     for arguments in (command, [*command, "--delete"]):
         assert main(arguments) == 0
@@ -190,9 +262,42 @@ def test_gc_leaves_what_a_running_process_uses(root: Path, tmp_path: Path, capsy
     process.kill()
     process.join()
     assert main([*command, "--delete"]) == 0
-    assert Store(root).artifacts() == []
+    assert sealed(root) == []
     assert list(root.glob("*/.partial/*")) == []
     assert list((root / ".users").iterdir()) == []
+
+
+def share(root: Path, ready: Path) -> None:
+    """A process that makes a part of labels, and takes its time."""
+
+    @contextlib.contextmanager
+    def maker(work: Path) -> Iterator[Maker]:
+        def slow(index: int) -> None:
+            ready.touch()
+            time.sleep(60)
+
+        yield Maker(slow)
+
+    parts = Parts(["one"], lambda work, index: False, maker)
+    Store(root).make_parts("labels", "mine", {}, [], parts, build)
+
+
+def test_gc_leaves_the_locks_of_parts_that_are_being_made(root: Path, tmp_path: Path) -> None:
+    """What is left of the same artefact under another name has the same locks."""
+    digest = digest_of("labels", {}, [])
+    rest = root / "labels" / f"theirs-{digest}"
+    rest.mkdir(parents=True)
+    process = in_process(share, root, tmp_path / "ready")
+    wait_for(tmp_path / "ready")
+    (lock,) = (root / "labels" / ".locks").glob("*.parts/*")
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert lock.exists()
+    assert rest.exists()
+    process.kill()
+    process.join()
+    assert main(["gc", "--store", str(root), "--delete"]) == 0
+    assert not lock.exists()
+    assert list((root / "labels").glob("*-*")) == list((root / "labels" / ".partial").iterdir()) == []
 
 
 def test_an_artefact_is_no_longer_one_before_its_files_go(
@@ -203,6 +308,6 @@ def test_an_artefact_is_no_longer_one_before_its_files_go(
 
     monkeypatch.setattr("cvdd.artifact.cleaning.shutil.rmtree", interrupted)
     assert main(["gc", "--store", str(root), "--unused", "students", "--delete"]) == 130
-    assert {artifact.kind for artifact in Store(root).artifacts()} == {"images", "labels"}
+    assert {artifact.kind for artifact in sealed(root)} == {"images", "labels"}
     with pytest.raises(DamagedArtifact):
         Store(root).open(chain[2].path)

@@ -15,7 +15,7 @@ import pytest
 from helpers import TINY, configure
 from PIL import Image
 
-from cvdd.artifact import Store
+from cvdd.artifact.cleaning import sealed
 from cvdd.chain.images import load_history
 from cvdd.config_base import ConfigError
 from cvdd.provenance import code_version
@@ -118,7 +118,7 @@ def test_train_prints_its_members_and_returns_their_mean(
     before = state(evaluated.store)
     trained = command(evaluated.store, tmp_path / "out", "train")
     assert state(evaluated.store) == before
-    members = [artifact for artifact in Store(evaluated.store).artifacts() if artifact.kind == "members"]
+    members = [artifact for artifact in sealed(evaluated.store) if artifact.kind == "members"]
     voting = [artifact for artifact in members if artifact.name.endswith(MEMBERS)]
     assert len(voting) == len(MEMBERS)
     assert trained.metric == pytest.approx(statistics.fmean(member.metrics["test_top1"] for member in voting))
@@ -185,7 +185,7 @@ def test_terms_are_logged_as_they_enter_the_loss(evaluated: Outcome, tmp_path: P
         assert sum(shares.values()) == pytest.approx(1)
         terms = sum(share * (row[f"distill/ce/{name}"] + row[f"distill/bn/{name}"]) for name, share in shares.items())
         assert row["distill/loss"] == pytest.approx(terms, rel=1e-4)
-    (images,) = (a for a in Store(evaluated.store).artifacts() if a.kind == "images" and a.metrics["stacks"] == 2)
+    (images,) = (a for a in sealed(evaluated.store) if a.kind == "images" and a.metrics["stacks"] == 2)
     stored = load_history(images)["slot0000_block0000"]["rows"][0]
     assert rows[0]["distill/bn/resnet50"] == pytest.approx(0.02 * 0.5 * stored["bn"]["resnet50"], rel=1e-5)
     assert rows[0]["distill/bn/resnet18"] == pytest.approx(0.02 * stored["bn"]["resnet18"], rel=1e-5)
@@ -252,7 +252,7 @@ def test_the_table_for_spreadsheets_holds_the_same_numbers(evaluated: Outcome) -
 
 def test_priors_stand_in_the_summary(evaluated: Outcome, tmp_path: Path) -> None:
     measured = {name: member["prior"] for name, member in evaluated.metrics()["members"].items()}
-    students = [artifact for artifact in Store(evaluated.store).artifacts() if artifact.kind == "students"]
+    students = [artifact for artifact in sealed(evaluated.store) if artifact.kind == "students"]
     known = {student.metrics["top1"] for student in students if "prior-" in student.name}
     assert list(measured) == list(MEMBERS)
     assert set(measured.values()) == known
@@ -267,7 +267,7 @@ def test_the_page_holds_the_numbers_and_the_cost_of_the_priors(evaluated: Outcom
         assert f"{result['top1']:.1f} \u00b1 {result['standard_error']:.1f}" in page
     assert "recipe tiny" in page
     assert "images and students for resnet18, resnet50" in page
-    artifacts = [artifact for artifact in Store(evaluated.store).artifacts() if "-prior-" in artifact.name]
+    artifacts = [artifact for artifact in sealed(evaluated.store) if "-prior-" in artifact.name]
     assert {artifact.kind for artifact in artifacts} == {"images", "students"}
     assert all(artifact.digest in page for artifact in artifacts)
 

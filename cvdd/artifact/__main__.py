@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cvdd.artifact.claims import claims_for
-from cvdd.artifact.cleaning import children, in_use, removable, remove, size_of, unfinished
+from cvdd.artifact.cleaning import children, in_use, is_store, removable, remove, size_of, unfinished
 from cvdd.artifact.files import store_errors
-from cvdd.artifact.manifest import Artifact, DamagedArtifact, read_manifests, verify
+from cvdd.artifact.manifest import Artifact, DamagedArtifact, kinds, read_manifests, verify
 from cvdd.config_base import ConfigError
 from cvdd.outcome import INTERRUPTED, USER_ERROR
 from cvdd.readable import readable_bytes
@@ -70,17 +70,17 @@ def verify_artifacts(root: Path) -> int:
     return DAMAGED if problems else 0
 
 
-def clean(root: Path, kinds: Sequence[str], delete: bool) -> int:
+def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
     """Print what could go and, with ``delete``, remove it; return the exit code.
 
     Raises:
         ConfigError: a kind is not in the store, or a damaged manifest hides what it is made from.
     """
-    known = sorted({path.parent.name for path in root.glob("*/*") if path.is_dir() and path.parent.name[0] != "."})
-    for kind in kinds:
+    known = [kind.name for kind in kinds(root)]
+    for kind in unwanted:
         if kind not in known:
             raise ConfigError(f"--unused {kind}: {root} has no such kind; choose from {', '.join(known) or 'none'}")
-    found = removable(root, kinds)
+    found = removable(root, unwanted)
     claims = claims_for(root)
     console = Console()
     if not found:
@@ -155,10 +155,13 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command; return the exit code."""
     options = _parser().parse_args(arguments)
     root = (options.store or Path(os.environ.get(VARIABLE) or "store")).absolute()
+    where = f"say where it is with --store DIR or {VARIABLE}=DIR"
     try:
         if not root.is_dir():
-            raise ConfigError(f"there is no store at {root}; say where it is with --store DIR or {VARIABLE}=DIR")
+            raise ConfigError(f"there is no store at {root}; {where}")
         with store_errors(root):
+            if not is_store(root):
+                raise ConfigError(f"{root} is no store, for nothing in it was made by cvdd; {where}")
             if options.command == "list":
                 return list_artifacts(root)
             if options.command == "verify":

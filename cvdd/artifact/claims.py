@@ -109,7 +109,9 @@ class Leases:
                 stream.write(f"{socket.gethostname()} {os.getpid()}\n")
         except FileExistsError:
             return None
-        if set(_generations(path).values()) - {mine} - set(earlier.values()):
+        # Not by name: what was silent may have gone since, and somebody else may have begun to count again.
+        others = [lease for lease in _generations(path).values() if lease != mine]
+        if sum(not self._silent(lease) for lease in others):
             mine.unlink(missing_ok=True)
             return None
         self._hold(mine)
@@ -144,8 +146,9 @@ class Leases:
         with self._guard:
             self._held.discard(lease)
         number = int(lease.suffix[1:])
-        for other, file in _generations(path).items():
-            if other <= number:
+        # Its own goes last: while it is there, whoever takes the name of a silent one steps back.
+        for other, file in sorted(_generations(path).items()):
+            if other == number or (other < number and self._silent(file)):
                 file.unlink(missing_ok=True)
                 self._watched.pop(file, None)
 

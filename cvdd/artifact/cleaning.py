@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvdd.artifact.claims import Claim, Claims
-from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, read_manifests
-from cvdd.artifact.places import PARTIAL, lock_file, part_locks
+from cvdd.artifact.claims import Claims
+from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, kinds, read_manifests
+from cvdd.artifact.places import PARTIAL, digest_in, is_named, kind_of, lock_file, part_locks, worked_in
+from cvdd.artifact.uses import FOLDER as USERS
 from cvdd.artifact.uses import used_by_others
 
 
@@ -48,12 +49,12 @@ def children(artifacts: Sequence[Artifact]) -> dict[str, list[Artifact]]:
     return by_parent
 
 
-def unused(artifacts: Sequence[Artifact], kinds: Collection[str]) -> list[Artifact]:
+def unused(artifacts: Sequence[Artifact], unwanted: Collection[str]) -> list[Artifact]:
     """List the artefacts of some kinds that no artefact is made from, but for such as are listed themselves."""
     left, found = list(artifacts), list[Artifact]()
     while True:
         made_from = children(left)
-        more = [artifact for artifact in left if artifact.kind in kinds and not made_from[artifact.digest]]
+        more = [artifact for artifact in left if artifact.kind in unwanted and not made_from[artifact.digest]]
         if not more:
             return found
         found += more
@@ -62,27 +63,40 @@ def unused(artifacts: Sequence[Artifact], kinds: Collection[str]) -> list[Artifa
 
 def unfinished(root: Path) -> list[Path]:
     """List the directories in which artefacts are being made, or were until they were interrupted."""
-    return sorted(path for path in root.glob(f"*/{PARTIAL}/*") if path.is_dir())
+    return [path for kind in worked_in(root) for path in _directories(kind / PARTIAL)]
 
 
-def removable(root: Path, kinds: Collection[str]) -> list[Removable]:
+def half_deleted(root: Path) -> list[Path]:
+    """List what is left of artefacts whose deletion was interrupted."""
+    return [path for kind in worked_in(root) for path in _directories(kind) if not (path / MANIFEST).exists()]
+
+
+def _directories(folder: Path) -> list[Path]:
+    """List directories that are named as artefacts are; others are somebody's own, wherever they lie."""
+    return sorted(path for path in folder.glob("*") if path.is_dir() and is_named(path))
+
+
+def is_store(root: Path) -> bool:
+    """Whether a directory is a store: a process has used it as one, or artefacts are in it."""
+    return (root / USERS).is_dir() or bool(kinds(root))
+
+
+def removable(root: Path, unwanted: Collection[str]) -> list[Removable]:
     """List what could go: half-made and half-deleted directories, and unused artefacts of some kinds.
 
     Args:
         root: of the store.
-        kinds: of artefacts that may go if nothing is made from them; none by default, because whether a result is still
-            wanted is not written anywhere.
+        unwanted: kinds of artefacts that may go if nothing is made from them; none by default, because whether a result
+            is still wanted is not written anywhere.
 
     Raises:
         DamagedArtifact: what a damaged manifest names as its parents cannot be known.
     """
     found = [Removable(path, "half made", size_of(path)) for path in unfinished(root)]
-    places = sorted(path for path in root.glob("*/*") if path.is_dir() and not path.name.startswith("."))
-    halves = [path for path in places if path.parent.name[0] != "." and not (path / MANIFEST).exists()]
-    found += [Removable(path, "half deleted", size_of(path)) for path in halves]
-    if kinds:
+    found += [Removable(path, "half deleted", size_of(path)) for path in half_deleted(root)]
+    if unwanted:
         found += [
-            Removable(artifact.path, "unused", size_of(artifact.path)) for artifact in unused(sealed(root), kinds)
+            Removable(artifact.path, "unused", size_of(artifact.path)) for artifact in unused(sealed(root), unwanted)
         ]
     return found
 
@@ -103,14 +117,27 @@ def sealed(root: Path) -> list[Artifact]:
 
 def in_use(root: Path, claims: Claims, paths: Sequence[Path]) -> set[Path]:
     """Return those directories that a running process reads or makes."""
-    used = used_by_others(root, claims)
+    others = _artefacts(used_by_others(root, claims))
+    used = {path for path in paths if _artefact(path) in others}
     for path in paths:
-        claim = _claim(claims, path)
+        # Without the directory of the locks nobody holds one, and looking must not make it.
+        if not lock_file(path).parent.is_dir():
+            continue
+        claim = claims.take(lock_file(path))
         if claim is None:
             used.add(path)
         else:
             claim.release()
-    return used & set(paths)
+    return used
+
+
+def _artefact(path: Path) -> tuple[Path, str]:
+    return kind_of(path), digest_in(path)
+
+
+def _artefacts(paths: Collection[Path]) -> set[tuple[Path, str]]:
+    """Return what directories belong to: those of one digest share their locks, whatever their names and places."""
+    return {_artefact(path) for path in paths}
 
 
 def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[tuple[Removable, bool]]:
@@ -119,24 +146,22 @@ def remove(root: Path, claims: Claims, found: Sequence[Removable]) -> Iterator[t
     An artefact stops being one before its first file goes, so an interruption leaves what the next call removes.
     """
     for item in found:
-        claim = _claim(claims, item.path)
+        file = lock_file(item.path)
+        # Missing only beside an artefact of a store that was copied without its locks.
+        file.parent.mkdir(exist_ok=True)
+        claim = claims.take(file)
         if claim is None:
             yield item, False
             continue
         try:
             # Asked again for each, under its lock: a process says what it uses before it looks for it.
-            if item.path in used_by_others(root, claims):
+            if _artefact(item.path) in _artefacts(used_by_others(root, claims)):
                 yield item, False
                 continue
             (item.path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(item.path)
+            # Before anybody else can begin it again and hold some of them.
+            shutil.rmtree(part_locks(item.path), ignore_errors=True)
         finally:
             claim.release()
-        shutil.rmtree(part_locks(item.path), ignore_errors=True)
         yield item, True
-
-
-def _claim(claims: Claims, path: Path) -> Claim | None:
-    file = lock_file(path)
-    file.parent.mkdir(exist_ok=True)
-    return claims.take(file)

@@ -61,15 +61,16 @@ def store_errors(root: Path) -> Iterator[None]:
         known = isinstance(refused, str | os.PathLike)
         if known and not Path(refused).is_relative_to(root):
             raise
+        # A write into an open file names none, and logs and pictures are written while an artefact is made.
+        place, choice = (root, "") if known else (f"{root} or the run's output", "paths.output=DIR or ")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # A write into an open file names none, and logs and pictures are written while an artefact is made.
-            place, choice = (root, "") if known else (f"{root} or for the run's output", "paths.output=DIR or ")
             raise StoreError(
                 f"no space left for {place}. Free some or choose another place with {choice}paths.store=DIR; "
                 "finished units are kept and the same command goes on."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        # Permission is asked for by name; without one it is of something else, e.g. a device or a socket.
+        if error.errno == errno.EROFS or (known and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR)):
             raise StoreError(
-                f"{root} cannot be written ({error.strerror}). Choose another place: paths.store=DIR."
+                f"{place} cannot be written ({error.strerror}). Choose another place: {choice}paths.store=DIR."
             ) from error
         raise

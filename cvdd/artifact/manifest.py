@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cvdd.artifact.places import digest_in, is_named, worked_in
 from cvdd.config_base import ConfigError
 
 FORMAT = 1
@@ -97,8 +98,7 @@ def sealed_as(path: Path) -> Path | None:
     """
     if (path / MANIFEST).exists():
         return path
-    digest = path.name.rpartition("-")[2]
-    same = sorted(path.parent.glob(f"*-{digest}/{MANIFEST}"))
+    same = sorted(path.parent.glob(f"*-{digest_in(path)}/{MANIFEST}"))
     return same[0].parent if same else None
 
 
@@ -125,9 +125,18 @@ def read_manifest(path: Path) -> Artifact:
     return artifact
 
 
+def kinds(root: Path) -> list[Path]:
+    """List the directories of a store's root in which artefacts are, or were made; nothing else there is the store's.
+
+    Those of a store that was copied without its locks are known by what is sealed in them.
+    """
+    sealed = {path.parents[1] for path in root.glob(f"*/*/{MANIFEST}") if is_named(path.parent)}
+    return sorted({kind for kind in sealed if kind.name[0] != "."} | {*worked_in(root)})
+
+
 def read_manifests(root: Path) -> Iterator[Artifact | DamagedArtifact]:
     """Yield every sealed artefact of a store, or why its manifest cannot be used."""
-    for manifest in sorted(root.glob(f"*/*/{MANIFEST}")):
+    for manifest in (manifest for kind in kinds(root) for manifest in sorted(kind.glob(f"*/{MANIFEST}"))):
         try:
             yield read_manifest(manifest.parent)
         except DamagedArtifact as error:

@@ -43,7 +43,10 @@ def seal(work: Path, path: Path, manifest: dict[str, Any]) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
-    fsync(work)
+    # A file is not on disk before its name is: that is in its directory, and the name of that one in the next.
+    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(work)}
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(fsync, folders | {work}))
     if path.exists():
         # Only a directory without a manifest can be here: somebody deleted half of it.
         shutil.rmtree(path)

@@ -14,7 +14,6 @@ from cvdd.artifact.claims import claims_for, held
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import (
     FORMAT,
-    MANIFEST,
     Artifact,
     DamagedArtifact,
     digest_of,
@@ -25,7 +24,7 @@ from cvdd.artifact.manifest import (
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
 from cvdd.artifact.places import lock_file, part_locks, unfinished
 from cvdd.artifact.sealing import peak_memory, seal
-from cvdd.artifact.sessions import Session, seconds_of_sessions
+from cvdd.artifact.sessions import Session, process_seconds, read_sessions, wall_seconds
 from cvdd.artifact.uses import Uses
 from cvdd.provenance import code_version
 
@@ -84,8 +83,9 @@ class Store:
         if (sealed := sealed_as(path)) is not None:
             return self.open(sealed)
         with store_errors(self.root), self._lock(path):
-            if (path / MANIFEST).exists():
-                return self.open(path)
+            # Others may have made it meanwhile, under this name or another.
+            if (sealed := sealed_as(path)) is not None:
+                return self.open(sealed)
             work = self._begin(path)
             session = Session(work)
             try:
@@ -128,10 +128,10 @@ class Store:
         folder = part_locks(path)
         with store_errors(self.root):
             watched = False
-            while not (path / MANIFEST).exists():
+            while (sealed := sealed_as(path)) is None:
                 with self._lock(path):
-                    if (path / MANIFEST).exists():
-                        break
+                    if sealed_as(path) is not None:
+                        continue
                     work = self._begin(path)
                     if not Table(work).fits(len(parts.names)):
                         parts.prepare(work)
@@ -145,7 +145,7 @@ class Store:
                     # Others finished it between two looks of this process, and seal it.
                     continue
                 with self._lock(path):
-                    if (path / MANIFEST).exists():
+                    if sealed_as(path) is not None:
                         continue
                     # Not without the lock: another process may be sealing the directory that it is written to.
                     session.note(last=True)
@@ -155,9 +155,9 @@ class Store:
                     shutil.rmtree(folder, ignore_errors=True)
             if watched:
                 # It was sealed just now: reading all of it again in every process would find nothing new.
-                self._uses.note(path)
-                self._verified[path] = read_manifest(path)
-        return self.open(path)
+                self._uses.note(sealed)
+                self._verified[sealed] = read_manifest(sealed)
+        return self.open(sealed)
 
     def open(self, path: Path) -> Artifact:
         """Open a sealed artefact and verify the checksum of each of its files (once per process).
@@ -175,10 +175,6 @@ class Store:
             )
         self._verified[path] = artifact
         return artifact
-
-    def artifacts(self) -> list[Artifact]:
-        """List all sealed artefacts without verifying their files."""
-        return [read_manifest(manifest.parent) for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}"))]
 
     def _begin(self, path: Path) -> Path:
         """Return the directory in which an artefact is built; its lock is held."""
@@ -211,7 +207,7 @@ class _Making:
         return root / self.kind / directory
 
     def manifest(self, work: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        sessions = seconds_of_sessions(work)
+        sessions = read_sessions(work)
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -222,7 +218,8 @@ class _Making:
             "metrics": dict(metrics),
             "code": code_version(),
             "cost": {
-                "wall_seconds": round(sum(sessions), 3),
+                "wall_seconds": round(wall_seconds(sessions), 3),
+                "process_seconds": round(process_seconds(sessions), 3),
                 "sessions": len(sessions),
                 "peak_memory_bytes": peak_memory(),
             },

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cvdd.backbones.batchnorm import batchnorm_layers, has_batchnorm
     from cvdd.backbones.build import build_network
     from cvdd.backbones.config import BackboneConfig
-    from cvdd.backbones.published import PUBLISHED_NAMES, PublishedReport, find_published, load_published
+    from cvdd.backbones.published import PublishedReport, load_published
 else:
     __getattr__ = exports(
         __name__,
@@ -18,21 +18,17 @@ else:
             "BackboneConfig": "cvdd.backbones.config",
             "batchnorm_layers": "cvdd.backbones.batchnorm",
             "build_network": "cvdd.backbones.build",
-            "find_published": "cvdd.backbones.published",
             "has_batchnorm": "cvdd.backbones.batchnorm",
             "load_published": "cvdd.backbones.published",
-            "PUBLISHED_NAMES": "cvdd.backbones.published",
             "PublishedReport": "cvdd.backbones.published",
         },
     )
 
 __all__ = [
-    "PUBLISHED_NAMES",
     "BackboneConfig",
     "PublishedReport",
     "batchnorm_layers",
     "build_network",
-    "find_published",
     "has_batchnorm",
     "load_published",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -14,19 +13,6 @@ from torch import Tensor, nn
 from cvdd.backbones.heads import find_head
 from cvdd.config_base import ConfigError
 from cvdd.unpickling import load_without_code
-
-PUBLISHED_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "ResNet18": "resnet18",
-        "ResNet50": "resnet50",
-        "ResNet101": "resnet101",
-        "ShuffleNetV2": "shufflenetv2",
-        "MobileNetV2": "mobilenetv2",
-        "DenseNet121": "densenet121",
-        "Densenet121": "densenet121",
-    }
-)
-"""File name of the release, without ``.pth``, to the name of our backbone config; the release spells one both ways."""
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
@@ -48,12 +34,6 @@ class PublishedReport:
     mapping: Literal["names", "order"]
     tensors: int
     num_classes: int
-
-
-def find_published(directory: str | Path) -> dict[str, Path]:
-    """Return backbone config name -> file for the networks of the release in ``directory`` (none: an empty dict)."""
-    found = ((backbone, Path(directory) / f"{name}.pth") for name, backbone in PUBLISHED_NAMES.items())
-    return {backbone: path for backbone, path in found if path.is_file()}
 
 
 def load_published(path: str | Path, network: nn.Module) -> PublishedReport:

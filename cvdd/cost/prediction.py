@@ -169,12 +169,17 @@ def load_prediction(config: RunConfig) -> tuple[str, list[StageCost]] | None:
 
 
 def measured_seconds(pieces: Sequence[Piece], stage: StageCost) -> float:
-    """Seconds that the artefacts of a stage took which were missing when it was predicted."""
+    """Seconds that processes took, all together, for what of a stage was missing when it was predicted for one."""
     return sum(
-        float(piece.artifact.manifest["cost"]["wall_seconds"])
+        _process_seconds(piece.artifact.manifest["cost"])
         for piece in pieces
         if piece.stage == stage.stage and piece.made and piece.name not in stage.made
     )
+
+
+def _process_seconds(cost: Mapping[str, Any]) -> float:
+    # Artefacts of earlier versions have but one time, which is this.
+    return float(cost.get("process_seconds", cost["wall_seconds"]))
 
 
 def _noun(piece: Piece) -> str:

@@ -21,7 +21,7 @@ class Cost:
         what: for which row, member or student.
         artifacts: number of artefacts.
         bytes: of all of them on disk.
-        seconds: of all of them, one after another.
+        seconds: of all of them, one after another; processes that made one side by side count once.
         peak_memory: of the process that made the largest.
     """
 

@@ -14,8 +14,8 @@ class PredictedCost:
 
     Attributes:
         stage: members, patches, priors, images, labels or students.
-        predicted: seconds; None where the way in which something is made is not known to the prediction.
-        measured: seconds of the artefacts that were missing then.
+        predicted: seconds of one process; None where the way in which something is made is not known to the prediction.
+        measured: seconds of all processes together for the artefacts that were missing then.
     """
 
     stage: str

@@ -20,7 +20,7 @@ from cvdd.artifact.claims import Claims, claims_for
 from cvdd.artifact.parts import FINISHED, TAKEN
 from cvdd.artifact.parts import Table as States
 from cvdd.artifact.places import PARTIAL
-from cvdd.artifact.sessions import seconds_of_sessions
+from cvdd.artifact.sessions import process_seconds, read_sessions
 from cvdd.artifact.uses import used_by
 from cvdd.jobs import JOB, read_job
 from cvdd.report.sweeps import METRICS, Point, read_directory
@@ -186,7 +186,7 @@ def _work(folder: Path) -> Work:
     except FileNotFoundError:
         return Work(name)
     made = states.count(FINISHED)
-    spent = sum(seconds_of_sessions(folder))
+    spent = process_seconds(read_sessions(folder))
     return Work(name, made, len(states), states.count(TAKEN), spent / made if made and spent else None)
 
 

@@ -225,7 +225,7 @@ def test_claims_of_the_dead_and_of_other_machines(
     home = reference.copy(tmp_path, "labels", "students")
     (name,) = (name for name in reference.made if name.startswith("labels/"))
     locks = home / "store" / "labels" / ".locks"
-    place = locks / Path(name).name
+    place = locks / name.rpartition("-")[2]
     part = Path(f"{place}.parts") / f"epochs00000.lock{stale}"
     part.parent.mkdir(parents=True)
     for file in (Path(f"{place}.lock{stale}"), part):
