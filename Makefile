@@ -36,7 +36,7 @@ compare-matching: $(STAMP) ## the same for APM and MTT at IPC 1 and 10, in more 
 bench: $(STAMP) ## compare the engine's speed with plain references on the CPU
 	$(BIN)/python -m benchmarks.speed $(BENCH)
 
-bench-gpu: $(STAMP) ## the same in full sizes on a GPU, in under 10 minutes
+bench-gpu: $(STAMP) ## the same in full sizes on a GPU; made to take under 10 minutes, see docs/speed.md
 	$(BIN)/python -m benchmarks.speed --gpu $(BENCH)
 
 agreement: $(STAMP) ## check that the engine and the plain references get the same numbers

@@ -99,7 +99,7 @@ class Setting:
     def random(config: RunConfig, members: Sequence[nn.Module], units: int, images: int, steps: int) -> Setting:
         """Begin with noise, in the precision of the members."""
         stage = Stage(0, 0, steps, config.dataset.image_size)
-        drawn = [unit_views(Unit(slot, 0, 0, images), config.method, stage, 0) for slot in range(units)]
+        drawn = [unit_views(Unit(slot, 0, 0, images), config.method, stage) for slot in range(units)]
         start, targets = settings.random_units(config, units, images)
         return Setting(config, members, start.to(next(members[0].parameters()).dtype), targets, drawn)
 

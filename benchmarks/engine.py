@@ -164,7 +164,7 @@ def make_module(
 ) -> DistillModule:
     """Return the module that optimises a stack [units, images, 3, size, size] whose members vote alike."""
     units = [Unit(slot, 0, 0, targets.shape[1]) for slot in range(len(images))]
-    drawn = [unit_views(unit, method, stage, method.seed) for unit in units] if views is None else views
+    drawn = [unit_views(unit, method, stage) for unit in units] if views is None else views
     how = engine or Engine()
     return DistillModule(
         images,

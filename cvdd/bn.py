@@ -12,9 +12,6 @@ from cvdd.backbones import batchnorm_layers
 from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import InputWatch, Moments, Reduce, channel_moments
 
-FIRST_LAYER_MULTIPLIER = 10.0
-"""Weight of the first BatchNorm layer in the matching term; the others have 1 (specification, section 2.2)."""
-
 
 class BatchStatistics(InputWatch[Moments]):
     """Collects mean and biased variance of the input of every BatchNorm layer during one forward pass.
@@ -65,7 +62,7 @@ def statistics_distance(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
     layers: Sequence[nn.BatchNorm2d],
-    first_multiplier: float = FIRST_LAYER_MULTIPLIER,
+    first_multiplier: float,
 ) -> Tensor:
     """Distance between a batch's statistics and the running ones, summed over layers.
 

@@ -263,7 +263,7 @@ def _passes_while_learning(
     return Passes(compiled, precision_of(precision, device), records(config.cuda_graphs, device))
 
 
-def can_be_recorded(method: MethodConfig, split: bool) -> bool:
+def iteration_can_be_recorded(method: MethodConfig, split: bool) -> bool:
     """Whether an iteration of a method is the same for the device every time.
 
     Args:
@@ -293,7 +293,7 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
             most = max(min(most, PIXELS_PER_COMPILED_PASS // (work.unit_images * work.size**2)), 1)
         units = most if config.units_per_pass == "auto" else config.units_per_pass
         units = None if units >= work.units else units
-    recorded = records(config.cuda_graphs, device) and can_be_recorded(method, work.split)
+    recorded = records(config.cuda_graphs, device) and iteration_can_be_recorded(method, work.split)
     return Engine(compiled, precision, units, recorded)
 
 

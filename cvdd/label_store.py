@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cvdd.artifact import DamagedArtifact, write_atomically
+from cvdd.artifact.files import reserve
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
 from cvdd.labels import ComputedLabels, epochs_together
@@ -102,9 +102,13 @@ def write_labels(folder: Path, computed: ComputedLabels, layout: LabelLayout, ad
 
 def reserve_labels(folder: Path, layout: LabelLayout) -> None:
     """Reserve the space for all labels, so that a full disk is known before the first is computed."""
-    _reserve(folder / LOGITS, layout.logits_bytes)
-    if layout.record is not None:
-        _reserve(folder / PARAMETERS, layout.parameters_bytes)
+    wanted = {LOGITS: layout.logits_bytes} | ({} if layout.record is None else {PARAMETERS: layout.parameters_bytes})
+    for name, size in wanted.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            # Whatever is in a file of another size belongs to other labels.
+            path.unlink(missing_ok=True)
+            reserve(path, size)
 
 
 def require_reserved(folder: Path, layout: LabelLayout) -> None:
@@ -179,18 +183,6 @@ def write_epochs(
                 first, pending, held, saved = epoch + 1, [], 0, time.monotonic()
         if writing is not None:
             writing.result()
-
-
-def _reserve(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size == size:
-        return
-    with path.open("wb") as stream:
-        try:
-            os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            os.truncate(stream.fileno(), size)
 
 
 def _write(path: Path, offset: int, content: bytes) -> None:

@@ -1,6 +1,17 @@
-"""Numbers of bytes and of seconds as people read them."""
+"""Numbers as people read them: with an error, of bytes, of seconds."""
 
 from __future__ import annotations
+
+
+def with_error(mean: float, error: float | None, sign: str = "\u00b1") -> str:
+    """Write a number with its standard error, if there is one.
+
+    Args:
+        mean: the number.
+        error: its standard error; None with a single value.
+        sign: between them.
+    """
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} {sign} {error:.1f}"
 
 
 def readable_bytes(count: float | None) -> str:

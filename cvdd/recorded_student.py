@@ -107,17 +107,17 @@ class RecordedStudent(StudentModule):
         return differentiated(loss(network=network), parameters), statistics.now()
 
 
-def can_be_recorded(protocol: ProtocolConfig, labels_look: bool, network: nn.Module, passes: Passes) -> bool:
+def steps_can_be_recorded(protocol: ProtocolConfig, looks: bool, network: nn.Module, passes: Passes) -> bool:
     """Whether all steps of a student are the same for the device.
 
     Args:
         protocol: of the student.
-        labels_look: whether its images are changed by what was drawn for them, as RandAugment does.
+        looks: whether its images are changed by what was drawn for them, as RandAugment does.
         network: of the student; dropout in parts of a batch needs a seed for each.
         passes: how it computes.
     """
     drawn = protocol.accumulation > 1 and draws_by_itself(network)
-    return passes.record and not passes.compile and protocol.optimizer == "adamw" and not labels_look and not drawn
+    return passes.record and not passes.compile and protocol.optimizer == "adamw" and not looks and not drawn
 
 
 def make_student_module(
@@ -145,11 +145,11 @@ def make_student_module(
         std: likewise.
         passes: how the network computes.
         network: to train.
-        looks: see :func:`can_be_recorded`.
+        looks: see :func:`steps_can_be_recorded`.
         shared: whether ranks share the parts of a batch.
         options: see :class:`cvdd.classifier.Classifier`.
     """
-    recorded = not shared and can_be_recorded(protocol, looks, network, passes)
+    recorded = not shared and steps_can_be_recorded(protocol, looks, network, passes)
     kind = RecordedStudent if recorded else StudentModule
     module = kind(protocol, pixels, classes, dataset.labels.batch_size, mean, std, passes, network=network, **options)
     if recorded:

@@ -6,7 +6,6 @@ The published format pickles ten experts into a file of a gigabyte, which must b
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cvdd.artifact import write_atomically
+from cvdd.artifact.files import reserve
 from cvdd.config_base import ConfigError
 
 LAYOUT = "trajectories.json"
@@ -73,7 +73,8 @@ class TrajectoryWriter:
             # on with.
             new = self._path.with_name(self._path.name + ".new.tmp")
             numpy.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=shape).flush()
-            _reserve(new)
+            # A sparse file that cannot be filled ends a process without any message when its pages are written.
+            reserve(new, new.stat().st_size)
             new.replace(self._temporary)
         self._rows = numpy.lib.format.open_memmap(self._temporary, mode="r+")
 
@@ -97,13 +98,6 @@ class TrajectoryWriter:
         """Give the array its final name."""
         del self._rows
         self._temporary.replace(self._path)
-
-
-def _reserve(path: Path) -> None:
-    # A sparse file that cannot be filled ends a process without any message when its pages are written.
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
 
 
 class Trajectories:

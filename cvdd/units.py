@@ -124,12 +124,12 @@ def plan_stages(method: MethodConfig, size: int) -> list[Stage]:
     return [Stage(index, index * length, (index + 1) * length, side) for index, side in enumerate(sizes)]
 
 
-def unit_views(unit: Unit, method: MethodConfig, stage: Stage, seed: int) -> Views:
-    """Draw the crops, flips and shifts of a unit in one stage; they depend on (seed, slot, block, stage) alone.
+def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
+    """Draw the crops, flips and shifts of a unit in one stage from (``method.seed``, slot, block, stage) alone.
 
     With ``method.pad`` a box has the size of the image and may begin up to so many pixels outside it.
     """
-    source = generator(seed, "recover", unit.slot, unit.block, *([stage.index] if stage.index else []))
+    source = generator(method.seed, "recover", unit.slot, unit.block, *([stage.index] if stage.index else []))
     count, size = stage.last - stage.first, stage.size
     jitter = 2 * method.jitter if method.jitter_both_ways else method.jitter
     if method.crop_schedule == "constant" or method.crop_scale is None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvdd.bn import FIRST_LAYER_MULTIPLIER, BatchStatistics
+from cvdd.bn import BatchStatistics
 from cvdd.layer_statistics import Reduce
 from cvdd.matching import Matcher
 
@@ -101,7 +101,7 @@ def judge(
     *,
     ce: float = 1.0,
     r_bn: float,
-    first_bn_multiplier: float = FIRST_LAYER_MULTIPLIER,
+    first_bn_multiplier: float,
     statistics_of: Literal["unit", "stack"] = "unit",
     across: Reduce | None = None,
 ) -> Judgement:

@@ -102,7 +102,7 @@ def distil(
     module = DistillModule(
         torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         torch.stack([unit.targets for unit in units]),
-        [unit_views(unit, method, stage, 0) for unit in units],
+        [unit_views(unit, method, stage) for unit in units],
         voters,
         torch.full((len(voters), 2), 1 / len(voters)),
         method,

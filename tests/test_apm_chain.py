@@ -13,7 +13,7 @@ from helpers import same_files, tiny_context
 from safetensors.torch import load_file
 
 import cvdd.chain.apm
-import cvdd.context
+import cvdd.fit
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
@@ -118,7 +118,7 @@ def test_an_interrupted_part_goes_on_to_the_same_bits(
     home: Path, images: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints after iterations 2 and 4 lie between two refreshes, so students and teacher are restored as well."""
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     context = small_context(home, store=tmp_path / "store")
     log_row, rows = cvdd.chain.apm._log_row, []
 

@@ -18,7 +18,7 @@ from helpers import FIXTURES, PRIORS, TINY, same_files, tiny_context
 from torch import Tensor, nn
 
 import cvdd.chain.images
-import cvdd.context
+import cvdd.fit
 from cvdd.artifact import Artifact, DamagedArtifact, Store, StoreError
 from cvdd.chain.compare import Distilled, Result, distil
 from cvdd.chain.images import load_history, make_images
@@ -167,7 +167,7 @@ def test_a_member_whose_loss_is_not_finite(
 ) -> None:
     """It is named, what was done is kept, and the same command goes on from there."""
     context = again("images", "labels", "students")
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original = cvdd.chain.images.load_voter
 
     def breaking(context: Context, name: str, artifact: Artifact, engine: Engine) -> Voter:

@@ -144,7 +144,7 @@ def voted(engine: Engine, iterations: int = 20) -> DistillModule:
     module = DistillModule(
         torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
         torch.stack([unit.targets for unit in units]),
-        [unit_views(unit, method, stage, 0) for unit in units],
+        [unit_views(unit, method, stage) for unit in units],
         [ready_voter(str(seed), small_network(seed=seed), 1.0, engine) for seed in (1, 2)],
         torch.tensor([[0.7], [0.3]]).expand(2, 3),
         method,
@@ -177,7 +177,13 @@ def test_twenty_steps_are_those_of_plain_kernels(engine: Engine) -> None:
 
 def gradient_and_value(engine: Engine, images: Tensor) -> tuple[Tensor, Tensor]:
     leaf = images.clone().requires_grad_()
-    said = judge(leaf, torch.arange(4).expand(3, 4), ready_voter("a", small_network(), 1.0, engine), r_bn=0.1)
+    said = judge(
+        leaf,
+        torch.arange(4).expand(3, 4),
+        ready_voter("a", small_network(), 1.0, engine),
+        r_bn=0.1,
+        first_bn_multiplier=10.0,
+    )
     return torch.autograd.grad(said.value.sum(), leaf)[0], said.value.detach()
 
 

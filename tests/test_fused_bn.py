@@ -133,8 +133,10 @@ def test_other_layers_keep_hooks(layer: nn.Module) -> None:
     watch.forget()
     # Nothing is measured where nothing is matched, in groups or not.
     images, targets = torch.randn(2, 4, 3, 12, 12), torch.arange(4).expand(2, 4)
-    said = judge(images, targets, Voter("a", fused, watch=watch), r_bn=0)
-    torch.testing.assert_close(tuple(said), tuple(judge(images, targets, Voter("a", network), r_bn=0)))
+    said = judge(images, targets, Voter("a", fused, watch=watch), r_bn=0, first_bn_multiplier=10.0)
+    torch.testing.assert_close(
+        tuple(said), tuple(judge(images, targets, Voter("a", network), r_bn=0, first_bn_multiplier=10.0))
+    )
     assert watch.measured == {}
 
 
@@ -147,7 +149,8 @@ def test_a_network_of_timm_as_a_whole() -> None:
     assert isinstance(watch, FusedStatistics)
     targets = torch.arange(4)[None]
     one, two = (
-        judge(images, targets, voter, r_bn=0.1) for voter in (Voter("a", network), Voter("a", fused, watch=watch))
+        judge(images, targets, voter, r_bn=0.1, first_bn_multiplier=10.0)
+        for voter in (Voter("a", network), Voter("a", fused, watch=watch))
     )
     torch.testing.assert_close(tuple(two), tuple(one), rtol=1e-10, atol=1e-10)
 

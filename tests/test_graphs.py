@@ -29,13 +29,12 @@ from torch.utils.data import DataLoader
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
-from cvdd.engine import Engine, Passes, can_be_recorded, ready_voter, records
+from cvdd.engine import Engine, Passes, iteration_can_be_recorded, ready_voter, records
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels
 from cvdd.member import MemberModule
-from cvdd.recorded_student import RecordedStudent, make_student_module
-from cvdd.recorded_student import can_be_recorded as can_be_recorded_student
+from cvdd.recorded_student import RecordedStudent, make_student_module, steps_can_be_recorded
 from cvdd.schema import RecipeConfig
 from cvdd.student import StudentModule
 from cvdd.synthesis import DistillModule
@@ -82,8 +81,8 @@ def test_steps_are_recorded_on_gpus_alone() -> None:
     ],
 )
 def test_what_differs_from_iteration_to_iteration_is_not_recorded(changes: dict[str, Any], split: bool) -> None:
-    assert can_be_recorded(method_config(), False)
-    assert not can_be_recorded(method_config(**changes), split)
+    assert iteration_can_be_recorded(method_config(), False)
+    assert not iteration_can_be_recorded(method_config(**changes), split)
 
 
 def test_recording_does_not_change_what_is_made() -> None:
@@ -118,7 +117,7 @@ def distilled(
     module = kind(
         torch.randn(3, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
         torch.stack([unit.targets for unit in units]),
-        [unit_views(unit, method, stage, 0) for unit in units] if views else None,
+        [unit_views(unit, method, stage) for unit in units] if views else None,
         [ready_voter(str(index), network, 1.0, engine) for index, network in enumerate(networks)],
         torch.tensor([[0.7], [0.3]]).expand(2, 3),
         method,
@@ -327,8 +326,8 @@ def test_a_gpu_replays_students(
 )
 def test_which_students_are_recorded(changes: dict[str, Any], rate: float, looks: bool, possible: bool) -> None:
     protocol = protocol_config(**{"accumulation": 1, **changes})
-    assert can_be_recorded_student(protocol, looks, trainable(dropout=rate), Passes(record=True)) is possible
-    assert not can_be_recorded_student(protocol, looks, trainable(dropout=rate), Passes())
+    assert steps_can_be_recorded(protocol, looks, trainable(dropout=rate), Passes(record=True)) is possible
+    assert not steps_can_be_recorded(protocol, looks, trainable(dropout=rate), Passes())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,7 +13,7 @@ import pytest
 from helpers import PRIORS, same_files, tiny_context
 
 import cvdd.chain.recover
-import cvdd.context
+import cvdd.fit
 import cvdd.label_store
 import cvdd.labels
 from cvdd.chain.compare import Distilled, Result
@@ -33,7 +33,7 @@ class PulledPlug(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: type[BaseException]) -> None:
     """Raise at the given call of a function; checkpoints are taken as often as possible."""
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     monkeypatch.setattr(cvdd.label_store, "SECONDS_BETWEEN_SAVES", -1.0)
     original, calls = getattr(owner, name), []
 
@@ -91,7 +91,7 @@ def distil_and_die(root: Path, store: Path) -> None:
             os._exit(9)
         log_row(context, stack, row, *rest)
 
-    cvdd.context.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    cvdd.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     cvdd.chain.recover._log_row = killing
     make_images(tiny_context(root, store=store), PRIORS)
 

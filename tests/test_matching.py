@@ -120,7 +120,7 @@ def test_without_convolutions_it_is_the_distance_of_batchnorm() -> None:
     watched = network()
     with BatchStatistics(watched, 3) as statistics:
         watched(IMAGES.flatten(0, 1))
-    expected = statistics_distance(statistics.means, statistics.variances, statistics.layers)
+    expected = statistics_distance(statistics.means, statistics.variances, statistics.layers, 10.0)
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=0)
 
 

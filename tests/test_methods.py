@@ -128,7 +128,7 @@ def test_an_interrupted_method_ends_with_the_same_bits(
     overrides: tuple[str, ...], chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = images_of(chain_home, *overrides)
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original, calls = cvdd.chain.recover._log_row, []
 
     def stopping(*arguments: object) -> None:

@@ -15,7 +15,7 @@ from helpers import same_files
 from mtt_helpers import mtt_context
 from safetensors.torch import load_file
 
-import cvdd.context
+import cvdd.fit
 from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.compare import Result
@@ -144,7 +144,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     context = again("trajectories", "images")
     original, calls = getattr(owner, name), []
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        patched.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
         def stopping(*arguments: Any) -> Any:
             calls.append(1)

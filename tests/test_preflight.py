@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import TINY, configure, tiny_context
 
+from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
 from cvdd.backbones import batchnorm_layers
 from cvdd.chain.images import load_history

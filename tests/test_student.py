@@ -22,7 +22,7 @@ from helpers import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-import cvdd.context
+import cvdd.fit
 from cvdd.batch_parts import parts_of
 from cvdd.compiler import compiling
 from cvdd.engine import Passes
@@ -315,7 +315,7 @@ def test_without_an_average_the_network_itself_is_measured() -> None:
 def test_a_student_with_an_average_goes_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     context = tiny_context(tmp_path)
 
     def measured(network: nn.Module) -> Accuracy:

@@ -51,7 +51,7 @@ def module_of(
     method = method_config(**{"log_every": 2, "grid_every": 6, "checkpoint_every": 6, "iterations": 11, **changes})
     targets = torch.stack([unit.targets for unit in chosen])
     stage = plan_stages(method, SIZE)[0] if stage is None else stage
-    views = [unit_views(unit, method, stage, seed=0) for unit in chosen]
+    views = [unit_views(unit, method, stage) for unit in chosen]
     weights = torch.full((len(members), len(chosen)), 1 / len(members))
     kept = [] if rows is None else rows
     bounds = pixel_bounds(MEAN, STD)
@@ -78,7 +78,7 @@ def plain_loop(images: Tensor, unit: Unit, network: nn.Module, steps: int) -> Te
     from torchvision.transforms import functional as vision
 
     method = method_config(iterations=steps)
-    views = unit_views(unit, method, Stage(0, 0, steps, SIZE), seed=0)
+    views = unit_views(unit, method, Stage(0, 0, steps, SIZE))
     leaf = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([leaf], lr=method.lr, betas=(0.5, 0.9), eps=1e-8)
     low, high = pixel_bounds(MEAN, STD)

@@ -62,13 +62,13 @@ def test_views_of_a_unit_depend_on_nothing_else() -> None:
     method = method_config(iterations=20)
     stage = Stage(0, 0, 20, 32)
     unit = Unit(3, 1, 4, 8)
-    views = unit_views(unit, method, stage, seed=5)
+    views = unit_views(unit, method, stage)
     assert len(views.boxes) == 20
-    assert torch.equal(views.boxes, unit_views(Unit(3, 1, 0, 4), method, stage, seed=5).boxes)
+    assert torch.equal(views.boxes, unit_views(Unit(3, 1, 0, 4), method, stage).boxes)
     for other in (Unit(2, 1, 4, 8), Unit(3, 0, 4, 8)):
-        assert not torch.equal(views.boxes, unit_views(other, method, stage, seed=5).boxes)
-    assert not torch.equal(views.boxes, unit_views(unit, method, stage, seed=6).boxes)
-    assert not torch.equal(views.boxes, unit_views(unit, method, Stage(1, 20, 40, 32), seed=5).boxes)
+        assert not torch.equal(views.boxes, unit_views(other, method, stage).boxes)
+    assert not torch.equal(views.boxes, unit_views(unit, method.model_copy(update={"seed": 6}), stage).boxes)
+    assert not torch.equal(views.boxes, unit_views(unit, method, Stage(1, 20, 40, 32)).boxes)
 
 
 def test_stages_are_equal_parts_with_their_own_sizes() -> None:
@@ -79,13 +79,13 @@ def test_stages_are_equal_parts_with_their_own_sizes() -> None:
 
 def test_shifts_go_both_ways() -> None:
     method = method_config(iterations=300, jitter=3, jitter_both_ways=True)
-    shifts = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 300, 16), seed=0).shifts
+    shifts = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 300, 16)).shifts
     assert sorted(set(shifts.flatten().tolist())) == list(range(-3, 4))
 
 
 def test_padding_shifts_whole_images_over_the_mean_colour() -> None:
     method = method_config(iterations=40, crop_scale=None, pad=2, jitter=0, flip=False)
-    views = unit_views(Unit(0, 0, 0, 1), method, Stage(0, 0, 40, 6), seed=0)
+    views = unit_views(Unit(0, 0, 0, 1), method, Stage(0, 0, 40, 6))
     rows, columns = unit_matrices(views, 6)
     image = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     seen = apply_matrices(image.expand(40, 1, 3, 6, 6), rows, columns)
@@ -121,7 +121,7 @@ def test_crops_get_smaller(schedule: str, milestone: float, areas: list[float]) 
 
 def test_scheduled_crops_begin_with_the_whole_image() -> None:
     method = method_config(iterations=100, crop_schedule="cosine", crop_scale=(0.08, 1.0))
-    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32), seed=0).boxes
+    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32)).boxes
     assert boxes[0].tolist() == [0, 0, 32, 32]
     area = (boxes[:, 2] * boxes[:, 3]).float() / 32**2
     assert area[:20].min() > 0.85
@@ -131,7 +131,7 @@ def test_scheduled_crops_begin_with_the_whole_image() -> None:
 def test_scheduled_crops_are_as_large_as_the_schedule_or_the_range_allows() -> None:
     """Sides are whole pixels, which is a part of 0.06 at most."""
     method = method_config(iterations=100, crop_schedule="cosine", crop_scale=(0.08, 0.5))
-    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32), seed=0).boxes
+    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32)).boxes
     areas = ((boxes[:, 2] * boxes[:, 3]).double() / 32**2).tolist()
     for iteration, area in enumerate(areas):
         lowest = lowest_area(iteration, 100, "cosine", 1.0, 0.08)

@@ -140,7 +140,7 @@ def test_weighing_voter_by_voter_is_the_gradient_of_the_sum() -> None:
 
     def opinion(voter: Voter) -> tuple[Judgement, Tensor]:
         leaf = images.clone().requires_grad_()
-        said = judge(leaf, targets, voter, r_bn=0.01)
+        said = judge(leaf, targets, voter, r_bn=0.01, first_bn_multiplier=10.0)
         return Judgement(*(part.detach() for part in said)), torch.autograd.grad(said.value.sum(), leaf)[0]
 
     weighed = weigh(map(opinion, committee()), weights, keep=True)

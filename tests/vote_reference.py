@@ -29,7 +29,7 @@ class VoteTerms:
 
 def voting_loss(images: Tensor, targets: Tensor, voters: Sequence[Voter], weights: Tensor, **options: Any) -> VoteTerms:
     """Compute ``sum_i w_i (ce * CE_i + r_bn * BN_i)`` with one graph for all voters; options are those of ``judge``."""
-    said = [judge(images, targets, voter, **options) for voter in voters]
+    said = [judge(images, targets, voter, **{"first_bn_multiplier": 10.0, **options}) for voter in voters]
     loss = images.new_zeros(())
     for judgement, weight in zip(said, weights, strict=True):
         loss = loss + (weight * judgement.value).sum()

@@ -49,6 +49,26 @@ def _safetensors_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
+def reserve(path: Path, size: int) -> None:
+    """Make a file of this size whose place on the disk is its own, so that a full disk is known before any work.
+
+    Args:
+        path: of the file; what is in it within the size stays.
+        size: in bytes.
+    """
+    with path.open("r+b" if path.exists() else "wb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except AttributeError:
+            # Not every system has the call.
+            pass
+        except OSError as error:
+            # Nor every disk.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        os.truncate(stream.fileno(), size)
+
+
 @contextlib.contextmanager
 def store_errors(root: Path) -> Iterator[None]:
     """Turn the operating system's refusals into errors that say what to type; nothing sealed is touched by them."""

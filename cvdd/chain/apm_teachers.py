@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, Store
+from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
@@ -141,10 +141,7 @@ def _train(
 
 
 def _made_elsewhere(context: Context, path: Path, whitening: Artifact | None) -> Artifact:
-    # In a store of its own: this run's store keeps account of its own artefacts only.
-    artifact = Store(path.absolute().parent.parent).open(path.absolute())
-    if artifact.kind != KIND:
-        raise ConfigError(f"method.apm.teachers.paths: {path} is an artefact of kind {artifact.kind}, not {KIND}")
+    artifact = context.open_elsewhere(path, KIND, "method.apm.teachers.paths")
     found = artifact.manifest["identity"]
     check_same_classes(list(context.data().classes), found["classes"], f"teacher {path}")
     asked = json.loads(json.dumps(_belonging(context, whitening)))

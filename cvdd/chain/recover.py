@@ -138,7 +138,7 @@ def _optimise(
             module = DistillModule(
                 images,
                 targets,
-                [unit_views(unit, method, stage, method.seed) for unit in stack.units],
+                [unit_views(unit, method, stage) for unit in stack.units],
                 _voters(context, members, len(stack.units)),
                 weights,
                 method,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.artifact import Artifact, Store
+from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
@@ -117,10 +117,7 @@ def open_trajectories(context: Context, artifact: Artifact) -> Trajectories:
 
 
 def _made_elsewhere(context: Context, path: Path, identity: Mapping[str, Any], parents: list[Artifact]) -> Artifact:
-    # In a store of its own: this run's store keeps account of its own artefacts only.
-    artifact = Store(path.absolute().parent.parent).open(path.absolute())
-    if artifact.kind != "trajectories":
-        raise ConfigError(f"method.mtt.experts.path={path} is an artefact of kind {artifact.kind}, not trajectories")
+    artifact = context.open_elsewhere(path, "trajectories", "method.mtt.experts.path")
     asked = json.loads(json.dumps(dict(identity)))
     for key, found in _differences(asked, artifact.manifest["identity"]):
         raise ConfigError(

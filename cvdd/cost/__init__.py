@@ -23,7 +23,7 @@ from cvdd.cost.prediction import (
     save_prediction,
 )
 from cvdd.cost.steps import Overhead, Step
-from cvdd.cost.table import print_table
+from cvdd.cost.table import print_costs
 from cvdd.cost.work import work_of
 from cvdd.engine import records
 from cvdd.schema import RunConfig
@@ -80,7 +80,7 @@ def show_cost(config: RunConfig, device: torch.device) -> None:
     stages, notes = predict_run(config, device)
     machine = machine_name(device)
     path = save_prediction(config, stages, machine, notes)
-    print_table(stages, f"predicted cost of {config.verb}.py on {machine}", [*notes, f"kept in {path}"])
+    print_costs(stages, f"predicted cost of {config.verb}.py on {machine}", [*notes, f"kept in {path}"])
 
 
 def _notes(config: RunConfig, needed: list[Step], recorded: bool) -> list[str]:

@@ -162,7 +162,7 @@ def vote(
     targets = (torch.arange(images, device=device) % classes).expand(units, images).contiguous()
 
     def step() -> None:
-        judgement = judge(shown, targets, voter, r_bn=1.0 if matched else 0.0)
+        judgement = judge(shown, targets, voter, r_bn=1.0 if matched else 0.0, first_bn_multiplier=1.0)
         torch.autograd.grad(judgement.value.sum(), shown)
 
     return step
@@ -176,7 +176,7 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
     members = [Unit(0, block, 0, images) for block in range(units)]
 
     def steps() -> None:
-        matrices = [unit_matrices(unit_views(unit, method, stage, 0), size) for unit in members]
+        matrices = [unit_matrices(unit_views(unit, method, stage), size) for unit in members]
         rows = torch.stack([pair[0] for pair in matrices]).to(device)
         columns = torch.stack([pair[1] for pair in matrices]).to(device)
         for index in range(method.iterations):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cvdd.cost.prediction import StageCost
 from cvdd.readable import readable_bytes, readable_seconds
+from cvdd.report.tables import new_table, print_table
 
 
 def readable_count(count: float) -> str:
@@ -50,7 +50,7 @@ def seconds_cell(stage: StageCost) -> str:
 
 def cost_table(stages: Sequence[StageCost], title: str) -> Table:
     """Lay out the stages and their sum."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table = new_table(title)
     table.add_column("stage", no_wrap=True)
     table.add_column("what", overflow="fold")
     for column in ("steps", "FLOPs", "time", "memory", "images", "labels", "other"):
@@ -85,12 +85,8 @@ def _bytes(stages: Sequence[StageCost]) -> list[str]:
     return [readable_bytes(count) if count else "" for count in sums]
 
 
-def print_table(stages: Sequence[StageCost], title: str, notes: Sequence[str]) -> None:
+def print_costs(stages: Sequence[StageCost], title: str, notes: Sequence[str]) -> None:
     """Print the table, and what should be known with it."""
-    table, console = cost_table(stages, title), Console()
-    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table.padding = 0
-        table.show_edge = False
-    console.print(table)
+    print_table(cost_table(stages, title))
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        Console().print(note, markup=False, highlight=False)

@@ -27,7 +27,7 @@ from cvdd.cost.steps import (
     TrainStep,
     VoteStep,
 )
-from cvdd.engine import can_be_recorded
+from cvdd.engine import iteration_can_be_recorded
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.labels import samples_at_most
@@ -167,7 +167,7 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
     method, data = piece.config.method, piece.data
     matched, engine = method.r_bn > 0, engine_of(piece.identity)
     kinds = set[Step]()
-    side_by_side = piece.recorded and can_be_recorded(method, split=False)
+    side_by_side = piece.recorded and iteration_can_be_recorded(method, split=False)
     for stack in plan.work:
         held = dict[int, VoteStep]()
         move = MoveStep.of(stack.units, stack.images, stack.size, method)

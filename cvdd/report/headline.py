@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cvdd.chain.compare import Result
+from cvdd.readable import with_error
 from cvdd.surroundings import FULL_DATA_ROW
 
 Verdict = Literal["ahead", "level", "behind", "unknown"]
@@ -107,11 +108,6 @@ def accuracy(result: Result) -> str:
     """Write a row's mean top-1 accuracy with its standard error."""
     summary = result.summary()
     return with_error(summary["top1"], summary["standard_error"])
-
-
-def with_error(mean: float, error: float | None) -> str:
-    """Write a number with its standard error, if there is one."""
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} \u00b1 {error:.1f}"
 
 
 def _seeds(*results: Result) -> str:

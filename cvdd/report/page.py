@@ -15,7 +15,7 @@ from cvdd.chain.own_engines import own_engine
 from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.provenance import made_by_other_code
-from cvdd.readable import readable_bytes, readable_seconds
+from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report import headline, plots
 from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
 from cvdd.report.drawing import SERIES
@@ -101,7 +101,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": readable_bytes, "seconds": readable_seconds}
-    environment.globals["with_error"] = headline.with_error
+    environment.globals["with_error"] = with_error
     return environment
 
 

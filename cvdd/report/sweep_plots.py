@@ -12,8 +12,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from cvdd.readable import with_error
 from cvdd.report.drawing import INK, MUTED, RULE, canvas, series_colour, to_svg
-from cvdd.report.headline import with_error
 
 WIDTH = 9.6
 PALEST, DARKEST = 0.08, 0.62

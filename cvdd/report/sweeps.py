@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from cvdd.config_base import ConfigError
 from cvdd.outcome import FAILURE
 from cvdd.portable import portable_override
-from cvdd.report.headline import with_error
+from cvdd.readable import with_error
 from cvdd.report.sweep_plots import Cell, plot, standalone
 from cvdd.sweep import STATE, SweepConfig, read_sweep, replace_file, same_command
 

@@ -10,19 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cvdd.artifact import Artifact
-from cvdd.readable import readable_bytes
+from cvdd.readable import readable_bytes, with_error
 from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
 
 
-def with_spread(mean: float, spread: float | None) -> str:
-    """Write a mean with its spread, if there is one."""
-    return f"{mean:.1f}" if spread is None else f"{mean:.1f} +- {spread:.1f}"
-
-
 def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
     """Print one line per member."""
-    table = _table(f"committee {config.committee.name} on {config.dataset.name}: top-1 accuracy in percent")
+    table = new_table(f"committee {config.committee.name} on {config.dataset.name}: top-1 accuracy in percent")
     for column in ("member", "test", "train", "parameters", "BN layers", "seconds", "artefact"):
         left = column in ("member", "artefact")
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
@@ -37,7 +32,7 @@ def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
             f"{member.manifest['cost']['wall_seconds']:.0f}",
             member.path.name,
         )
-    _print(table)
+    print_table(table)
 
 
 def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
@@ -64,7 +59,7 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
     title = "top-1 accuracy in percent, last epoch, with standard error"
     if len(protocols) == 1:
         title += f"; protocol {protocols[0]}"
-    table = _table(title)
+    table = new_table(title)
     names = ["images", "student"] + (["protocol"] if len(protocols) > 1 else [])
     for column in names:
         table.add_column(column, overflow="fold")
@@ -74,13 +69,13 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             *(str(result[{"images": "row"}.get(column, column)]) for column in names),
             str(result["n"]),
-            with_spread(result["top1"], result["standard_error"]),
+            with_error(result["top1"], result["standard_error"], "+-"),
             f"{result['best_top1']:.1f}",
             f"{result['top5']:.1f}",
             readable_bytes(result["image_bytes"]),
             readable_bytes(result["label_bytes"]),
         )
-    _print(table)
+    print_table(table)
 
 
 def print_verdict(verdict: Mapping[str, Any] | None) -> None:
@@ -89,11 +84,13 @@ def print_verdict(verdict: Mapping[str, Any] | None) -> None:
         Console().print(verdict_sentence(verdict), markup=False, highlight=False)
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Return an empty table in the style of all that is printed."""
     return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table, as narrow as it must be."""
     console = Console()
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
         # Narrow gaps are easier to read than names in two lines.

@@ -58,10 +58,10 @@ def _run(verb: str, arguments: list[str], folder: Path) -> None:
 
 def save_often() -> None:
     """Take every checkpoint that can be taken."""
-    import cvdd.context
+    import cvdd.fit
     import cvdd.label_store
 
-    cvdd.context.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    cvdd.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     cvdd.label_store.SECONDS_BETWEEN_SAVES = -1.0
 
 

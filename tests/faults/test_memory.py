@@ -16,8 +16,8 @@ from helpers import PRIORS, tiny_context
 from test_interruption import PulledPlug, stop_at
 
 import cvdd.chain.fitting
-import cvdd.context
 import cvdd.engine
+import cvdd.fit
 import cvdd.footprint
 import cvdd.labels
 from cvdd.chain.compare import compare, distil
@@ -67,7 +67,7 @@ def test_a_member_whose_loss_is_not_a_number(
 ) -> None:
     """In its second epoch: the first is kept, and the repeated command goes on from it."""
     home = reference.copy(tmp_path, "members", "patches", "images", "labels", "students")
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     note, epochs = Classifier._note, list[int]()
 
     def watched(self: Classifier, loss: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_too_little_memory_for_the_images(
     error: Exception, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = reference.copy(tmp_path, "images", "labels", "students")
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     # Two iterations are a step of Lightning, and three of those a stack; the second stack has made one of them.
     with monkeypatch.context() as patched:
         short_of_memory(patched, DistillModule, "training_step", 5, error)

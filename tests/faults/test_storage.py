@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_at_every_write(what: str, disk: Disk) -> None:
 def test_a_disk_that_is_full_throughout_the_chain(
     what: str, disk: Disk, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cvdd.context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     home = reference.copy(disk.place, "images", "labels", "students")
     disk.fill()
     step = {"pages": 60, "files": 3}[what]
