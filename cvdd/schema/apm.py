@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
 
 
@@ -60,7 +60,7 @@ class SurrogateConfig(SgdConfig):
         return self
 
 
-class ApmConfig(StrictConfig):
+class ApmConfig(CheckedConfig):
     """Adversarial prediction matching: images on which students and their teacher still disagree."""
 
     teachers: TeachersConfig = Field(description="training of the teachers")
@@ -91,13 +91,6 @@ class ApmConfig(StrictConfig):
     first_part: int = Field(
         0, ge=0, description="part that this process begins with; start more processes with other numbers"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     def _problems(self) -> Iterator[str]:
         if self.chunk is not None and self.batch_size is not None and self.chunk > self.batch_size:

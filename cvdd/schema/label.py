@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Name, Positive, Range, Share
 
 
-class LabelConfig(StrictConfig):
+class LabelConfig(CheckedConfig):
     """Soft labels: which view of which image, scored by whom."""
 
     name: Name = Field(description="name of the label recipe, shown in results")
@@ -42,13 +42,6 @@ class LabelConfig(StrictConfig):
         1.0, description="share of the label batches that is stored; epochs then draw from it with replacement (LPLD)"
     )
     stack: Positive = Field(32, description="batches that share a forward pass")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     def _problems(self) -> Iterator[str]:
         if self.halves and self.bn_mode == "batch" and self.batch_size < 4:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Betas, Name, Positive
 
 
-class ProtocolConfig(StrictConfig):
+class ProtocolConfig(CheckedConfig):
     """How a student is trained on the distilled set and measured."""
 
     name: Name = Field(description="name of the protocol, shown beside every number")
@@ -49,13 +49,6 @@ class ProtocolConfig(StrictConfig):
     eval_every: Positive = Field(10, description="epochs between measurements; the last is always measured")
     eval_batch: Positive = Field(256, description="images per forward pass when measuring")
     full_data: bool = Field(False, description="also train each student on all real data with the members' recipe")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
