@@ -44,3 +44,13 @@ def test_no_part_of_a_students_batch_is_a_single_image(number: int, tmp_path: Pa
 def test_other_numbers_of_parts_are_possible(number: int, tmp_path: Path) -> None:
     config = check(compose_raw(tmp_path, "evaluate", f"recipe.accumulation={number}"))
     assert config.recipe.accumulation == number
+
+
+# --- settings that nothing would read ---------------------------------------------------------------------------------
+
+
+def test_nesterov_needs_a_momentum(tmp_path: Path) -> None:
+    sgd = ("recipe.optimizer=sgd", "recipe.nesterov=true")
+    (line,) = told(tmp_path, *sgd, "recipe.momentum=0")
+    assert line.startswith("recipe.nesterov=true looks ahead along recipe.momentum, which is 0; set recipe.momentum")
+    check(compose_raw(tmp_path, "evaluate", *sgd, "recipe.momentum=0.5"))

@@ -38,3 +38,8 @@ class RecipeConfig(CheckedConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from parts_problems(self.accumulation, "recipe", self.batch_size, "recipe")
+        if self.nesterov and self.optimizer == "sgd" and not self.momentum:
+            yield (
+                "recipe.nesterov=true looks ahead along recipe.momentum, which is 0; set recipe.momentum above 0, or "
+                "recipe.nesterov=false"
+            )
