@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Name, Positive, Range, Share
+from cvdd.schema.unread import unread_fields
 
 
 class LabelConfig(CheckedConfig):
@@ -46,8 +47,8 @@ class LabelConfig(CheckedConfig):
     def _problems(self) -> Iterator[str]:
         if self.halves and self.bn_mode == "batch" and self.batch_size < 4:
             yield f"label.batch_size={self.batch_size} with label.halves=true leaves halves of one image"
-        if self.dropout and self.bn_mode != "batch":
-            yield "label.dropout=true imitates train-mode teachers and needs label.bn_mode=batch"
+        # label=hard says that there are no halves, which is part of what its students are.
+        yield from unread_fields(self, "label", ("halves", "dropout") if self.teachers == "none" else ())
         if self.teachers == []:
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
         if self.teachers == "none" and self.store != "none":

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Betas, Name, Positive
+from cvdd.schema.unread import unread_fields
 
 
 class ProtocolConfig(CheckedConfig):
@@ -53,14 +54,8 @@ class ProtocolConfig(CheckedConfig):
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
             yield f"protocol.seeds={self.seeds} repeats a seed"
-        if self.temperature_squared and self.loss != "kl":
-            yield f"protocol.temperature_squared=true is of protocol.loss=kl, and protocol.loss={self.loss}"
-        if self.hard_label_weight and self.loss != "mse":
-            yield (
-                f"protocol.hard_label_weight={self.hard_label_weight} is of protocol.loss=mse, and "
-                f"protocol.loss={self.loss}; set protocol.hard_label_weight=0"
-            )
-        if self.eta != 1 and self.schedule == "multistep":
-            yield f"protocol.eta={self.eta} stretches a curve, and protocol.schedule=multistep has none; set it to 1"
+        yield from unread_fields(self, "protocol")
+        if self.decay != "matrices" and not self.weight_decay:
+            yield "protocol.decay=all is of protocol.weight_decay, which is 0; set protocol.decay=matrices"
         if self.warmup >= self.epochs:
             yield f"protocol.warmup={self.warmup} must be less than protocol.epochs={self.epochs}"

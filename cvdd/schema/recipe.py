@@ -10,6 +10,7 @@ from pydantic import Field
 from cvdd.config_base import CheckedConfig
 from cvdd.schema.batch_checks import parts_problems
 from cvdd.schema.types import Positive, Range
+from cvdd.schema.unread import unread_fields
 
 
 class RecipeConfig(CheckedConfig):
@@ -38,6 +39,7 @@ class RecipeConfig(CheckedConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from parts_problems(self.accumulation, "recipe", self.batch_size, "recipe")
+        yield from unread_fields(self, "recipe")
         if self.nesterov and self.optimizer == "sgd" and not self.momentum:
             yield (
                 "recipe.nesterov=true looks ahead along recipe.momentum, which is 0; set recipe.momentum above 0, or "
