@@ -146,8 +146,17 @@ class DatasetConfig(CheckedConfig):
                 f"dataset.classes_per_unit={self.classes_per_unit}: {self.name} has only {known} classes; "
                 f"use 1 to {known}"
             )
-        if self.digits is not None and self.digits.size_range[1] > self.image_size:
-            yield (
-                f"dataset.digits.size_range={list(self.digits.size_range)}: a digit must fit "
-                f"dataset.image_size={self.image_size}"
-            )
+        if self.source == "digits_photo":
+            low, high = (self.digits or DigitsOptions()).size_range
+            side = self.image_size
+            smaller = f"[{min(low, side)},{side}]"
+            if high > side and self.digits is None:
+                yield (
+                    f"dataset.digits=null makes digits of up to {high} pixels, and dataset.image_size={side}; set "
+                    f"dataset.image_size to at least {high}, or dataset.digits={{size_range:{smaller}}}"
+                )
+            elif high > side:
+                yield (
+                    f"dataset.digits.size_range=[{low},{high}]: a digit must fit dataset.image_size={side}; set "
+                    f"dataset.digits.size_range={smaller}, or dataset.image_size to at least {high}"
+                )
