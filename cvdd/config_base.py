@@ -1,8 +1,11 @@
-"""Base class of every part of the configuration."""
+"""Base classes of every part of the configuration."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class ConfigError(ValueError):
@@ -18,3 +21,21 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
     )
+
+
+class CheckedConfig(StrictConfig):
+    """A part of the configuration whose fields must agree with each other.
+
+    Everything that is wrong is told at once, a line for each problem.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what does not agree, each in one line that names the override to type."""
+        raise NotImplementedError

@@ -159,10 +159,13 @@ def _key(location: Sequence[str | int]) -> str:
 
 def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
     own = [
-        str(problem["msg"]).removeprefix("Value error, ") for problem in problems if problem["type"] == "value_error"
+        line
+        for problem in problems
+        if problem["type"] == "value_error"
+        for line in str(problem["msg"]).removeprefix("Value error, ").splitlines()
     ]
     if own:
-        # Written by this project; most of these name their fields themselves.
+        # Written by this project, a line for each problem; most of these name their fields themselves.
         return [message if not key or message.startswith(key) else f"{key}: {message}" for message in own]
     problem = problems[0]
     if problem["type"] == "extra_forbidden":

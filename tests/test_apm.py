@@ -310,6 +310,16 @@ def test_contradictions_are_answered_with_what_to_type(changes: dict[str, Any], 
         apm_config(**changes)
 
 
+def test_a_setting_of_no_whitening_is_told_by_its_default() -> None:
+    class Other(ApmConfig):
+        whitening_eps: float = 0.2
+
+    settings = apm_config().model_dump(exclude={"whitening_eps"}) | {"whitening": False}
+    assert Other.model_validate(settings).whitening_eps == 0.2
+    with pytest.raises(ValidationError, match="method.apm.whitening_eps is of"):
+        Other.model_validate({**settings, "whitening_eps": 0.1})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

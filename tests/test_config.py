@@ -314,6 +314,45 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert [line.partition("=")[0] for line in told] == ["recipe.depth", "temperature.vote", "label.mix"]
 
 
+SEVERAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "of a section": (
+        ("protocol.seeds=[1,1]", "protocol.warmup=500"),
+        ("protocol.seeds=[1, 1] repeats a seed", "protocol.warmup=500 must be less than protocol.epochs=200"),
+    ),
+    "of a section inside another": (
+        ("method.statistics.patch=16", "method.statistics.start=zero"),
+        ("method.statistics.patch=16 is of convolutions", "method.statistics.start=zero begins a moving average"),
+    ),
+    "of the data": (
+        ("dataset.test_resize=10", "dataset.jitter=99"),
+        ("dataset.test_resize=10 is smaller than", "dataset.jitter=99: must be smaller"),
+    ),
+    "across sections": (
+        ("patches.observer=alexnet", "label.shuffle=2", "dataset.image_size=33", "label.epochs=3"),
+        (
+            "patches.observer=alexnet is not a member",
+            "label.shuffle=2 needs an even dataset.image_size",
+            "protocol.epochs=200 needs labels of as many epochs",
+        ),
+    ),
+    "of a row": (
+        ("+compare.mine={protocol.seeds: [1, 1], protocol.warmup: 500}",),
+        ("compare.mine: protocol.seeds=[1, 1] repeats a seed", "compare.mine: protocol.warmup=500 must be less"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_all_that_does_not_agree_is_told_a_line_each(name: str, tmp_path: Path) -> None:
+    overrides, starts = SEVERAL[name]
+    with pytest.raises(ConfigError) as caught:
+        check(compose_raw(tmp_path, "evaluate", *overrides))
+    told = str(caught.value).splitlines()
+    assert len(told) == len(starts)
+    for line, start in zip(told, starts, strict=True):
+        assert line.startswith(start)
+
+
 def test_an_unknown_key_inside_a_file_is_refused(tmp_path: Path) -> None:
     composed = compose_raw(tmp_path, "evaluate")
     OmegaConf.set_struct(composed, False)

@@ -53,7 +53,7 @@ def test_the_search_finds_what_is_missing() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "recipe.nesterov=true",
+        "recipe.optimizer=sgd recipe.nesterov=true",
         "method.grid_every=250",
         "method.jpeg_round_trip=true",
         "label.stack=4",
@@ -69,8 +69,9 @@ def test_the_search_finds_what_is_missing() -> None:
     ],
 )
 def test_fields_are_set_without_a_plus_sign(override: str, compose: Compose) -> None:
-    key, _, value = override.partition("=")
-    node: Any = compose("evaluate", override).model_dump(mode="json")
+    words = override.split()
+    key, _, value = words[-1].partition("=")
+    node: Any = compose("evaluate", *words).model_dump(mode="json")
     for part in key.split("."):
         node = node[part]
     assert str(node).lower().replace(" ", "") == value

@@ -115,7 +115,12 @@ def test_yaml_constants(name: str, sizes: tuple[int, ...]) -> None:
         ("imagenette", {"test_resize": 128}, "dataset.test_resize=128"),
         ("imagenet1k", {"download": True}, "dataset.download=true"),
         ("tiny_imagenet", {"num_classes": None}, "dataset.num_classes=N"),
-        ("digits_photo", {"digits": {"size_range": [18, 40]}}, "dataset.digits.size_range"),
+        ("digits_photo", {"digits": {"size_range": [18, 40]}}, r"set dataset.digits.size_range=\[18,32\], or"),
+        (
+            "digits_photo",
+            {"digits": None, "image_size": 16},
+            r"to at least 30, or dataset.digits=.size_range:\[16,16\]",
+        ),
         ("digits_photo", {"digits": {"crop_range": [64, 32]}}, "dataset.digits.crop_range"),
         ("digits_photo", {"digits": {"test_digits": 15}}, "dataset.digits.test_digits=15"),
     ],

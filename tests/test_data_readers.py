@@ -213,7 +213,15 @@ def test_tiny_imagenet_annotations_cannot_leave_their_folder(tmp_path: Path, sto
     make_tiny(tmp_path)
     with (tmp_path / "val" / "val_annotations.txt").open("a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(ValueError, match="line 5: expected a plain file name"):
+    with pytest.raises(ConfigError, match="line 5: expected a plain file name.*unpack the archive again"):
+        load_data(tiny_config(tmp_path), store)
+
+
+def test_tiny_imagenet_annotations_that_are_no_text(tmp_path: Path, store: Store) -> None:
+    make_tiny(tmp_path)
+    with (tmp_path / "val" / "val_annotations.txt").open("ab") as stream:
+        stream.write(b"val_\xff\xfe.JPEG\t" + WNIDS[0].encode() + b"\n")
+    with pytest.raises(ConfigError, match="line 5: expected a plain file name.*unpack the archive again"):
         load_data(tiny_config(tmp_path), store)
 
 

@@ -236,7 +236,7 @@ def member(accumulation: int, crop: str, passes: Passes) -> MemberModule:
             "schedule": "onecycle",
             "accumulation": accumulation,
             "crop": crop,
-            "pad": 2,
+            **({"pad": 2} if crop == "pad" else {}),
         }
     )
     network, labels = trainable(), torch.arange(4).repeat(6)[:22]

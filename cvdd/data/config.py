@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import ConfigError, StrictConfig
+from cvdd.config_base import CheckedConfig
 
 SourceName = Literal["digits_photo", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagenet1k", "image_folder"]
 
@@ -14,7 +15,7 @@ MEASURES_CLASSES: tuple[str, ...] = ("image_folder", "tiny_imagenet", "imagenet1
 """Sources that may leave ``classes`` empty and take the sorted folder names."""
 
 
-class DigitsOptions(StrictConfig):
+class DigitsOptions(CheckedConfig):
     """How ``digits_photo`` places handwritten digits on photographs."""
 
     train_placements: int = Field(default=4, ge=1, description="Images made from each training digit.")
@@ -28,24 +29,22 @@ class DigitsOptions(StrictConfig):
     test_digits: int = Field(default=500, ge=10, le=1500, description="Digits kept for the test set, a multiple of 10.")
     seed: int = Field(default=0, ge=0, description="Seed of the split into digits and of every placement.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         for name, (low, high), least, most in (
             ("size_range", self.size_range, 8, 512),
             ("crop_range", self.crop_range, 8, 427),  # 427 is the shorter side of scikit-learn's two photographs
         ):
             if not least <= low <= high <= most:
-                raise ConfigError(
+                yield (
                     f"dataset.digits.{name}=[{low},{high}]: give two ordered numbers of pixels from {least} to {most}"
                 )
         if self.test_digits % 10:
-            raise ConfigError(
+            yield (
                 f"dataset.digits.test_digits={self.test_digits}: must be a multiple of 10, the same number per class"
             )
-        return self
 
 
-class DatasetConfig(StrictConfig):
+class DatasetConfig(CheckedConfig):
     """One dataset: where it is, what its classes are, and which part of it a run uses."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Readable name, part of artefact names.")
@@ -91,68 +90,73 @@ class DatasetConfig(StrictConfig):
     )
     digits: DigitsOptions | None = Field(default=None, description="Options of digits_photo; null = its defaults.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self._check_classes()
-        self._check_normalisation()
-        self._check_sizes()
+    def _problems(self) -> Iterator[str]:
+        yield from self._problems_of_classes()
+        yield from self._problems_of_normalisation()
+        yield from self._problems_of_sizes()
         if self.source != "digits_photo" and not self.root:
-            raise ConfigError(f"dataset.root=FOLDER is needed: {self.source} reads its images from that folder")
+            yield f"dataset.root=FOLDER is needed: {self.source} reads its images from that folder"
         if self.source != "digits_photo" and self.digits is not None:
-            raise ConfigError(f"dataset.digits is only for dataset.source=digits_photo, not {self.source}")
+            yield f"dataset.digits is only for dataset.source=digits_photo, not {self.source}"
         if self.download and self.source in ("image_folder", "imagenet1k"):
-            raise ConfigError(
+            yield (
                 f"dataset.download=true: {self.source} cannot be downloaded; set dataset.download=false and "
                 "dataset.root=FOLDER to a folder that holds it"
             )
-        return self
 
-    def _check_classes(self) -> None:
+    def _problems_of_classes(self) -> Iterator[str]:
         if not self.classes:
             if self.source not in MEASURES_CLASSES:
-                raise ConfigError(
+                yield (
                     f"dataset.classes=[]: {self.source} needs its class names in order; "
                     f"only {', '.join(MEASURES_CLASSES)} can take them from the folder"
                 )
-            if self.source != "image_folder" and self.num_classes is None:
-                raise ConfigError(f"dataset.num_classes=N is needed when dataset.classes=[] ({self.source})")
+            elif self.source != "image_folder" and self.num_classes is None:
+                yield f"dataset.num_classes=N is needed when dataset.classes=[] ({self.source})"
         repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
         if repeated:
-            raise ConfigError(f"dataset.classes names {repeated[0]!r} more than once")
+            yield f"dataset.classes names {repeated[0]!r} more than once"
         if self.classes and self.num_classes not in (None, len(self.classes)):
-            raise ConfigError(
-                f"dataset.num_classes={self.num_classes} but dataset.classes has {len(self.classes)} names"
-            )
+            yield (f"dataset.num_classes={self.num_classes} but dataset.classes has {len(self.classes)} names")
 
-    def _check_normalisation(self) -> None:
+    def _problems_of_normalisation(self) -> Iterator[str]:
         if bool(self.mean) != bool(self.std):
-            raise ConfigError("dataset.mean and dataset.std: give both, or (image_folder only) leave both empty")
-        if not self.mean and self.source != "image_folder":
-            raise ConfigError(f"dataset.mean=[R,G,B] is needed: only image_folder measures it, not {self.source}")
+            yield "dataset.mean and dataset.std: give both, or (image_folder only) leave both empty"
+        elif not self.mean and self.source != "image_folder":
+            yield f"dataset.mean=[R,G,B] is needed: only image_folder measures it, not {self.source}"
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != 3:
-                raise ConfigError(f"dataset.{name}={list(values)}: give three numbers, one per RGB channel")
+                yield f"dataset.{name}={list(values)}: give three numbers, one per RGB channel"
         if not all(0 <= value <= 1 for value in self.mean):
-            raise ConfigError(f"dataset.mean={list(self.mean)}: values are for pixels in [0, 1], not [0, 255]")
+            yield f"dataset.mean={list(self.mean)}: values are for pixels in [0, 1], not [0, 255]"
         if not all(0 < value <= 1 for value in self.std):
-            raise ConfigError(f"dataset.std={list(self.std)}: values must lie in (0, 1], for pixels in [0, 1]")
+            yield f"dataset.std={list(self.std)}: values must lie in (0, 1], for pixels in [0, 1]"
 
-    def _check_sizes(self) -> None:
+    def _problems_of_sizes(self) -> Iterator[str]:
         if self.test_resize is not None and self.test_resize < self.image_size:
-            raise ConfigError(
+            yield (
                 f"dataset.test_resize={self.test_resize} is smaller than "
                 f"the crop dataset.image_size={self.image_size}; use null or at least image_size"
             )
         if self.jitter >= self.image_size:
-            raise ConfigError(f"dataset.jitter={self.jitter}: must be smaller than image_size={self.image_size}")
+            yield f"dataset.jitter={self.jitter}: must be smaller than image_size={self.image_size}"
         known = len(self.classes) or self.num_classes
         if known and self.classes_per_unit > known:
-            raise ConfigError(
+            yield (
                 f"dataset.classes_per_unit={self.classes_per_unit}: {self.name} has only {known} classes; "
                 f"use 1 to {known}"
             )
-        if self.digits is not None and self.digits.size_range[1] > self.image_size:
-            raise ConfigError(
-                f"dataset.digits.size_range={list(self.digits.size_range)}: a digit must fit "
-                f"dataset.image_size={self.image_size}"
-            )
+        if self.source == "digits_photo":
+            low, high = (self.digits or DigitsOptions()).size_range
+            side = self.image_size
+            smaller = f"[{min(low, side)},{side}]"
+            if high > side and self.digits is None:
+                yield (
+                    f"dataset.digits=null makes digits of up to {high} pixels, and dataset.image_size={side}; set "
+                    f"dataset.image_size to at least {high}, or dataset.digits={{size_range:{smaller}}}"
+                )
+            elif high > side:
+                yield (
+                    f"dataset.digits.size_range=[{low},{high}]: a digit must fit dataset.image_size={side}; set "
+                    f"dataset.digits.size_range={smaller}, or dataset.image_size to at least {high}"
+                )

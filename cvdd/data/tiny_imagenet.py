@@ -30,8 +30,8 @@ def read(config: DatasetConfig, store: Store) -> RawData:
     """Read Tiny-ImageNet; its validation part, the only labelled one besides training, is the test set.
 
     Raises:
-        ConfigError: the data is missing or has other classes than expected.
-        ValueError: an image or the annotation file is damaged.
+        ConfigError: the data is missing or has other classes than expected, or the annotation file is damaged.
+        ValueError: an image is damaged.
     """
     root = _find(config)
     classes = sorted_classes(config, root / "train")
@@ -56,22 +56,28 @@ def annotated_files(part: Path, classes: Sequence[str]) -> FileSource:
     Only plain file names are accepted: a line of a file must not lead out of its folder.
 
     Raises:
-        ConfigError: the annotations or an image are missing, or a class has no image.
-        ValueError: a line of the annotations is damaged.
+        ConfigError: the annotations or an image are missing, a line is damaged, or a class has no image.
     """
     annotations = part / "val_annotations.txt"
     if not annotations.is_file():
         raise ConfigError(f"{annotations} is missing; correct dataset.root. Expected there: {_LAYOUT}")
     numbers = {name: label for label, name in enumerate(classes)}
     labelled: dict[str, int] = {}
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+    # Bytes that are no text become a mark, so that the line which has them is named like other damaged ones.
+    text = annotations.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split("\t")
         name = fields[0]
-        if len(fields) < 2 or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"{annotations}, line {number}: expected a plain file name, a tab and a class; {line!r}")
+        plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", "\N{REPLACEMENT CHARACTER}"}
+        if len(fields) < 2 or not plain:
+            raise ConfigError(
+                f"{annotations}, line {number}: expected a plain file name, a tab and a class, found {line[:60]!r}; "
+                "unpack the archive again"
+            )
         if fields[1] not in numbers:
             raise ConfigError(
-                f"{annotations}, line {number}: class {fields[1]!r} has no folder among the training data"
+                f"{annotations}, line {number}: class {fields[1]!r} has no folder among the training data; unpack the "
+                "archive again"
             )
         labelled[name] = numbers[fields[1]]
     present = {entry.name for entry in (part / "images").iterdir()} if (part / "images").is_dir() else set()

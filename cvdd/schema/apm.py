@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
 
 
@@ -60,7 +60,7 @@ class SurrogateConfig(SgdConfig):
         return self
 
 
-class ApmConfig(StrictConfig):
+class ApmConfig(CheckedConfig):
     """Adversarial prediction matching: images on which students and their teacher still disagree."""
 
     teachers: TeachersConfig = Field(description="training of the teachers")
@@ -92,13 +92,6 @@ class ApmConfig(StrictConfig):
         0, ge=0, description="part that this process begins with; start more processes with other numbers"
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
-
     def _problems(self) -> Iterator[str]:
         if self.chunk is not None and self.batch_size is not None and self.chunk > self.batch_size:
             yield f"method.apm.chunk={self.chunk} is larger than method.apm.batch_size={self.batch_size}"
@@ -106,7 +99,7 @@ class ApmConfig(StrictConfig):
             yield f"method.apm.first_part={self.first_part}: choose 0 to {self.parts - 1} (method.apm.parts - 1)"
         if len(set(self.augmentations)) != len(self.augmentations):
             yield f"method.apm.augmentations={self.augmentations} repeats a family"
-        if not self.whitening and self.whitening_eps != 0.1:
+        if not self.whitening and self.whitening_eps != type(self).model_fields["whitening_eps"].default:
             yield "method.apm.whitening_eps is of method.apm.whitening, which is false"
         if self.discrepancy == 0 and self.ce == 0:
             yield "method.apm.discrepancy=0 and method.apm.ce=0 leave nothing to optimise"

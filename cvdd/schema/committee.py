@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Name, Numbers, Positive
 
 
@@ -20,7 +21,7 @@ class MemberConfig(StrictConfig):
     bn_scale: float = Field(1.0, ge=0, description="factor on this member's BatchNorm term")
 
 
-class CommitteeConfig(StrictConfig):
+class CommitteeConfig(CheckedConfig):
     """Who votes on a slot, and how."""
 
     name: str = Field(description="name of the committee, shown in results")
@@ -32,25 +33,24 @@ class CommitteeConfig(StrictConfig):
     fixed: list[list[str]] = Field([], description="for draw=fixed: lists of member names, used in turn by the slots")
     voter: Literal["prior", "equal", "random"] = Field(description="prior (softmax of priors / T), equal, or random")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         names = list(self.members)
         if not names:
-            raise ValueError("committee.members is empty: choose a committee with committee=NAME")
+            yield "committee.members is empty: choose a committee with committee=NAME"
+            return
         if self.size > len(names):
-            raise ValueError(
+            yield (
                 f"committee.size={self.size} is larger than the committee ({len(names)}: {', '.join(names)}); "
                 f"choose 1 to {len(names)}"
             )
         if (self.draw == "fixed") != bool(self.fixed):
-            raise ValueError("committee.fixed is a list of lists of members exactly when committee.draw=fixed")
+            yield "committee.fixed is a list of lists of members exactly when committee.draw=fixed"
         for group in self.fixed:
             for name in group:
                 if name not in self.members:
-                    raise ValueError(f"committee.fixed names {name}; the members are {', '.join(names)}")
+                    yield f"committee.fixed names {name}; the members are {', '.join(names)}"
             if len(group) != self.size or len(set(group)) != len(group):
-                raise ValueError(f"committee.fixed: {group} does not have committee.size={self.size} different members")
-        return self
+                yield f"committee.fixed: {group} does not have committee.size={self.size} different members"
 
 
 class PriorConfig(StrictConfig):

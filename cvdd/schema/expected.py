@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
 
 
-class ExpectedConfig(StrictConfig):
+class ExpectedConfig(CheckedConfig):
     """A published number that the first row is held against; null where there is none.
 
     The papers give no spread. What is known of it: re-measurements of this family by others spread by up to 1.3 points
@@ -29,10 +30,8 @@ class ExpectedConfig(StrictConfig):
     )
     note: str = Field("", description="what to know about the number")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         if (self.value is None) != (self.tolerance is None):
-            raise ValueError("expected.tolerance is a number exactly when expected.value is one")
+            yield "expected.tolerance is a number exactly when expected.value is one"
         if self.value is None and not self.note:
-            raise ValueError("expected.value=null needs expected.note to say why there is no number")
-        return self
+            yield "expected.value=null needs expected.note to say why there is no number"

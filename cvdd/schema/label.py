@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Name, Positive, Range, Share
+from cvdd.schema.unread import unread_fields
 
 
-class LabelConfig(StrictConfig):
+class LabelConfig(CheckedConfig):
     """Soft labels: which view of which image, scored by whom."""
 
     name: Name = Field(description="name of the label recipe, shown in results")
@@ -43,18 +44,11 @@ class LabelConfig(StrictConfig):
     )
     stack: Positive = Field(32, description="batches that share a forward pass")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
-
     def _problems(self) -> Iterator[str]:
         if self.halves and self.bn_mode == "batch" and self.batch_size < 4:
             yield f"label.batch_size={self.batch_size} with label.halves=true leaves halves of one image"
-        if self.dropout and self.bn_mode != "batch":
-            yield "label.dropout=true imitates train-mode teachers and needs label.bn_mode=batch"
+        # label=hard says that there are no halves, which is part of what its students are.
+        yield from unread_fields(self, "label", ("halves", "dropout") if self.teachers == "none" else ())
         if self.teachers == []:
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
         if self.teachers == "none" and self.store != "none":

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cvdd.batch_parts import part_size, parts_of
+from cvdd.schema.batch_checks import parts_problems
 from cvdd.schema.label import LabelConfig
 from cvdd.schema.protocol import ProtocolConfig
-
-
-def _parts(batch: int, accumulation: int) -> int:
-    """Parts into which students cut a batch."""
-    return len(parts_of(batch, part_size(batch, accumulation)))
 
 
 def label_problems(
@@ -39,13 +34,9 @@ def label_problems(
             "protocol.loss=cross_entropy would not use the labels of label.teachers; choose label=hard, or "
             "protocol.loss=kl or mse"
         )
-    batch, parts = label.batch_size, protocol.accumulation
-    if protocol.student == "protocol" and _parts(batch, parts) > parts:
-        possible = [str(number) for number in range(1, batch // 2 + 1) if _parts(batch, number) <= number]
-        yield (
-            f"protocol.accumulation={parts} would cut label.batch_size={batch} into {_parts(batch, parts)} parts, "
-            f"which together count more than a batch; set protocol.accumulation to one of {', '.join(possible)}"
-        )
+    if protocol.student == "protocol":
+        because = ", which together count more than a batch"
+        yield from parts_problems(protocol.accumulation, "protocol", label.batch_size, "label", because)
     if label.shuffle > 1 and image_size % label.shuffle:
         yield f"label.shuffle={label.shuffle} needs an even dataset.image_size, not {image_size}; set label.shuffle=1"
     if protocol.epochs > label.epochs:

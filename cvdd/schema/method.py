@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.mtt import MttConfig
 from cvdd.schema.types import Betas, Name, Positive, Range, Share
@@ -44,7 +44,7 @@ PATCH = 4
 """Likewise."""
 
 
-class StatisticsConfig(StrictConfig):
+class StatisticsConfig(CheckedConfig):
     """What the members' statistics of the images are matched to (specifications of G-VBSM, EDC and LPLD)."""
 
     layers: Literal["bn", "bn_and_conv"] = Field(
@@ -69,34 +69,30 @@ class StatisticsConfig(StrictConfig):
     )
     drop_rate: float = Field(0.0, ge=0, lt=1, description="probability that a convolution is left out of an iteration")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         if self.drop_rate and self.layers == "bn":
-            raise ValueError(
-                "method.statistics.drop_rate leaves out convolutions; set method.statistics.layers=bn_and_conv"
-            )
+            yield ("method.statistics.drop_rate leaves out convolutions; set method.statistics.layers=bn_and_conv")
         if self.patch != PATCH and self.layers == "bn":
-            raise ValueError(
+            yield (
                 f"method.statistics.patch={self.patch} is of convolutions; set method.statistics.layers=bn_and_conv, "
                 f"or method.statistics.patch={PATCH}"
             )
         if self.class_statistics != "images" and not self.class_share:
-            raise ValueError(
+            yield (
                 f"method.statistics.class_statistics={self.class_statistics} is of the classes' own targets; set "
                 "method.statistics.class_share above 0, or method.statistics.class_statistics=images"
             )
         if self.start != "first" and self.momentum is None:
-            raise ValueError(
+            yield (
                 f"method.statistics.start={self.start} begins a moving average; set method.statistics.momentum, or "
                 "method.statistics.start=first"
             )
         if self.batch != BATCH and not self.recorded:
-            raise ValueError(
+            yield (
                 f"method.statistics.batch={self.batch} is of statistics that are recorded, which "
                 "method.statistics.layers=bn_and_conv and a class_share above 0 need; set it to "
                 f"{BATCH}, or one of these"
             )
-        return self
 
     @property
     def recorded(self) -> bool:
@@ -108,7 +104,7 @@ OWN_SECTIONS = ("apm", "mtt")
 """Fields of a method that hold the settings of an engine of its own; at most one of them is set."""
 
 
-class MethodConfig(StrictConfig):
+class MethodConfig(CheckedConfig):
     """How synthetic images are made."""
 
     name: Name = Field(description="name of the method, shown in results")
@@ -195,13 +191,6 @@ class MethodConfig(StrictConfig):
         """The section of the method's own engine and what it says; None for the recover loop."""
         found = ((section, getattr(self, section)) for section in OWN_SECTIONS)
         return next(((section, settings) for section, settings in found if settings is not None), None)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     def _problems(self) -> Iterator[str]:
         if self.mtt is not None:

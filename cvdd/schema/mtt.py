@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
 
 
@@ -41,7 +41,7 @@ class MatchedStudentConfig(StrictConfig):
     lr: float | None = Field(None, gt=0, description="rate instead of the learned step size; null for the latter")
 
 
-class MttConfig(StrictConfig):
+class MttConfig(CheckedConfig):
     """Trajectory matching: a student's steps on synthetic images land where an expert was epochs later."""
 
     experts: ExpertConfig
@@ -82,13 +82,6 @@ class MttConfig(StrictConfig):
     loss_limit: float | None = Field(
         10.0, gt=1, description="stop where the matched loss is higher (standing still has 1); null for no limit"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     def _problems(self) -> Iterator[str]:
         last = self.start_epochs - 1 + self.target_epochs

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Betas, Name, Positive
+from cvdd.schema.unread import unread_fields
 
 
-class ProtocolConfig(StrictConfig):
+class ProtocolConfig(CheckedConfig):
     """How a student is trained on the distilled set and measured."""
 
     name: Name = Field(description="name of the protocol, shown beside every number")
@@ -50,24 +51,11 @@ class ProtocolConfig(StrictConfig):
     eval_batch: Positive = Field(256, description="images per forward pass when measuring")
     full_data: bool = Field(False, description="also train each student on all real data with the members' recipe")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problem = next(self._problems(), None)
-        if problem:
-            raise ValueError(problem)
-        return self
-
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
             yield f"protocol.seeds={self.seeds} repeats a seed"
-        if self.temperature_squared and self.loss != "kl":
-            yield f"protocol.temperature_squared=true is of protocol.loss=kl, and protocol.loss={self.loss}"
-        if self.hard_label_weight and self.loss != "mse":
-            yield (
-                f"protocol.hard_label_weight={self.hard_label_weight} is of protocol.loss=mse, and "
-                f"protocol.loss={self.loss}; set protocol.hard_label_weight=0"
-            )
-        if self.eta != 1 and self.schedule == "multistep":
-            yield f"protocol.eta={self.eta} stretches a curve, and protocol.schedule=multistep has none; set it to 1"
+        yield from unread_fields(self, "protocol")
+        if self.decay != "matrices" and not self.weight_decay:
+            yield "protocol.decay=all is of protocol.weight_decay, which is 0; set protocol.decay=matrices"
         if self.warmup >= self.epochs:
             yield f"protocol.warmup={self.warmup} must be less than protocol.epochs={self.epochs}"

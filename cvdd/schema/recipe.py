@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig
+from cvdd.schema.batch_checks import parts_problems
 from cvdd.schema.types import Positive, Range
+from cvdd.schema.unread import unread_fields
 
 
-class RecipeConfig(StrictConfig):
+class RecipeConfig(CheckedConfig):
     """How a committee member is trained on the real data."""
 
     name: str = Field(description="name of the recipe, shown in manifests")
@@ -33,3 +36,12 @@ class RecipeConfig(StrictConfig):
     pad: int = Field(4, ge=0, description="pixels of padding for crop=pad")
     crop_scale: Range = Field((0.08, 1.0), description="area range for crop=resized")
     flip: bool = Field(True, description="random horizontal flip")
+
+    def _problems(self) -> Iterator[str]:
+        yield from parts_problems(self.accumulation, "recipe", self.batch_size, "recipe")
+        yield from unread_fields(self, "recipe")
+        if self.nesterov and self.optimizer == "sgd" and not self.momentum:
+            yield (
+                "recipe.nesterov=true looks ahead along recipe.momentum, which is 0; set recipe.momentum above 0, or "
+                "recipe.nesterov=false"
+            )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import ConfigError, StrictConfig
+from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.engine import EngineConfig
@@ -22,7 +22,7 @@ from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
 from cvdd.schema.types import Name, Verb
 
 
-class RunConfig(StrictConfig):
+class RunConfig(CheckedConfig):
     """The whole configuration; the same for all four verbs."""
 
     verb: Verb = Field(description="what the command makes; set by the script")
@@ -50,64 +50,60 @@ class RunConfig(StrictConfig):
     logger: LoggerConfig
     paths: PathsConfig
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         names = list(self.committee.members)
         for field, name in [("patches.observer", self.patches.observer), ("prior.observer", self.prior.observer)]:
             if name not in names:
-                raise ValueError(f"{field}={name} is not a member of the committee; choose from {', '.join(names)}")
+                yield f"{field}={name} is not a member of the committee; choose from {', '.join(names)}"
         if isinstance(self.method.voters, list):
             for name in self.method.voters:
                 if name not in names:
-                    raise ValueError(
+                    yield (
                         f"method.voters names {name}; the members are {', '.join(names)}. Choose among them, or drawn "
                         "or all, or a committee that has it"
                     )
         sizes, side = self.method.sizes, self.dataset.image_size
         if sizes is not None and sizes[-1] != side:
-            raise ValueError(f"method.sizes={sizes} ends at {sizes[-1]}, and dataset.image_size={side}; end at {side}")
-        problem = next(label_problems(self.label, self.protocol, names, self.dataset.image_size), None)
-        if problem:
-            raise ValueError(problem)
+            yield f"method.sizes={sizes} ends at {sizes[-1]}, and dataset.image_size={side}; end at {side}"
+        yield from label_problems(self.label, self.protocol, names, self.dataset.image_size)
         if self.prior.source == "given":
             missing = [name for name in names if name not in self.prior.values]
             if missing and needs_priors(self):
-                raise ValueError(
+                yield (
                     f"prior.values has no number for {', '.join(missing)}; add +prior.values.{missing[0]}=PERCENT, or "
                     "use prior=measured"
                 )
         if self.expected is not None and self.expected.student not in self.students:
-            raise ValueError(
+            yield (
                 f"expected.student={self.expected.student} is not among the students ({', '.join(self.students)}); "
                 "choose one of them, or leave the published number out with expected=null"
             )
         if self.method.init == "patches" and self.patches.images_per_class < self.ipc.images_per_class:
-            raise ValueError(
+            yield (
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
                 f"ipc.images_per_class={self.ipc.images_per_class}; set it to at least as many"
             )
         if self.trainer.split_units and self.method.brings_students:
-            raise ValueError(
+            yield (
                 "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; "
                 "set trainer.split_units=false"
             )
         if self.protocol.student == "method":
             if not self.method.brings_students:
-                raise ValueError(
+                yield (
                     "protocol.student=method is for methods that train students in a way of their own (method=apm, "
                     "method=mtt); choose another protocol"
                 )
-            if self.label.teachers != "none":
-                raise ValueError(
+            elif self.label.teachers != "none":
+                yield (
                     "protocol.student=method would not use the labels of label.teachers; choose label=hard, which "
                     "makes none"
                 )
             if self.engine.compile_students or self.engine.precision_students != "fp32":
-                raise ValueError(
+                yield (
                     "protocol.student=method trains students in full precision without a compiler; set "
                     "engine.compile_students=false engine.precision_students=fp32"
                 )
-        return self
 
 
 def teachers_of(config: RunConfig) -> list[str]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
 
 
-class TrainerConfig(StrictConfig):
+class TrainerConfig(CheckedConfig):
     """Where things run and how much at once; never part of what an artefact is."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field(description="where to run")
@@ -30,13 +30,11 @@ class TrainerConfig(StrictConfig):
     workers: int = Field(2, ge=0, description="loader processes for data that does not fit memory")
     progress: Literal["auto", "bar", "lines", "none"] = Field("auto", description="bar in a terminal, lines elsewhere")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[str]:
         if self.split_units and self.devices == 1:
-            raise ValueError("trainer.split_units=true needs processes to share units: trainer=ddp trainer.devices=2")
+            yield "trainer.split_units=true needs processes to share units: trainer=ddp trainer.devices=2"
         if self.split_units and self.assistants:
-            raise ValueError("trainer.split_units=true: assistants have no part in it; set trainer.assistants=0")
-        return self
+            yield "trainer.split_units=true: assistants have no part in it; set trainer.assistants=0"
 
 
 class LoggerConfig(StrictConfig):

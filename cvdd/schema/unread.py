@@ -1,10 +1,46 @@
-"""Settings that an engine of its own would ignore."""
+"""Settings that nothing would read, because of another setting or of an engine of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from pydantic import BaseModel
+
+_TRAINED: Mapping[str, Sequence[str]] = MappingProxyType({"student": ("protocol",)})
+
+READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
+    {
+        "recipe.momentum": {"optimizer": ("sgd",)},
+        "recipe.nesterov": {"optimizer": ("sgd",)},
+        "recipe.cosine_period": {"schedule": ("cosine",)},
+        "recipe.pad": {"crop": ("pad",)},
+        "recipe.crop_scale": {"crop": ("resized",)},
+        "protocol.temperature": {**_TRAINED, "loss": ("kl",)},
+        "protocol.temperature_squared": {**_TRAINED, "loss": ("kl",)},
+        "protocol.hard_label_weight": {**_TRAINED, "loss": ("mse",)},
+        "protocol.optimizer": _TRAINED,
+        "protocol.betas": {**_TRAINED, "optimizer": ("adamw",)},
+        "protocol.momentum": {**_TRAINED, "optimizer": ("sgd",)},
+        "protocol.weight_decay": _TRAINED,
+        "protocol.decay": _TRAINED,
+        "protocol.schedule": _TRAINED,
+        "protocol.eta": {**_TRAINED, "schedule": ("cosine", "linear", "early_late")},
+        "protocol.warmup": _TRAINED,
+        "protocol.ema": _TRAINED,
+        "protocol.accumulation": _TRAINED,
+        "label.halves": {"bn_mode": ("batch",)},
+        "label.dropout": {"bn_mode": ("batch",)},
+        "label.mix_alpha": {"mix": ("cutmix", "mixup")},
+    }
+)
+"""Fields that are read only where others of their section, the switches, have one of these values.
+
+Whether the measurement of priors would read them, with switches of its own (:mod:`cvdd.prior_overrides`), does not
+count. Fields that it reads whatever the run does, as it labels even where ``label.teachers=none``, are not among them.
+"""
 
 SHARED = frozenset(
     {
@@ -41,3 +77,30 @@ def unread_settings(method: BaseModel, section: str, what: str, inits: Sequence[
             yield (
                 f"method.{name} is of the recover loop, which {what} (method.{section}) replaces; leave it at {default}"
             )
+
+
+def unread_fields(config: BaseModel, section: str, harmless: Sequence[str] = ()) -> Iterator[str]:
+    """Yield which fields of a section differ from their defaults though nothing would read them.
+
+    Args:
+        config: the section.
+        section: its name, e.g. ``recipe``.
+        harmless: fields that may differ all the same.
+    """
+    for key, switches in READ_WHERE.items():
+        own, _, name = key.partition(".")
+        if own != section or name in harmless:
+            continue
+        value, default = getattr(config, name), type(config).model_fields[name].default
+        unmet = [(switch, values) for switch, values in switches.items() if getattr(config, switch) not in values]
+        if value != default and unmet:
+            switch, values = unmet[0]
+            yield (
+                f"{key}={_typed(value)} is of {section}.{switch}={' or '.join(values)}, and {section}.{switch}="
+                f"{getattr(config, switch)}; set {key}={_typed(default)}, or {section}.{switch}={values[0]}"
+            )
+
+
+def _typed(value: Any) -> str:
+    """Write a value of a field as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
