@@ -19,7 +19,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.cost import StageCost, _notes, load_prediction, plan_pieces, planning, predict_run, show_cost
 from cvdd.cost.plan import Piece
-from cvdd.cost.prediction import FOLDER, measured_seconds, predict
+from cvdd.cost.prediction import FOLDER, measured_seconds, predict, prediction_path
 from cvdd.cost.steps import MoveStep, Network, Overhead, ReplayStep, ScoreStep, StudentStep, TrainStep, VoteStep
 from cvdd.cost.work import Work, work_of
 from cvdd.engine import Engine
@@ -290,8 +290,6 @@ def test_a_prediction_of_another_version_is_left_alone(compose: Compose) -> None
     config = compose("train")
     folder = config.paths.store / FOLDER
     folder.mkdir(parents=True)
-    from cvdd.cost.prediction import prediction_path
-
     prediction_path(config).write_text(json.dumps({"machine": "x", "stages": [{"other": 1}]}))
     assert load_prediction(config) is None
 

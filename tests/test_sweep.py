@@ -25,10 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from cvdd.arguments import ArgumentError
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
-from cvdd.outcome import PointFailed, failure_kept
 from cvdd.report.__main__ import main
 from cvdd.report.sweep_plots import Cell, places, plot, standalone
-from cvdd.report.sweeps import progress, read_directory, write_report
+from cvdd.report.sweeps import read_directory, write_report
 from cvdd.sweep import STATE, SweepCallback, SweepConfig, read_sweep, same_command, with_points
 from cvdd.validation import check
 
@@ -334,40 +333,6 @@ def test_a_point_of_a_row_shows_that_row_for_each_student(voter: Path) -> None:
     assert sweep.students() == ["a", "b"]
     assert [one["top1"] for one in sweep.points[-1].results] == [30.0, 20.0]
     assert write_report(voter).read_text().count("<svg") == 2
-
-
-def test_a_point_that_failed_is_told_from_one_that_is_made(tmp_path: Path) -> None:
-    config = {"hydra": {"overrides": {"task": ["ipc.images_per_class=1,2"]}, "job": {"name": "evaluate"}}}
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "multirun.yaml")
-    for number in ("0", "1"):
-        (tmp_path / number / ".hydra").mkdir(parents=True)
-        (tmp_path / number / ".hydra" / "overrides.yaml").write_text(f'["ipc.images_per_class={number}"]')
-    with pytest.raises(PointFailed, match="no"), failure_kept(tmp_path / "0"):
-        raise PointFailed("no such thing")
-    sweep = read_directory(tmp_path)
-    assert [(point.status, point.error) for point in sweep.points] == [
-        ("failed", "no such thing"),
-        ("not finished", ""),
-    ]
-    assert progress(sweep) == "0 of 2 points are done; 1 failed (0); 1 not finished (1)."
-    with failure_kept(tmp_path / "0"):
-        assert [point.status for point in read_directory(tmp_path).points] == ["not finished", "not finished"]
-
-
-def test_a_multirun_that_was_typed_has_the_axes_that_differ(tmp_path: Path) -> None:
-    config = {"hydra": {"overrides": {"task": ["temperature='1','5'", "seed=1"]}, "job": {"name": "evaluate"}}}
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "multirun.yaml")
-    for number, vote in enumerate(("1", "5")):
-        (tmp_path / str(number) / ".hydra").mkdir(parents=True)
-        typed = [f"temperature='{vote}'", "seed=1"]
-        (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(json.dumps(typed))
-    metrics = {"results": [result()], "code": {}}
-    (tmp_path / "1" / "metrics.json").write_text(json.dumps(metrics))
-    sweep = read_directory(tmp_path)
-    assert sweep.axes == ("temperature",)
-    assert [(point.at, point.status) for point in sweep.points] == [(("1",), "not finished"), (("5",), "done")]
-    assert progress(sweep) == "1 of 2 points are done; 1 not finished (0)."
-    assert "<svg" in write_report(tmp_path).read_text()
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,8 @@ def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, flo
     if not teachers:
         return []
     voter = "prior" if config.label.weights == "prior" and len(teachers) > 1 else "equal"
-    weights = vote_weights(priors_in_order(priors, teachers), config.temperature.label, voter)
+    known = priors_in_order(priors if voter == "prior" else {}, teachers)
+    weights = vote_weights(known, config.temperature.label, voter)
     shares: list[float] = weights.tolist()
     return shares
 

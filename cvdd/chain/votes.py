@@ -38,7 +38,7 @@ def plan_draws(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, fl
         return [tuple(range(len(names)))] * len(units)
     if voters != "drawn":
         return [tuple(names.index(name) for name in voters)] * len(units)
-    alphas = priors_in_order(priors, names)
+    alphas = priors_in_order(priors if committee.draw == "best" else {}, names)
     fixed = [[names.index(name) for name in group] for group in committee.fixed]
     seed = derive_seed(config.method.seed, "distill")
 
@@ -59,7 +59,7 @@ def plan_votes(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, fl
     if not config.method.iterations:
         return [Vote((), ())] * len(units)
     committee = config.committee
-    alphas = priors_in_order(priors, list(committee.members))
+    alphas = priors_in_order(priors if committee.voter == "prior" else {}, list(committee.members))
     seed = derive_seed(config.method.seed, "distill")
     votes = []
     for unit, draw in zip(units, plan_draws(config, units, priors), strict=True):
@@ -71,7 +71,7 @@ def plan_votes(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, fl
 
 
 def priors_in_order(priors: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    """Return the priors of these members; zeros where there are none because nothing depends on them."""
+    """Return the priors of these members; zeros where none are given because nothing depends on them."""
     return [priors[name] for name in names] if priors else [0.0] * len(names)
 
 
