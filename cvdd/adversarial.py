@@ -187,7 +187,7 @@ class AdversarialModule(pl.LightningModule):
     def lr_at(self, iteration: int) -> float:
         """Learning rate of the images: lower from the middle on."""
         middle = (self.pace.iterations - 1) // 2
-        # A single iteration has no second half.
+        # One or two iterations have no second half.
         late = iteration >= middle > 0
         return self.config.lr_images * (self.config.factor if late else 1.0)
 

@@ -28,6 +28,9 @@ def vote_weights(priors: Sequence[float], temperature: float, voter: str, *, see
 
     Returns:
         [members] float32, summing to 1.
+
+    Raises:
+        ConfigError: the temperature is not greater than 0, or there is no such voter.
     """
     if temperature <= 0:
         raise ConfigError(f"temperature.vote={temperature}: a temperature is greater than 0.")
@@ -59,6 +62,9 @@ def draw_members(
 
     Returns:
         Sorted member indices (``fixed`` keeps its order).
+
+    Raises:
+        ConfigError: there are fewer members than are to vote, or no such draw.
     """
     count = len(priors)
     if not 1 <= size <= count:

@@ -150,7 +150,7 @@ class State:
         said: number of messages so far.
         met: number of meetings so far.
         lost: what is known of a rank that has ended; empty while all are alive.
-        meeting: whether this rank needs the others just now.
+        meeting: how many calls it is in just now that need the others.
     """
 
     store: Any = None

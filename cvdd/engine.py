@@ -281,9 +281,16 @@ def judges_by_unit(method: MethodConfig) -> bool:
 def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
     """Decide what is automatic; the choice depends on the configuration, the kind of device and the compiler alone.
 
-    Warns once if there is no compiler where one is wanted.
+    Warns if there is no compiler where one is wanted, and of what is wanted and cannot be.
     """
     by_unit = judges_by_unit(method)
+    if config.compile is True and (work.split or not by_unit):
+        log.warning("engine.compile=true: nothing is compiled where ranks share a unit or statistics are of a stack")
+    if config.units_per_pass != "auto" and not by_unit:
+        log.warning(
+            "engine.units_per_pass=%s: units of a stack are judged together where its statistics are matched",
+            config.units_per_pass,
+        )
     compiled = by_unit and not work.split and compiles(config.compile, lambda: work.seconds(device), device)
     precision = precision_of(config.precision, device)
     units: int | None = None

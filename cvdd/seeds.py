@@ -10,7 +10,7 @@ import torch
 def derive_seed(seed: int, *names: str | int) -> int:
     """Return a 63-bit seed that depends on ``seed`` and on the draw's name, and on nothing else.
 
-    The names say what the draw is for, e.g. ``derive_seed(0, "recover", slot, block, step)``. Distinct names give
+    The names say what the draw is for, e.g. ``derive_seed(0, "recover", slot, block)``. Distinct names give
     independent streams; the same names give the same stream in every process and on every machine.
     """
     text = "\x1f".join([str(int(seed)), *(str(name) for name in names)])

@@ -37,7 +37,7 @@ class LogRow:
 
     Attributes:
         iteration: number of finished optimiser steps.
-        loss: voting loss, mean over units.
+        loss: what is minimised, the voting loss and the density's term, mean over units.
         ce: cross-entropy by member, mean over units, when it last judged; members that never did are missing.
         bn: statistics term by member, likewise.
         lr: learning rate.

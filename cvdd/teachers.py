@@ -23,7 +23,7 @@ class Teachers:
     """The networks that label, averaged.
 
     Args:
-        networks: trained networks.
+        networks: trained networks; they are frozen, and brought into the form in which they label fastest, in place.
         weights: their shares of the averaged logits.
         label: BatchNorm mode, halves, dropout, and whether logits are balanced before they are averaged.
         passes: how they compute. Recorded passes of the networks are made side by side.

@@ -133,12 +133,16 @@ def with_checkpoint(chain_home: Path, checkpoint: Path) -> Context:
     return context.differing({"committee.members.shufflenetv2": member}, "")
 
 
-def test_a_published_checkpoint_becomes_a_member(chain_home: Path) -> None:
+def test_a_published_checkpoint_becomes_a_member(chain_home: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = with_checkpoint(chain_home, FIXTURES / "published" / "ShuffleNetV2.pth")
     member = make_member(context, "shufflenetv2")
     network = load_network(context, member, context.config.committee.members["shufflenetv2"].backbone)
     stored = torch.load(FIXTURES / "published" / "ShuffleNetV2.pth", weights_only=True)
     assert all(torch.equal(value, stored[name]) for name, value in network.state_dict().items())
+    # It was trained on nothing like these digits.
+    assert member.metrics["test_top1"] < 20
+    (said,) = [message for message in caplog.messages if "where chance is 10.0 %" in message]
+    assert said.startswith("committee.members.shufflenetv2.checkpoint=")
 
 
 def test_a_checkpoint_that_is_missing_or_damaged(chain_home: Path, tmp_path: Path) -> None:

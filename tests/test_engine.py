@@ -76,9 +76,13 @@ def test_units_of_a_pass_fit_their_size() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"statistics_of": "stack"}, {"statistics": {"momentum": 0.5}}])
-def test_statistics_that_need_the_whole_stack(changes: dict[str, object]) -> None:
+def test_statistics_that_need_the_whole_stack(changes: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
     wanted = EngineConfig(compile=True, units_per_pass=1)
     assert choose_engine(wanted, method_config(**changes), work(), CPU) == Engine()
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "engine.compile=true",
+        "engine.units_per_pass=1",
+    ]
 
 
 def test_half_as_many_units() -> None:

@@ -94,9 +94,23 @@ def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint:
     def build(work: Path) -> dict[str, Any]:
         network = build_network(backbone, len(data.classes), 0)
         load_published(checkpoint, network)
-        return _finish(context, network, [], work)
+        metrics = _finish(context, network, [], work)
+        _warn_of_chance(f"committee.members.{name}.checkpoint={checkpoint}", metrics["test_top1"], len(data.classes))
+        return metrics
 
     return context.store.make("members", f"{data.name}-{name}", identity, [], build)
+
+
+def _warn_of_chance(where: str, top1: float, classes: int) -> None:
+    # A file of weights carries no class list, so another order shows in nothing else.
+    if top1 < 2 * 100 / classes:
+        log.warning(
+            "%s: %.1f %% of the test images, where chance is %.1f %%. Were its classes in another order than those of "
+            "dataset.classes, or its images normalised otherwise?",
+            where,
+            top1,
+            100 / classes,
+        )
 
 
 def load_network(context: Context, artifact: Artifact, backbone: BackboneConfig) -> nn.Module:
