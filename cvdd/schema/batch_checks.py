@@ -31,6 +31,6 @@ def parts_problems(accumulation: int, of: str, batch: int, batch_of: str, becaus
 
 
 def _possible(batch: int) -> list[int]:
-    """Numbers of parts with two images or more in each, and no more parts than the number says."""
-    numbers = range(1, batch // 2 + 1)
-    return [number for number in numbers if len(parts_of(batch, part_size(batch, number))) <= number]
+    """Numbers of parts of two images or more each, and no more parts than the number says; a whole batch is one."""
+    numbers = range(2, batch // 2 + 1)
+    return [1, *(number for number in numbers if len(parts_of(batch, part_size(batch, number))) <= number)]
