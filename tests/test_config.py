@@ -77,6 +77,12 @@ def test_every_file_of_every_group_composes_and_passes(path: Path, compose: Comp
         assert "tried" in config.students
 
 
+def test_the_published_recipe_has_two_names(compose: Compose) -> None:
+    """And one identity, so that nothing is trained twice."""
+    data = ("dataset=cifar10", "dataset.root=x")
+    assert compose("train", *data, "recipe=paper") == compose("train", *data, "recipe=cifar")
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if len(path.parts) == 1], ids=str)
 def test_files_at_the_top_are_the_verbs_and_what_they_share(path: Path, compose: Compose) -> None:
     assert path.stem in (*VERBS, "base")
