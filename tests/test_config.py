@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Compose, compose_raw
-from helpers import tiny_context
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.chain.compare import rows_of
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
@@ -133,12 +131,6 @@ def test_other_numbers_are_reached_by_their_field(compose: Compose) -> None:
     config = compose("evaluate", "ipc.images_per_class=7", "temperature.vote=2.5")
     assert (config.ipc.images_per_class, config.temperature.vote) == (7, 2.5)
     assert config.patches.images_per_class == 7
-
-
-def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
-    context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
-    assert list(context.config.compare) == ["random_real"]
-    assert [name for name, _ in rows_of(context)] == ["random_real"]
 
 
 # --- wrong values -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import compose_raw
+from helpers import tiny_context
 from omegaconf import DictConfig
 
+from cvdd.chain.compare import rows_of
 from cvdd.config_base import ConfigError
 from cvdd.rows import differences
 from cvdd.schema import with_overrides
@@ -91,6 +93,12 @@ def test_smoke_is_for_a_moment_whatever_rows_say(tmp_path: Path) -> None:
     assert {row.method.iterations for row in rows.values()} == {0, 4}
     assert {row.protocol.epochs for row in rows.values()} == {1}
     assert config.compare["row"] == {"method.iterations": 4}
+
+
+def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
+    context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
+    assert list(context.config.compare) == ["random_real"]
+    assert [name for name, _ in rows_of(context)] == ["random_real"]
 
 
 def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
