@@ -66,7 +66,7 @@ def _refuse_unknown(argument: str, directory: Path, certain: bool) -> None:
     key, values = match[1], match[2].split(",")
     if (directory / key).is_dir():
         choices = sorted(path.stem for path in (directory / key).glob("*.yaml"))
-        wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in choices]
+        wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in (*choices, "null")]
         if certain and wrong and key not in FIELDS:
             raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{_meant(wrong[0], choices)}")
     elif "." in key or certain:
@@ -88,21 +88,23 @@ def own_directories(arguments: Sequence[str]) -> Iterator[Path]:
     """Yield the directories of configuration that somebody adds with ``--config-dir``."""
     for index, argument in enumerate(arguments):
         key, _, value = argument.partition("=")
-        if key in ("--config-dir", "-cd"):
-            yield Path(value or next(iter(arguments[index + 1 :]), ""))
+        if key in ("--config-dir", "-cd") and (folder := value or next(iter(arguments[index + 1 :]), "")):
+            yield Path(folder)
 
 
 def _refuse_hidden(folder: Path, directory: Path) -> None:
     """Refuse files that Hydra would never read, because it looks for a name in our directory first."""
-    for file in sorted(folder.glob("**/*.yaml")) if folder != directory else ():
-        if (directory / file.relative_to(folder)).is_file():
+    if folder.resolve() == directory.resolve():
+        return
+    for ours in sorted(directory.glob("**/*.yaml")):
+        name = ours.relative_to(directory)
+        if (folder / name).is_file():
             raise ArgumentError(
-                f"{file}: there is a {file.relative_to(folder)} already, which would be taken instead; give yours "
-                "another name"
+                f"{folder / name}: there is a {name} already, which would be taken instead; give yours another name"
             )
 
 
-def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
+def quote_numbers(arguments: Sequence[str], directory: Path, certain: bool = True) -> list[str]:
     """Write ``ipc=10`` as ``ipc='10'``: Hydra takes a bare number for a value, never for the name of a file.
 
     Lists of a sweep (``ipc=1,10,50``) are quoted one by one, and ``temperature=5.0`` finds the file ``5``; everything
@@ -111,11 +113,12 @@ def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
     Args:
         arguments: of the command line.
         directory: of the configuration.
+        certain: whether our files are all there are, as far as somebody else knows.
 
     Raises:
         ArgumentError: a number has no file; the message says which have one and what to type instead.
     """
-    certain = _is_certain(arguments)
+    certain = certain and _is_certain(arguments)
     quoted = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
@@ -130,6 +133,11 @@ def quote_numbers(arguments: Sequence[str], directory: Path) -> list[str]:
         chosen = [f"'{name or value}'" for name, value in zip(found, values, strict=True)]
         quoted.append(f"{group}={','.join(chosen)}")
     return quoted
+
+
+def unquoted(override: str) -> str:
+    """Return an override as it was typed before :func:`quote_numbers`."""
+    return override.replace("'", "") if _OVERRIDE.fullmatch(override.replace("'", "")) else override
 
 
 def preset_numbers(directory: Path, group: str) -> list[str]:

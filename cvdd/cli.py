@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError, prepare, quote_numbers
+from cvdd.arguments import ArgumentError, own_directories, prepare, quote_numbers
 from cvdd.launching import (
     check_launcher,
     check_multirun,
@@ -58,16 +59,24 @@ def _command(verb: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _again(verb: str, overrides: list[str]) -> DictConfig:
+def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     from hydra import compose
 
-    return compose(verb, quote_numbers(overrides, config_directory()))
+    # What was typed is quoted already, and may choose a file of somebody's own.
+    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=_is_alone())])
+
+
+def _is_alone() -> bool:
+    """Whether no folder of somebody's own was given."""
+    return not list(own_directories(sys.argv[1:]))
 
 
 def debug_limits(choice: str | None) -> dict[str, float]:
     """Return the numbers of a file of ``debug`` by their fields: rows of a comparison have no larger ones."""
-    file = config_directory() / "debug" / f"{choice}.yaml"
-    if not file.is_file():
+    folders = (config_directory(), *own_directories(sys.argv[1:]))
+    files = (folder / "debug" / f"{choice}.yaml" for folder in folders)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         return {}
     tree: Any = OmegaConf.to_container(OmegaConf.load(file))
     limits: dict[str, float] = {}
@@ -86,8 +95,7 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
-        again = partial(_again, composed.verb)
-        config = check(expand_rows(composed, lambda row: again([*settings.overrides.task, *row]), limits))
+        config = check(expand_rows(composed, partial(_again, composed.verb, settings.overrides.task), limits))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torchvision.io import write_png
 
@@ -22,6 +23,7 @@ from cvdd.label_store import LabelLayout, StoredLabels
 from cvdd.outcome import told
 from cvdd.replay import batch_bounds, replay
 from cvdd.schema import LabelConfig
+from cvdd.schema.unread import without_unread
 
 _OF_NO_FILE = re.compile(r"[^\w. -]")
 """What the name of a class may have and that of a folder should not."""
@@ -104,7 +106,7 @@ def load(path: str | Path) -> DistilledSet:
 
     Args:
         path: directory of its labels, ``STORE/labels/NAME-HASH``, beside whose store its images are found; or of its
-            images alone, ``STORE/images/NAME-HASH``. Commands print both, and a run's page lists them.
+            images alone, ``STORE/images/NAME-HASH``. ``distill`` and ``relabel`` print them, and a page lists both.
 
     Raises:
         ConfigError: the directory holds no images or labels, or its images are not in the store.
@@ -141,10 +143,11 @@ def _images_of(labels: Artifact) -> Artifact:
 def _stored(labels: Artifact, count: int, classes: int, size: int) -> StoredLabels:
     identity = labels.manifest["identity"]
     # Who labelled, and with what weight, is of the past.
-    label = LabelConfig.model_validate(
-        {**identity["label"], "name": labels.name, "teachers": "committee", "weights": "equal", "store": "logits"}
-        | {"parameters": identity["parameters"]}
-    )
+    given = {"name": labels.name, "teachers": "committee", "weights": "equal", "parameters": identity["parameters"]}
+    try:
+        label = LabelConfig.model_validate({**without_unread("label", identity["label"]), **given})
+    except ValidationError as error:
+        raise ConfigError(f"{labels.path} is of another version, which this one cannot read ({error})") from error
     return StoredLabels(labels.path, LabelLayout.of(label, count, classes), label, size, identity["seed"])
 
 

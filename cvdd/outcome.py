@@ -45,11 +45,14 @@ def failure_kept(folder: Path) -> Iterator[None]:
         folder: of the point.
     """
     file = folder / FAILURE
-    file.unlink(missing_ok=True)
+    # A full disk may be why it failed, which must not be hidden by another error.
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        file.write_text(str(error) or type(error).__name__)
+        with contextlib.suppress(OSError):
+            file.write_text(str(error) or type(error).__name__)
         raise
 
 

@@ -45,11 +45,14 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
     if not rows or not (written or limits):
         return composed
     base = _tree(composed)
+    # What was typed beside debug=smoke holds for all rows.
+    limits = {key: max(limit, _number(base, key) or limit) for key, limit in limits.items()}
     expanded = composed.copy()
     with open_dict(expanded):
         for row in expanded.compare.values():
             if isinstance(row, DictConfig):
-                row.update({key: limit for key, limit in limits.items() if key in row and row[key] > limit})
+                beyond = [key for key, limit in limits.items() if (_number(row, key, whole=True) or 0) > limit]
+                row.update({key: limits[key] for key in beyond})
         for name, row in written.items():
             overrides = [str(override) for override in row]
             where = f"compare.{name}=[{','.join(overrides)}]"
@@ -58,8 +61,8 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
                     raise ConfigError(f"{where}: {shared_by_rows(key)}")
             try:
                 tree = _tree(compose(overrides))
-                if beyond := [f"{key}={limit}" for key, limit in limits.items() if _exceeds(tree, key, limit)]:
-                    tree = _tree(compose([*overrides, *beyond]))
+                if held := [f"{key}={limit}" for key, limit in limits.items() if (_number(tree, key) or 0) > limit]:
+                    tree = _tree(compose([*overrides, *held]))
             except (HydraException, OmegaConfBaseException, ArgumentError) as error:
                 raise ConfigError(f"{where}: {_reason(error)}") from error
             unknown = tree.keys() - base.keys()
@@ -69,11 +72,12 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
     return expanded
 
 
-def _exceeds(tree: Mapping[str, Any], key: str, limit: float) -> bool:
+def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | None:
+    """Return what is at a dotted key, or at one that is whole, if it is a number."""
     node: Any = tree
-    for part in key.split("."):
+    for part in [key] if whole else key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
-    return isinstance(node, (int, float)) and node > limit
+    return node if isinstance(node, (int, float)) else None
 
 
 def _key(override: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cvdd.allocator import keep_freed_memory
-from cvdd.arguments import is_of_surroundings
+from cvdd.arguments import is_of_surroundings, unquoted
 from cvdd.artifact import Artifact, Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -134,7 +134,7 @@ def run_id(config: RunConfig) -> str:
 
 def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:
     """The command that repeats this run, with names for the directories of this machine."""
-    typed = [portable_override(override, config) for override in invocation.overrides]
+    typed = [portable_override(unquoted(override), config) for override in invocation.overrides]
     return [f"python {config.verb}.py {shlex.join(typed)}".rstrip()]
 
 

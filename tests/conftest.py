@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
         prepared = prepare(arguments, conf)
         composed = hydra_compose(verb, prepared)
         debug = next((item.removeprefix("debug=") for item in overrides if item.startswith("debug=")), None)
-        return expand_rows(composed, lambda row: _again(verb, [*prepared, *row]), debug_limits(debug))
+        return expand_rows(composed, partial(_again, verb, prepared), debug_limits(debug))
 
 
 @pytest.fixture

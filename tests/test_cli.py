@@ -111,6 +111,7 @@ def test_what_is_not_there_is_answered(typed: str, answer: str) -> None:
         "sweep=voter",
         "compare.row={method.lr: 1}",
         "--cfg=job",
+        "debug=null,smoke",
     ],
 )
 def test_what_is_there_or_new_is_left_to_hydra(typed: str) -> None:
@@ -130,6 +131,9 @@ def test_files_of_ones_own_are_not_hidden_by_ours(tmp_path: Path) -> None:
         prepare(arguments, CONF)
     with pytest.raises(ArgumentError, match=r"already"):
         prepare([f"--config-dir={tmp_path}"], CONF)
+    # Ours is no other, however it is written.
+    assert prepare(["--config-dir", os.path.relpath(CONF)], CONF) == ["--config-dir", os.path.relpath(CONF)]
+    assert prepare(["--config-dir"], CONF) == ["--config-dir"]
 
 
 def test_a_folder_of_ones_own_may_have_other_numbers() -> None:

@@ -18,6 +18,7 @@ from cvdd.config_base import ConfigError
 from cvdd.distilled import main
 from cvdd.losses import soft_label_loss
 from cvdd.replay import replay
+from cvdd.schema.unread import without_unread
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -84,6 +85,13 @@ def test_files_have_the_same_classes(row: Distilled, tmp_path: Path, capsys: pyt
     assert (torch.tensor(list(found[5][0].getdata())).T.reshape(3, 32, 32) == images[5]).all()
     with pytest.raises(ConfigError, match="is not empty"):
         main([str(row.images.path), str(tmp_path / "files")])
+
+
+def test_settings_that_earlier_versions_allowed_are_left_out() -> None:
+    earlier = {"bn_mode": "running", "halves": False, "mix": "none", "mix_alpha": 2.0, "epochs": 3}
+    assert without_unread("label", earlier) == {"bn_mode": "running", "mix": "none", "epochs": 3}
+    today = {"bn_mode": "batch", "halves": False, "mix": "mixup", "mix_alpha": 2.0}
+    assert without_unread("label", today) == today
 
 
 def test_anything_else_is_refused(row: Distilled, made: tuple[Distilled, Result], tmp_path: Path) -> None:

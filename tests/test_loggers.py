@@ -323,6 +323,13 @@ def test_what_was_typed_is_shown_without_the_directories_of_the_machine(typed: s
     assert shlex.split(line) == ["python", "train.py", shown, "seed=3"]
 
 
+def test_numbers_are_shown_as_they_are_typed(tmp_path: Path) -> None:
+    invocation = Invocation(("ipc='10'", "temperature='1','5'", "dataset.name='a b'"))
+    (line,) = invocation_lines(configure(tmp_path, verb="train"), invocation)
+    assert line.startswith("python train.py ipc=10 temperature=1,5 ")
+    assert shlex.split(line)[-1] == "dataset.name='a b'"
+
+
 def test_other_machines_give_the_same_identity(tmp_path: Path) -> None:
     data = ("dataset=cifar10", "label.batch_size=10")
     one, two = (configure(tmp_path / name, *data) for name in ("one", "two"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_a_point_that_failed_is_told_from_one_that_is_made(tmp_path: Path) -> No
     assert progress(sweep) == "0 of 2 points are done; 1 failed (0); 1 not finished (1)."
     with failure_kept(tmp_path / "0"):
         assert [point.status for point in read_directory(tmp_path).points] == ["not finished", "not finished"]
+
+
+def test_a_full_disk_does_not_hide_why_a_point_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PointFailed, match="no such thing"), failure_kept(tmp_path):
+        raise PointFailed("no such thing")
 
 
 def test_a_multirun_that_was_typed_has_the_axes_that_differ(tmp_path: Path) -> None:

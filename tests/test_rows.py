@@ -12,6 +12,7 @@ from helpers import tiny_context
 from omegaconf import DictConfig
 
 from cvdd.chain.compare import rows_of
+from cvdd.chain.priors import shares_priors
 from cvdd.config_base import ConfigError
 from cvdd.rows import differences
 from cvdd.schema import with_overrides
@@ -99,6 +100,20 @@ def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
     context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
     assert list(context.config.compare) == ["random_real"]
     assert [name for name, _ in rows_of(context)] == ["random_real"]
+
+
+def test_what_is_typed_beside_smoke_holds_for_all_rows(tmp_path: Path) -> None:
+    typed = ("experiment=compare", "debug=smoke", "protocol.epochs=3", "prior.iterations=8")
+    config = check(compose_raw(tmp_path, "evaluate", *typed))
+    rows = [with_overrides(config, {**row, "compare": {}}) for row in config.compare.values()]
+    assert {row.protocol.epochs for row in rows} == {config.protocol.epochs} == {3}
+    assert all(shares_priors(config, row) for row in rows)
+
+
+@pytest.mark.parametrize("value", ["abc", "null"])
+def test_a_wrong_value_in_a_row_is_answered_with_smoke_too(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^compare\.row: protocol\.warmup="):
+        check(compose_raw(tmp_path, "evaluate", "debug=smoke", f"+compare.row={{protocol.warmup: {value}}}"))
 
 
 def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:

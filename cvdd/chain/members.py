@@ -18,7 +18,7 @@ from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
 from cvdd.batch_parts import part_size
 from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
-from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -103,13 +103,14 @@ def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint:
 
 def _warn_of_chance(where: str, top1: float, classes: int) -> None:
     # A file of weights carries no class list, so another order shows in nothing else.
-    if top1 < 2 * 100 / classes:
+    chance = 100 / classes
+    if top1 < chance + 0.1 * (100 - chance):
         log.warning(
             "%s: %.1f %% of the test images, where chance is %.1f %%. Were its classes in another order than those of "
             "dataset.classes, or its images normalised otherwise?",
             where,
             top1,
-            100 / classes,
+            chance,
         )
 
 
@@ -167,7 +168,8 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     recipe = config.recipe
     evaluator = evaluator_of(context)
     in_memory = data.train.in_memory
-    sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed, smallest_batch(network))
+    # Two also without BatchNorm, as it always was: a member's identity does not say otherwise.
+    sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe.batch_size, recipe.accumulation), rank=rank, ranks=ranks)
     loader: DataLoader[Any] = DataLoader(

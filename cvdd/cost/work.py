@@ -10,7 +10,7 @@ from typing import Any
 from cvdd.artifact import Artifact
 from cvdd.chain.members import MEASURED_AT_ONCE
 from cvdd.chain.training import every, ten_times
-from cvdd.classifier import ShuffledBatches, smallest_batch
+from cvdd.classifier import ShuffledBatches
 from cvdd.cost.plan import Piece
 from cvdd.cost.recovering import RecoverPlan, engine_of, plan_recover
 from cvdd.cost.steps import (
@@ -97,7 +97,7 @@ def _member(piece: Piece, work: Work) -> None:
     if identity.get("recipe") is not None:
         recipe = config.recipe
         step = TrainStep.of(network, recipe, data.train.in_memory)
-        batches = len(ShuffledBatches(len(data.train), recipe.batch_size, 0, smallest_batch(network.build())))
+        batches = len(ShuffledBatches(len(data.train), recipe.batch_size, 0))
         measured += sum(map(ten_times(recipe.epochs), range(recipe.epochs)))
         work.steps = batches * recipe.epochs
         # A last batch that is not full costs less.

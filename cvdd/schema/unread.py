@@ -101,6 +101,21 @@ def unread_fields(config: BaseModel, section: str, harmless: Sequence[str] = ())
             )
 
 
+def without_unread(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a section without those that the others leave unread, which earlier versions allowed.
+
+    Args:
+        section: its name, e.g. ``label``.
+        settings: values by field, the switches among them.
+    """
+    unread = {
+        key.partition(".")[2]
+        for key, switches in READ_WHERE.items()
+        if key.startswith(f"{section}.") and any(settings.get(name) not in values for name, values in switches.items())
+    }
+    return {name: value for name, value in settings.items() if name not in unread}
+
+
 def _typed(value: Any) -> str:
     """Write a value of a field as an override has it."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
