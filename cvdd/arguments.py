@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cvdd.closest import closest
 from cvdd.surroundings import SURROUNDINGS
 
 FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
@@ -46,14 +46,19 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
     for argument in arguments:
         group, _, value = argument.partition("=")
         if value == "null" and (directory / group).is_dir():
-            choices = sorted(path.stem for path in (directory / group).glob("*.yaml"))
-            raise ArgumentError(f"{argument}: choose {_listed(choices)}; ~{group} leaves the group out")
+            choices = _listed(_choices(directory, group))
+            raise ArgumentError(f"{argument}: choose {choices}; ~{group} leaves the group out")
+    certain = is_certain(arguments)
     for argument in arguments if not _COMPLETION & set(arguments) else ():
-        _refuse_unknown(argument, directory, _is_certain(arguments))
+        _refuse_unknown(argument, directory, certain)
     return quote_numbers(arguments, directory)
 
 
-def _is_certain(arguments: Sequence[str]) -> bool:
+def _choices(directory: Path, group: str) -> list[str]:
+    return sorted(path.stem for path in (directory / group).glob("*.yaml"))
+
+
+def is_certain(arguments: Sequence[str]) -> bool:
     """Whether our files are all there are: somebody's own folder may have more, and then Hydra decides."""
     return not any(argument.lstrip("+~").startswith(_MORE_DIRECTORIES) for argument in arguments)
 
@@ -65,10 +70,10 @@ def _refuse_unknown(argument: str, directory: Path, certain: bool) -> None:
         return
     key, values = match[1], match[2].split(",")
     if (directory / key).is_dir():
-        choices = sorted(path.stem for path in (directory / key).glob("*.yaml"))
+        choices = _choices(directory, key)
         wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in (*choices, "null")]
         if certain and wrong and key not in FIELDS:
-            raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{_meant(wrong[0], choices)}")
+            raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{closest(wrong[0], choices, '')}")
     elif "." in key or certain:
         # The schema takes half a second to read, which a run needs anyway.
         from cvdd.fields import fields, is_known
@@ -76,12 +81,7 @@ def _refuse_unknown(argument: str, directory: Path, certain: bool) -> None:
         if not is_known(key):
             groups = [path.name for path in directory.iterdir() if path.is_dir()]
             known = [*groups, *(field.key for field in fields())]
-            raise ArgumentError(f"{argument}: there is no such field or group{_meant(key, known) or '; see --help'}")
-
-
-def _meant(given: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(given, known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+            raise ArgumentError(f"{argument}: there is no such field or group{closest(key, known)}")
 
 
 def own_directories(arguments: Sequence[str]) -> Iterator[Path]:
@@ -118,7 +118,7 @@ def quote_numbers(arguments: Sequence[str], directory: Path, certain: bool = Tru
     Raises:
         ArgumentError: a number has no file; the message says which have one and what to type instead.
     """
-    certain = certain and _is_certain(arguments)
+    certain = certain and is_certain(arguments)
     quoted = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)

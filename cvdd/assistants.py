@@ -69,7 +69,7 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.chain.compare import make_sets, rows_of, student_of
     from cvdd.chain.members import make_member
     from cvdd.chain.own_engines import own_engine
-    from cvdd.chain.priors import find_priors, measure_prior, priors_needed, priors_of_row
+    from cvdd.chain.priors import Priors, find_priors, measure_prior, priors_needed, priors_of_row
     from cvdd.context import Context
     from cvdd.runtime import prepare_process
 
@@ -90,12 +90,14 @@ def assist(config: RunConfig, index: int, total: int) -> None:
             measure_prior(context, name)
     shared = find_priors(context)
     rows = list(rows_of(context))
+    priors: dict[str, Priors] = {}
     seeds = sorted({seed for _, row in rows for seed in row.config.protocol.seeds})
     for (row, row_context), seed in own_way(list(itertools.product(rows, seeds)), index, total):
         if seed not in row_context.config.protocol.seeds:
             continue
-        priors = priors_of_row(context, row_context, shared)
-        made = make_sets(row_context, row, priors, [seed])[seed]
+        if row not in priors:
+            priors[row] = priors_of_row(context, row_context, shared)
+        made = make_sets(row_context, row, priors[row], [seed])[seed]
         for name, backbone in config.students.items():
             student_of(made, name, backbone, seed)
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError, own_directories, prepare, quote_numbers
+from cvdd.arguments import ArgumentError, is_certain, own_directories, prepare, quote_numbers
 from cvdd.launching import (
     check_launcher,
     check_multirun,
@@ -63,12 +63,7 @@ def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     from hydra import compose
 
     # What was typed is quoted already, and may choose a file of somebody's own.
-    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=_is_alone())])
-
-
-def _is_alone() -> bool:
-    """Whether no folder of somebody's own was given."""
-    return not list(own_directories(sys.argv[1:]))
+    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=is_certain(sys.argv[1:]))])
 
 
 def debug_limits(choice: str | None) -> dict[str, float]:

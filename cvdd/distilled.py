@@ -16,6 +16,7 @@ from torchvision.io import write_png
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest, verify
+from cvdd.artifact.places import digest_in
 from cvdd.augment import normalise
 from cvdd.chain.images import load_images
 from cvdd.config_base import ConfigError
@@ -134,7 +135,8 @@ def _whole(path: Path) -> Artifact:
 
 def _images_of(labels: Artifact) -> Artifact:
     digest, folder = labels.manifest["identity"]["images"], labels.path.resolve().parent.parent / "images"
-    found = sorted(folder.glob(f"*-{digest}"))
+    # Looked for among what is there: no path is made of what a file says.
+    found = [path for path in sorted(folder.glob("*")) if digest_in(path) == digest and (path / MANIFEST).is_file()]
     if not found:
         raise ConfigError(f"{labels.path}: the images of these labels, images/*-{digest}, are not in the store")
     return _whole(found[0])

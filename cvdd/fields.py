@@ -51,19 +51,19 @@ def field_at(key: str) -> Field | None:
     parts = key.partition("[")[0].split(".")
     for field in fields():
         names = field.key.split(".")
-        if len(names) <= len(parts) and all(a in (b, "NAME") for a, b in zip(names, parts, strict=False)):
+        if len(names) <= len(parts) and _agree(names, parts):
             return field
     return None
 
 
 def is_known(key: str) -> bool:
     """Whether a dotted key is that of a field, of something in a field that holds a dictionary, or of a section."""
-    parts = key.split(".")
-    for field in fields():
-        names = field.key.split(".")
-        if all(a in (b, "NAME") for a, b in zip(names, parts, strict=False)):
-            return True
-    return False
+    return any(_agree(field.key.split("."), key.split(".")) for field in fields())
+
+
+def _agree(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the key of a field and another one are the same as far as the shorter one goes."""
+    return all(a in (b, "NAME") for a, b in zip(names, parts, strict=False))
 
 
 def model_at(path: Sequence[str]) -> type[BaseModel] | None:

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cvdd.arguments import ArgumentError
+from cvdd.closest import closest
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
 from cvdd.schema import RunConfig
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
-from cvdd.validation import closest, shared_by_rows
+from cvdd.validation import shared_by_rows
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 Composer = Callable[[Sequence[str]], DictConfig]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from cvdd.closest import closest
 from cvdd.config_base import ConfigError
 from cvdd.fields import field_at, fields, model_at
 from cvdd.prior_overrides import prior_overrides
@@ -207,9 +207,3 @@ def _siblings(key: str) -> str:
     if model is None:
         return "; see --help"
     return closest(last, model.model_fields) + f"; the fields are {', '.join(model.model_fields)}"
-
-
-def closest(given: str, known: Iterable[str], otherwise: str = "; see --help") -> str:
-    """Return the part of a message that names what was probably meant."""
-    match = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {match[0]}?" if match else otherwise

@@ -160,29 +160,41 @@ def test_what_a_killed_process_dropped_is_taken_over(tmp_path: Path) -> None:
     assert made == [2, 3, 1]
 
 
+def waiting(root: Path) -> Callable[[Path, int], None]:
+    """Makes a part once others have made the rest."""
+
+    def make_part(work: Path, index: int) -> None:
+        (root / "begun").touch()
+        wait_for(root / "go on")
+        write(work, index)
+
+    return make_part
+
+
+def hurrying(root: Path, made: list[int]) -> Callable[[Path, int], None]:
+    """Makes three parts, and then lets the one that waits go on."""
+
+    def make_part(work: Path, index: int) -> None:
+        made.append(index)
+        write(work, index)
+        if len(made) == 3:
+            (root / "go on").touch()
+
+    return make_part
+
+
 def test_parts_are_shared_under_two_names(tmp_path: Path) -> None:
     """One goes on with what the other has begun, and neither makes a part that the other holds or has made."""
 
     def mine(root: Path) -> None:
-        def waits(work: Path, index: int) -> None:
-            (root / "begun").touch()
-            wait_for(root / "go on")
-            write(work, index)
-
-        Store(root).make_parts("things", "mine", {"parts": 4}, [], parts_of(waits), finish)
-
-    def hurry(work: Path, index: int) -> None:
-        made.append(index)
-        write(work, index)
-        if len(made) == 3:
-            (tmp_path / "go on").touch()
+        Store(root).make_parts("things", "mine", {"parts": 4}, [], parts_of(waiting(root)), finish)
 
     made: list[int] = []
     other = in_process(mine, tmp_path)
     wait_for(tmp_path / "begun")
     (work,) = (tmp_path / "things" / ".partial").iterdir()
     assert work.name.startswith("mine-")
-    artifact = make(Store(tmp_path), parts_of(hurry))
+    artifact = make(Store(tmp_path), parts_of(hurrying(tmp_path, made)))
     assert made == [1, 2, 3]
     assert ends(other) == 0
     assert artifact.metrics == {"found": 4}
@@ -192,23 +204,12 @@ def test_parts_are_shared_under_two_names(tmp_path: Path) -> None:
 
 def test_a_slow_process_delays_only_its_own_part(tmp_path: Path) -> None:
     def slow(root: Path) -> None:
-        def waits(work: Path, index: int) -> None:
-            (root / "begun").touch()
-            wait_for(root / "go on")
-            write(work, index)
-
-        make(Store(root), parts_of(waits))
-
-    def hurry(work: Path, index: int) -> None:
-        made.append(index)
-        write(work, index)
-        if len(made) == 3:
-            (tmp_path / "go on").touch()
+        make(Store(root), parts_of(waiting(root)))
 
     made: list[int] = []
     other = in_process(slow, tmp_path)
     wait_for(tmp_path / "begun")
-    artifact = make(Store(tmp_path), parts_of(hurry))
+    artifact = make(Store(tmp_path), parts_of(hurrying(tmp_path, made)))
     assert made == [1, 2, 3]
     assert ends(other) == 0
     assert artifact.metrics == {"found": 4}
