@@ -16,7 +16,7 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import read_manifest
-from cvdd.chain.images import load_history
+from cvdd.chain.unit_files import load_history
 
 FULL = "fp32"
 

@@ -18,7 +18,7 @@ from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest, verify
 from cvdd.artifact.places import digest_in
 from cvdd.augment import normalise
-from cvdd.chain.images import load_images
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.label_store import LabelLayout, StoredLabels
 from cvdd.outcome import told

@@ -19,7 +19,7 @@ from cvdd.backbones import BackboneConfig
 from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
 from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.apm_teachers import load_teachers, make_apm_teachers
-from cvdd.chain.images import load_history, load_images
+from cvdd.chain.unit_files import load_history, load_images
 from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError
 from cvdd.context import Context

@@ -21,9 +21,10 @@ import cvdd.chain.images
 import cvdd.fit
 from cvdd.artifact import Artifact, DamagedArtifact, Store, StoreError
 from cvdd.chain.compare import Distilled, Result, distil
-from cvdd.chain.images import load_history, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels, open_labels
 from cvdd.chain.members import _warn_of_chance, load_network, make_member
+from cvdd.chain.unit_files import load_history
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.engine import Engine

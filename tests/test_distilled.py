@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 import cvdd
 from cvdd.artifact import DamagedArtifact
 from cvdd.chain.compare import Distilled, Result
-from cvdd.chain.images import load_images
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.distilled import main
 from cvdd.losses import soft_label_loss

@@ -13,8 +13,9 @@ from torch import Tensor
 import cvdd.chain.recover
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import compare
-from cvdd.chain.images import load_history, load_images, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.priors import find_priors
+from cvdd.chain.unit_files import load_history, load_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.synthesis import DistillModule

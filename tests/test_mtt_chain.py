@@ -19,12 +19,12 @@ import cvdd.fit
 from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.compare import Result
-from cvdd.chain.images import load_history, load_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.space import input_space, whitening_of
 from cvdd.chain.training import load_curve
 from cvdd.chain.trajectories import make_trajectories, mtt_of
+from cvdd.chain.unit_files import load_history, load_images
 from cvdd.classifier import NonFiniteTraining
 from cvdd.config_base import ConfigError
 from cvdd.context import Context

@@ -17,9 +17,9 @@ from torch.nn.functional import interpolate
 
 import cvdd.backbones.convnet
 from cvdd.artifact import Artifact, Store
-from cvdd.chain.images import load_history
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.trajectories import make_trajectories, mtt_of
+from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
 

@@ -11,8 +11,8 @@ from helpers import TINY, configure, tiny_context
 from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
 from cvdd.backbones import batchnorm_layers
-from cvdd.chain.images import load_history
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.unit_files import load_history
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.preflight import check_before_work

@@ -10,11 +10,12 @@ from helpers import PRIORS, TINY, configure, tiny_context
 from test_preflight import SILENT, WITHOUT
 
 from cvdd.artifact import Artifact
-from cvdd.chain.images import load_images, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_member
 from cvdd.chain.priors import measure_prior
 from cvdd.chain.students import make_student
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.labels import HardLabels

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import small_network, tiny_context
 
-from cvdd.chain.recover import UNITS, _voters, recover_stack
+from cvdd.chain.recover import _voters, recover_stack
+from cvdd.chain.unit_files import UNITS
 from cvdd.context import Context
 from cvdd.engine import Engine
 from cvdd.units import Stack, Unit

@@ -19,13 +19,14 @@ import cvdd.adversarial
 import cvdd.chain.priors
 from cvdd.adversarial import Pace
 from cvdd.chain.compare import _full_data
-from cvdd.chain.images import load_images, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.members import make_member
 from cvdd.chain.priors import measure_prior
 from cvdd.chain.recover import _start
 from cvdd.chain.students import make_student
+from cvdd.chain.unit_files import load_images
 from cvdd.chain.votes import Vote, plan_draws, plan_votes
 from cvdd.committee import Draw
 from cvdd.context import Context

@@ -9,8 +9,9 @@ import torch
 from helpers import PRIORS, small_network, tiny_context
 from torch import nn
 
-from cvdd.chain.images import load_images, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.initial import make_herd
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.selection import herd, member_features
 

@@ -16,7 +16,7 @@ from helpers import TINY, configure
 from PIL import Image
 
 from cvdd.artifact.cleaning import sealed
-from cvdd.chain.images import load_history
+from cvdd.chain.unit_files import load_history
 from cvdd.config_base import ConfigError
 from cvdd.provenance import code_version
 from cvdd.report.summary import COLUMNS

@@ -18,9 +18,8 @@ from cvdd.artifact import Artifact, write_atomically
 from cvdd.backbones import build_network
 from cvdd.chain.apm_teachers import apm_of, draw_teacher, load_teachers, make_apm_teachers
 from cvdd.chain.initial import initial_images, make_initial_patches
-from cvdd.chain.recover import UNITS
 from cvdd.chain.space import families_of, input_space, whitening_of
-from cvdd.chain.unit_files import write_unit
+from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.grids import image_grid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
-from cvdd.chain.recover import UNITS, load_voter, recover_stack, require_splittable, splits_units
+from cvdd.chain.recover import load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
-from cvdd.chain.unit_files import write_unit
+from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -186,28 +183,3 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
         return {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
     kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "jpeg_round_trip"}
     return dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)
-
-
-def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
-    """Read distilled images and their labels: [classes * ipc, 3, size, size] uint8 and [classes * ipc].
-
-    The order is that of the published folders: class by class, image i of a class is that of slot i.
-    """
-    slots: list[Tensor] = []
-    labels: list[Tensor] = []
-    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            slots.append(file.get_tensor("images"))
-            labels.append(file.get_tensor("labels"))
-    images, classes = torch.cat(slots), torch.cat(labels)
-    order = classes.argsort(stable=True)
-    return images[order], classes[order]
-
-
-def load_history(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    """Read, by the unit's name, the weights of its members and the log rows of its stack."""
-    histories = {}
-    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            histories[path.stem] = json.loads(file.metadata()["history"])
-    return histories

@@ -14,8 +14,8 @@ from torch import Tensor
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.bn import require_batchnorm
 from cvdd.chain.fitting import fit_batches, forget, remember, remembered
-from cvdd.chain.images import load_images
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.unit_files import load_images
 from cvdd.chain.votes import priors_in_order
 from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError

@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.initial import initial_images
-from cvdd.chain.recover import UNITS
 from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
 from cvdd.chain.training import every, log_epochs, save_student
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
-from cvdd.chain.unit_files import write_unit
+from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.context import Context
 from cvdd.grids import image_grid

@@ -19,7 +19,7 @@ from cvdd.artifact import Artifact
 from cvdd.augment import denormalise, normalise, pixel_bounds
 from cvdd.bn import require_batchnorm
 from cvdd.chain.members import load_network
-from cvdd.chain.unit_files import write_unit
+from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import effective_terms
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
@@ -41,7 +41,6 @@ from cvdd.voting import Voter
 
 log = logging.getLogger(__name__)
 
-UNITS = "units"
 
 Member = tuple[Voter, RealStatistics | None]
 """A member that votes, and recorded statistics where the method matches any."""

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.chain.images import load_images
 from cvdd.chain.labels import Labels
 from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
+from cvdd.chain.unit_files import load_images
 from cvdd.compiler import compiling
 from cvdd.context import Context
 from cvdd.engine import passes_of_students

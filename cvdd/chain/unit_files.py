@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from cvdd.artifact import Artifact
 from cvdd.tensor_files import save_tensors
 from cvdd.units import Unit
+
+UNITS = "units"
 
 
 def write_unit(
@@ -28,3 +33,28 @@ def write_unit(
     path = folder / f"{unit.name}.safetensors"
     history = {"weights": dict(weights), "rows": [dict(row) for row in rows]}
     save_tensors(path, {"images": pixels.contiguous(), "labels": unit.targets}, {"history": json.dumps(history)})
+
+
+def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
+    """Read distilled images and their labels: [classes * ipc, 3, size, size] uint8 and [classes * ipc].
+
+    The order is that of the published folders: class by class, image i of a class is that of slot i.
+    """
+    slots: list[Tensor] = []
+    labels: list[Tensor] = []
+    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            slots.append(file.get_tensor("images"))
+            labels.append(file.get_tensor("labels"))
+    images, classes = torch.cat(slots), torch.cat(labels)
+    order = classes.argsort(stable=True)
+    return images[order], classes[order]
+
+
+def load_history(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """Read, by the unit's name, the weights of its members and the log rows of its stack."""
+    histories = {}
+    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            histories[path.stem] = json.loads(file.metadata()["history"])
+    return histories

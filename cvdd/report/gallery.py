@@ -17,7 +17,7 @@ from torch import Tensor
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
 from cvdd.chain.initial import PATCHES, initial_images
-from cvdd.chain.recover import UNITS
+from cvdd.chain.unit_files import UNITS
 from cvdd.context import Context
 
 CLASSES, SLOTS = 20, 10

@@ -10,8 +10,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvdd.chain.compare import Distilled, Result
-from cvdd.chain.images import load_history
 from cvdd.chain.own_engines import own_engine
+from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.provenance import made_by_other_code

@@ -86,13 +86,13 @@ def members_shown(config: RunConfig) -> list[str]:
 
 
 def _votes(images: Artifact) -> list[dict[str, Any]]:
-    from cvdd.chain.images import load_history
+    from cvdd.chain.unit_files import load_history
 
     return [{"unit": unit, **history["weights"]} for unit, history in load_history(images).items()]
 
 
 def _agreement(images: Artifact) -> dict[str, float]:
-    from cvdd.chain.images import load_history
+    from cvdd.chain.unit_files import load_history
 
     return mean_agreement(load_history(images))
 

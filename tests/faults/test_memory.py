@@ -21,8 +21,9 @@ import cvdd.fit
 import cvdd.footprint
 import cvdd.labels
 from cvdd.chain.compare import compare, distil
-from cvdd.chain.images import load_images, make_images
+from cvdd.chain.images import make_images
 from cvdd.chain.members import make_member
+from cvdd.chain.unit_files import load_images
 from cvdd.classifier import Classifier, NonFiniteTraining
 from cvdd.context import Context
 from cvdd.memory import OutOfMemory, enough_memory
