@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError, is_certain, own_directories, prepare, quote_numbers
+from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
     check_launcher,
     check_multirun,
@@ -29,6 +30,7 @@ from cvdd.sweep import leaves, with_points
 
 # A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
 register_resolvers()
+register_resolver()
 
 
 def config_directory() -> Path:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
+from cvdd.chain.given import check_given
+from cvdd.chain.given_labels import check_given_labels
 from cvdd.chain.initial import require_real_images
 from cvdd.chain.own_engines import own_engine
 from cvdd.chain.priors import priors_needed, shares_priors
@@ -30,8 +32,8 @@ def check_before_work(context: Context) -> None:
 
     Raises:
         ConfigError: steps to be recorded without a GPU, an unknown or unsuitable network, a member without the
-            BatchNorm layers that it needs, label batches too small for their statistics, or classes with too few real
-            images.
+            BatchNorm layers that it needs, label batches too small for their statistics, classes with too few real
+            images, or given images or labels that do not fit.
     """
     config = context.config
     records(config.engine.cuda_graphs, context.device)
@@ -63,6 +65,10 @@ def check_before_work(context: Context) -> None:
             own = own_engine(row.config.method)
             if own and own.check:
                 own.check(row)
+            if row.config.method.init == "given":
+                check_given(row)
+            if labels and row.config.label.given is not None:
+                check_given_labels(row)
     for name, row in measuring.items():
         with _said_of(name):
             _check_real_images(row, "prior.images_per_class")

@@ -12,6 +12,7 @@ from cvdd.schema.method import OWN_SECTIONS
 PLAIN: Mapping[str, Any] = MappingProxyType(
     {
         "method.init": "patches",
+        "method.given": None,
         "method.composer": "slots",
         "method.slots_per_unit": None,
         "method.voters": "drawn",
@@ -33,6 +34,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "label.randaugment": False,
         "label.mix": "cutmix",
         "label.store": "none",
+        "label.given": None,
         "label.keep": 1.0,
         "protocol.student": "protocol",
         "protocol.loss": "kl",

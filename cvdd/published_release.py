@@ -69,13 +69,7 @@ def read_record(path: Path, size: int) -> tuple[Views, Mix, Tensor]:
     Raises:
         ConfigError: the file is missing or damaged, holds anything but numbers, or is not such a record.
     """
-    content = load_without_code(path, ", or holds other things than numbers, which are refused", _SCALARS)
-    if not isinstance(content, list) or len(content) != 6:
-        raise ConfigError(f"{path}: not a label record, which is a list of six entries")
-    boxes, flips, permutation, _, region, logits = content
-    if region is None:
-        raise ConfigError(f"{path}: the batch has no CutMix region; only records of CutMix are read")
-    _check(path, boxes, flips, permutation, region, logits)
+    boxes, flips, permutation, region, logits = _read(path)
     pixels = boxes.double() * size
     region = tuple(int(edge) for edge in region)
     whole = pixels.round().long()
@@ -85,6 +79,17 @@ def read_record(path: Path, size: int) -> tuple[Views, Mix, Tensor]:
         raise ConfigError(f"{path}: its crops are not whole pixels of images of {size}x{size}; it is for other images")
     views = Views(whole, flips, torch.zeros(len(boxes), 2, dtype=torch.long))
     return views, Mix(permutation.long(), region, 1.0), logits
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor, Tensor, Any, Tensor]:
+    content = load_without_code(path, ", or holds other things than numbers, which are refused", _SCALARS)
+    if not isinstance(content, list) or len(content) != 6:
+        raise ConfigError(f"{path}: not a label record, which is a list of six entries")
+    boxes, flips, permutation, _, region, logits = content
+    if region is None:
+        raise ConfigError(f"{path}: the batch has no CutMix region; only records of CutMix are read")
+    _check(path, boxes, flips, permutation, region, logits)
+    return boxes, flips, permutation, region, logits
 
 
 def _check(path: Path, boxes: Any, flips: Any, permutation: Any, region: Any, logits: Any) -> None:
@@ -116,6 +121,28 @@ def published_order(count: int, epochs: int, seed: int = PUBLISHED_SEED) -> list
     return order
 
 
+def size_of_records(folder: Path) -> tuple[int, int]:
+    """Return how many epochs label records are of, and the samples of a full batch.
+
+    Args:
+        folder: holds the ``epoch_#`` folders.
+
+    Raises:
+        ConfigError: there are no records, an epoch is missing, or the first record is none.
+    """
+    epochs = len(list(folder.glob("epoch_*")))
+    if epochs == 0:
+        raise ConfigError(f"{folder}: no label records found; expected epoch_#/batch_#.tar")
+    missing = [epoch for epoch in range(epochs) if not (folder / f"epoch_{epoch}").is_dir()]
+    if missing:
+        raise ConfigError(f"{folder}: epoch_{missing[0]} of {epochs} epochs is missing; copy the whole folder again")
+    return epochs, len(_read(_record(folder, 0, 0))[-1])
+
+
+def _record(folder: Path, epoch: int, batch: int) -> Path:
+    return folder / f"epoch_{epoch}" / f"batch_{batch}.tar"
+
+
 class PublishedLabels:
     """Soft labels of the release, to train a student on (a :class:`cvdd.labels.SoftLabels`).
 
@@ -131,16 +158,9 @@ class PublishedLabels:
 
     def __init__(self, folder: Path, count: int, size: int, seed: int = PUBLISHED_SEED) -> None:
         self.folder, self.size, self.count = folder, size, count
-        self.epochs = len(list(folder.glob("epoch_*")))
-        if self.epochs == 0:
-            raise ConfigError(f"{folder}: no label records found; expected epoch_#/batch_#.tar")
-        missing = [epoch for epoch in range(self.epochs) if not (folder / f"epoch_{epoch}").is_dir()]
-        if missing:
-            raise ConfigError(
-                f"{folder}: epoch_{missing[0]} of {self.epochs} epochs is missing; copy the whole folder again"
-            )
+        self.epochs, self.batch_size = size_of_records(folder)
+        read_record(_record(folder, 0, 0), size)
         self._order = published_order(count, self.epochs, seed)
-        self.batch_size = len(read_record(self._path(0, 0), size)[2])
         self._bounds = batch_bounds(count, self.batch_size)
         found = len(list((folder / "epoch_0").glob("batch_*.tar")))
         if found != len(self._bounds):
@@ -148,9 +168,6 @@ class PublishedLabels:
                 f"{folder}: epoch_0 has {found} batches of {self.batch_size}, and {count} images make "
                 f"{len(self._bounds)}; these labels were made for other images"
             )
-
-    def _path(self, epoch: int, batch: int) -> Path:
-        return self.folder / f"epoch_{epoch}" / f"batch_{batch}.tar"
 
     def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
         """Read one epoch.
@@ -160,7 +177,7 @@ class PublishedLabels:
         """
         views, mixes, logits = [], [], []
         for batch, (start, stop) in enumerate(self._bounds):
-            path = self._path(epoch, batch)
+            path = _record(self.folder, epoch, batch)
             view, mix, scores = read_record(path, self.size)
             if len(scores) != stop - start:
                 raise ConfigError(f"{path}: {len(scores)} samples instead of {stop - start}; it is for other images")

@@ -17,7 +17,7 @@ from cvdd.config_base import ConfigError
 from cvdd.fields import fields
 from cvdd.schema import RunConfig
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
-from cvdd.validation import shared_by_rows
+from cvdd.validation import said_by_resolver, shared_by_rows
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 Composer = Callable[[Sequence[str]], DictConfig]
@@ -45,7 +45,11 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
     written = {name: row for name, row in rows.items() if isinstance(row, ListConfig)}
     if not rows or not (written or limits):
         return composed
-    base = _tree(composed)
+    try:
+        base = _tree(composed)
+    except OmegaConfBaseException as error:
+        # Of the command itself and of no row.
+        raise ConfigError(_reason(error)) from error
     # What was typed beside debug=smoke holds for all rows.
     limits = {key: max(limit, _number(base, key) or limit) for key, limit in limits.items()}
     expanded = composed.copy()
@@ -89,6 +93,8 @@ def _key(override: str) -> str:
 def _reason(error: Exception) -> str:
     """Say in one line why a row cannot be composed, and what would be valid."""
     first = str(error).splitlines()[0]
+    if said := said_by_resolver(first):
+        return said
     if isinstance(error, MissingConfigException) and error.options:
         group, _, wrong = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={wrong}: choose {', '.join(error.options)}{closest(wrong, error.options, '')}"

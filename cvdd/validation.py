@@ -62,6 +62,8 @@ def check(config: DictConfig) -> RunConfig:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         first = str(error).splitlines()[0]
+        if said := said_by_resolver(first):
+            raise ConfigError(said) from error
         # Another field may refer to the one that is missing; the latter is the one to set.
         missing = re.fullmatch(r".*[Mm]issing mandatory value: (\S+)", first)
         if missing:
@@ -87,6 +89,16 @@ def check(config: DictConfig) -> RunConfig:
     for row in rows:
         _check_priors(row)
     return run
+
+
+def said_by_resolver(message: str) -> str | None:
+    """Return what a resolver of this project said was wrong; OmegaConf hands on the words of an error alone.
+
+    Args:
+        message: first line of an error of OmegaConf.
+    """
+    said = re.fullmatch(r"ConfigError raised while resolving interpolation: (.+)", message)
+    return None if said is None else said[1]
 
 
 def _check_priors(run: RunConfig) -> None:

@@ -23,6 +23,10 @@ from cvdd.validation import check
 from cvdd.voting import Judgement, Voter, judge
 
 FIXTURES = Path(__file__).parent / "fixtures"
+PUBLISHED_IMAGES = FIXTURES / "official_release" / "syn_data" / "cifar10" / "cvdd_ipc2"
+PUBLISHED_LABELS = FIXTURES / "official_release" / "new_labels" / "cifar10" / "cvdd_bs8_ipc2"
+"""Two images of each of ten classes, as the published programs write them, and three epochs of labels in batches of
+eight."""
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

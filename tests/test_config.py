@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Compose, compose_raw
+from helpers import PUBLISHED_IMAGES, PUBLISHED_LABELS
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.cli import config_directory
@@ -44,6 +45,14 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "protocol/hard": ("label=hard",),
     "protocol/hard_tiny": ("label=hard",),
     "protocol/method": ("label=hard", "method=apm_tiny"),
+    "method/given": (f"method.given={PUBLISHED_IMAGES}",),
+    "label/given": (
+        "compare=none",
+        "method=given",
+        f"method.given={PUBLISHED_IMAGES}",
+        f"label.given={PUBLISHED_LABELS}",
+        "protocol.epochs=3",
+    ),
 }
 """What a file is used with, where the default of the other groups would make no sense."""
 

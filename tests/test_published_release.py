@@ -12,6 +12,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import FIXTURES, MEAN, STD, label_config, protocol_config
+from helpers import PUBLISHED_IMAGES as IMAGES
+from helpers import PUBLISHED_LABELS as LABELS
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,8 +26,6 @@ from cvdd.replay import replay
 from cvdd.student import StudentModule
 from cvdd.teachers import Teachers
 
-IMAGES = FIXTURES / "official_release" / "syn_data" / "cifar10" / "cvdd_ipc2"
-LABELS = FIXTURES / "official_release" / "new_labels" / "cifar10" / "cvdd_bs8_ipc2"
 RECORD = Path("epoch_0") / "batch_0.tar"
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
+from cvdd.chain.given import kept_as_given
+from cvdd.chain.given_labels import given_labels
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
 from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import Priors, find_priors, priors_of_row
 from cvdd.chain.space import WHITENING
 from cvdd.chain.students import make_student
+from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
 from cvdd.seeds import derive_seed
 from cvdd.surroundings import FULL_DATA_ROW
@@ -101,6 +104,12 @@ class Distilled:
     images: Artifact
     labels: Labels
 
+    @property
+    def history(self) -> dict[str, dict[str, Any]]:
+        """Who voted on the images, and how their loss went; of images that are given that is somebody else's."""
+        given = kept_as_given(self.context, self.images) is not None
+        return {} if given else load_history(self.images)
+
 
 def distil(context: Context, row: str, priors: Priors | None = None) -> Distilled:
     """Make images and labels of one configuration, and everything that they need.
@@ -112,9 +121,17 @@ def distil(context: Context, row: str, priors: Priors | None = None) -> Distille
     """
     priors = find_priors(context) if priors is None else priors
     images = make_distilled(context, priors.values)
-    own = own_engine(context.config.method) if context.config.protocol.student == "method" else None
-    labels = own.labels(context, images) if own and own.labels else make_labels(context, images, priors.values)
-    return Distilled(context, row, priors, images, labels)
+    return Distilled(context, row, priors, images, _labels(context, priors, images))
+
+
+def _labels(context: Context, priors: Priors, images: Artifact) -> Labels:
+    config = context.config
+    own = own_engine(config.method) if config.protocol.student == "method" else None
+    if own and own.labels:
+        return own.labels(context, images)
+    if config.label.given is not None:
+        return given_labels(context, images)
+    return make_labels(context, images, priors.values)
 
 
 def rows_of(context: Context) -> Iterator[tuple[str, Context]]:

@@ -13,6 +13,7 @@ import torch
 
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
+from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.recover import load_voter, recover_stack, require_splittable, splits_units
@@ -39,6 +40,9 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     method, ipc = config.method, config.ipc.images_per_class
     if method.init == "all":
         return _all_images(context)
+    patches = make_start(context)
+    if (kept := kept_as_given(context, patches)) is not None:
+        return kept
     units = plan_units(ipc, len(data.classes), method)
     votes = plan_votes(config, units, priors)
     stacks = plan_stacks(units, [vote.draw for vote in votes], method.units_per_stack)
@@ -47,13 +51,13 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     voting = sorted({index for vote in votes for index in vote.draw})
     members = {index: make_member(context, names[index]) for index in voting}
     recorded = {index: make_statistics(context, names[index]) for index in voting if method.statistics.recorded}
-    patches = make_start(context)
     identity: dict[str, Any] = {
         "data": data.identity,
         "classes": list(data.classes),
         "ipc": ipc,
         "method": method.model_dump(mode="json", exclude=_ignored(method)),
-        "seed": method.seed,
+        # Nothing is drawn of images that are given.
+        "seed": None if method.keeps_given else method.seed,
     }
     engine = _engine(context, stacks) if method.iterations else Engine()
     identity |= engine.identity
@@ -177,7 +181,8 @@ def _all_images(context: Context) -> Artifact:
 
 
 def _ignored(method: MethodConfig) -> Mapping[str, Any]:
-    ignored = {"name", "seed", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
+    # Given images are known by their artefact, a parent.
+    ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
         return {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)

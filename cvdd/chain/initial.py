@@ -11,15 +11,15 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.augment import normalise
+from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.unit_files import PATCHES
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.patches import make_patches
 from cvdd.seeds import derive_seed, generator
 from cvdd.selection import herd, member_features
-
-PATCHES = "patches.safetensors"
 
 
 def make_initial_patches(context: Context) -> Artifact:
@@ -91,16 +91,17 @@ def make_herd(context: Context) -> Artifact:
 
 def make_start(context: Context) -> Artifact | None:
     """Return the artefact that holds the initial images, if the method's ``init`` needs one."""
-    if context.config.method.init == "patches":
-        return make_initial_patches(context)
-    return make_herd(context) if context.config.method.init == "herding" else None
+    makers = {"patches": make_initial_patches, "herding": make_herd, "given": given_start}
+    make = makers.get(context.config.method.init)
+    return None if make is None else make(context)
 
 
 def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     """Initial images of all slots: [classes, ipc, 3, size, size] uint8.
 
-    With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th; with
-    ``real`` from a random training image, so that the images of a smaller IPC are the first ones of a larger.
+    With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th, with
+    ``given`` from the k-th of its class; with ``real`` from a random training image, so that the images of a smaller
+    IPC are the first ones of a larger.
 
     Args:
         context: the configuration and its surroundings.
@@ -111,6 +112,8 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     """
     config = context.config
     ipc = config.ipc.images_per_class
+    if patches is not None and is_distilled(patches):
+        return first_images(context, patches)
     if patches is not None:
         return load_file(patches.path / PATCHES)["images"][:, :ipc]
     data = context.data()

@@ -17,6 +17,9 @@ from cvdd.units import Unit
 
 UNITS = "units"
 
+PATCHES = "patches.safetensors"
+"""Of initial images, whatever they are: [classes, images, 3, size, size] uint8, called ``images``."""
+
 
 def write_unit(
     folder: Path, unit: Unit, pixels: Tensor, rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]
@@ -49,6 +52,16 @@ def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
     images, classes = torch.cat(slots), torch.cat(labels)
     order = classes.argsort(stable=True)
     return images[order], classes[order]
+
+
+def load_targets(artifact: Artifact) -> tuple[Tensor, int]:
+    """Read the labels of distilled images [n], file by file, and their side in pixels, without reading the images."""
+    labels, side = [], 0
+    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            labels.append(file.get_tensor("labels"))
+            side = file.get_slice("images").get_shape()[-1]
+    return torch.cat(labels), side
 
 
 def load_history(artifact: Artifact) -> dict[str, dict[str, Any]]:

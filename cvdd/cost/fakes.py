@@ -129,7 +129,7 @@ def student_run(step: StudentStep, images: int, build: Build, device: torch.devi
     size, classes = step.network.size, step.network.classes
     label = label.model_copy(update={"batch_size": images})
     plan = draw_epoch(label, images, size, 0, 0)
-    batch = LabelledBatch(plan, torch.randn(images, 0 if label.teachers == "none" else classes)).to(device)
+    batch = LabelledBatch(plan, torch.randn(images, 0 if label.hard else classes)).to(device)
     module = StudentModule(
         protocol,
         _pixels(images, size),

@@ -33,6 +33,7 @@ _STAGE_OF = {
     "teachers": "members",
     "patches": "patches",
     "herds": "patches",
+    "given": "patches",
     "labels": "labels",
     "students": "students",
 }

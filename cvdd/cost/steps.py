@@ -264,7 +264,15 @@ Step = (
 
 
 def _plain(label: LabelConfig) -> str:
-    teachers = "none" if label.teachers == "none" else "committee"
+    teachers = "none" if label.hard else "committee"
     store = "none" if teachers == "none" else "logits"
-    same = {"name": "any", "epochs": 1, "teachers": teachers, "store": store, "parameters": "stored", "keep": 1.0}
+    same = {
+        "name": "any",
+        "epochs": 1,
+        "teachers": teachers,
+        "store": store,
+        "parameters": "stored",
+        "keep": 1.0,
+        "given": None,
+    }
     return label.model_copy(update=same).model_dump_json()

@@ -127,7 +127,7 @@ def _student(piece: Piece, work: Work) -> None:
     work.parts["epochs"] = protocol.epochs
     if identity.get("compiled"):
         work.around(compile=1)
-    if label.store == "none":
+    if label.store == "none" and label.given is None:
         _score(piece, work, label, teachers, pool.shown * protocol.epochs)
     measured = len(data.test) if identity["measured_on"] == "test" else len(data.train)
     times = sum(map(every(protocol.eval_every, protocol.epochs), range(protocol.epochs)))
@@ -223,6 +223,12 @@ def _herd(piece: Piece, work: Work) -> None:
     _decode(piece, work, count, in_workers=False)
 
 
+def _given(piece: Piece, work: Work) -> None:
+    count = piece.config.ipc.images_per_class * len(piece.data.classes)
+    work.other_bytes = _pixels(piece, count)
+    work.use(DecodeStep(piece.data.image_size), count)
+
+
 def _statistics(piece: Piece, work: Work) -> None:
     network = _network(piece, piece.parents[0].manifest["identity"])
     _measure(piece, work, network, len(piece.data.train), piece.config.method.statistics.batch)
@@ -235,6 +241,7 @@ _COUNTING = {
     "labels": _labels,
     "patches": _patches,
     "herds": _herd,
+    "given": _given,
     "statistics": _statistics,
 }
 

@@ -75,19 +75,20 @@ def warn_of_left_out(part: Path, classes: Sequence[str]) -> None:
             log.warning("%s: class folder %s is left out, because its name begins with a dot", part, entry.name)
 
 
-def scan(part: Path, classes: Sequence[str]) -> FileSource:
+def scan(part: Path, classes: Sequence[str], field: str = "dataset.root") -> FileSource:
     """List the images of every class folder of ``part``, sub-folders included, in class order, then by name.
 
     Args:
         part: folder of one part of the data, e.g. ``root/train``.
         classes: folder names in label order.
+        field: that names the folder, or one above it, for messages.
 
     Raises:
         ConfigError: a class folder is missing or holds no image (the class is named).
     """
     absent = [name for name in classes if not (part / name).is_dir()]
     if absent:
-        raise ConfigError(f"class {absent[0]!r} has no folder in {part}; correct dataset.classes or dataset.root")
+        raise ConfigError(f"class {absent[0]!r} has no folder in {part}; correct dataset.classes or {field}")
     found = make_dataset(
         str(part), {name: label for label, name in enumerate(classes)}, is_valid_file=is_image_name, allow_empty=True
     )
@@ -100,7 +101,7 @@ def scan(part: Path, classes: Sequence[str]) -> FileSource:
         empty = classes[int((counts == 0).nonzero()[0])]
         raise ConfigError(
             f"class {empty!r} has no image in {part / empty} (looked for {', '.join(IMG_EXTENSIONS)}); "
-            "add images or correct dataset.root"
+            f"add images or correct {field}"
         )
     return FileSource(part, [path[prefix:] for path, _ in found], labels)
 

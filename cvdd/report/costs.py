@@ -8,6 +8,7 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.given import kept_as_given
 from cvdd.chain.priors import Priors
 from cvdd.context import Context
 
@@ -44,7 +45,9 @@ def open_patches(distilled: Sequence[Distilled]) -> list[Artifact]:
     found: dict[str, Artifact] = {}
     for made in distilled:
         store = made.context.store
-        for images in (made.images, *made.priors.images):
+        # What given images were made from is not of this run, and may be in another store.
+        own = [] if kept_as_given(made.context, made.images) is not None else [made.images]
+        for images in (*own, *made.priors.images):
             for parent in images.manifest["parents"]:
                 if parent["kind"] == "patches":
                     name = f"{parent['name']}-{parent['digest']}"

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
-from cvdd.chain.initial import PATCHES, initial_images
-from cvdd.chain.unit_files import UNITS
+from cvdd.chain.given import kept_as_given
+from cvdd.chain.initial import initial_images
+from cvdd.chain.unit_files import PATCHES, UNITS
 from cvdd.context import Context
 
 CLASSES, SLOTS = 20, 10
 """Most rows and columns that are shown."""
 LOSSLESS_SIDE, SIDE = 48, 96
 """Images up to the first side are kept pixel by pixel; larger ones are shown as JPEG, reduced to the second."""
-STARTS: Mapping[str, str] = MappingProxyType({"patches": "patches", "herds": "herded real images"})
+STARTS: Mapping[str, str] = MappingProxyType(
+    {"patches": "patches", "herds": "herded real images", "given": "given images"}
+)
 """Artefacts that hold initial images, and what these are called."""
 
 REAL_IMAGES = 5000
@@ -166,6 +169,9 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
     # Trajectory matching says of the whole set what other methods say under "method".
     method = identity.get("method", identity)
     if method.get("iterations", 0) == 0 or method["init"] == "noise":
+        return None, None
+    if kept_as_given(context, images) is not None:
+        # What they started from may be in another store, or nowhere.
         return None, None
     for parent in images.manifest["parents"]:
         if parent["kind"] in STARTS:

@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.own_engines import own_engine
-from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.provenance import made_by_other_code
@@ -44,7 +43,7 @@ def render_page(
     config, main = context.config, distilled[0]
     members, patches = open_members(context, summary), open_patches(distilled)
     artifacts = all_artifacts(members, patches, distilled, results)
-    terms = member_terms(load_history(main.images), main.context.config)
+    terms = member_terms(main.history, main.context.config)
     return (
         _environment()
         .get_template(TEMPLATE)
@@ -111,7 +110,7 @@ def _row(result: Result) -> dict[str, Any]:
 
 def _labels_kept(result: Result) -> str:
     """Say how many bytes the labels of a row have, or why they have none."""
-    if result.labels is None or result.labels.artifact is not None:
+    if result.labels is None or result.labels.bytes:
         return readable_bytes(result.summary()["label_bytes"])
     context = result.labels.context
     if teachers_of(context.config):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cvdd.agreement import mean_agreement
-from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.members import make_member
 from cvdd.context import Context
@@ -63,8 +62,8 @@ def summarise(
             }
             for name, member in members.items()
         },
-        "votes": _votes(main.images),
-        "agreement": _agreement(main.images),
+        "votes": [{"unit": unit, **one["weights"]} for unit, one in main.history.items()],
+        "agreement": mean_agreement(main.history),
         "config": config.model_dump(mode="json"),
     }
 
@@ -83,18 +82,6 @@ def members_shown(config: RunConfig) -> list[str]:
         voters = config.method.voters
         used |= set(config.committee.members if isinstance(voters, str) else voters)
     return [name for name in config.committee.members if name in used]
-
-
-def _votes(images: Artifact) -> list[dict[str, Any]]:
-    from cvdd.chain.unit_files import load_history
-
-    return [{"unit": unit, **history["weights"]} for unit, history in load_history(images).items()]
-
-
-def _agreement(images: Artifact) -> dict[str, float]:
-    from cvdd.chain.unit_files import load_history
-
-    return mean_agreement(load_history(images))
 
 
 def write_results(

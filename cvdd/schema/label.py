@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -43,6 +44,16 @@ class LabelConfig(CheckedConfig):
         1.0, description="share of the label batches that is stored; epochs then draw from it with replacement (LPLD)"
     )
     stack: Positive = Field(32, description="batches that share a forward pass")
+    given: Path | None = Field(
+        None,
+        description="labels that are there: store/labels/NAME-HASH, or a folder of the published programs' records; "
+        "for label=given, which reads all other fields from them",
+    )
+
+    @property
+    def hard(self) -> bool:
+        """Whether students learn the images' own classes."""
+        return self.teachers == "none" and self.given is None
 
     def _problems(self) -> Iterator[str]:
         if self.halves and self.bn_mode == "batch" and self.batch_size < 4:
@@ -51,11 +62,17 @@ class LabelConfig(CheckedConfig):
         yield from unread_fields(self, "label", ("halves", "dropout") if self.teachers == "none" else ())
         if self.teachers == []:
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
-        if self.teachers == "none" and self.store != "none":
+        if self.given is not None and (self.teachers != "none" or self.store != "none"):
+            yield (
+                f"label.given={self.given} has nobody label anything; choose label=given, which reads the recipe from "
+                "there, or label.given=null"
+            )
+        if self.hard and self.store != "none":
             yield "label.teachers=none gives hard labels, of which there is nothing to store; set label.store=none"
-        if self.teachers == "none" and self.dropout:
+        if self.hard and self.dropout:
             yield "label.dropout=true is of teachers, and label.teachers=none; set label.dropout=false"
-        if self.keep < 1 and (self.store != "logits" or self.parameters != "stored"):
+        stored = self.store == "logits" or self.given is not None
+        if self.keep < 1 and not (stored and self.parameters == "stored"):
             yield (
                 f"label.keep={self.keep} reads stored batches out of order; set label.store=logits and "
                 "label.parameters=stored, or label.keep=1"

@@ -24,12 +24,12 @@ def label_problems(
         for name in label.teachers:
             if name not in members:
                 yield f"label.teachers names {name}; the members are {', '.join(members)}, or committee"
-    if label.teachers == "none" and protocol.loss != "cross_entropy":
+    if label.hard and protocol.loss != "cross_entropy":
         yield (
             f"protocol.loss={protocol.loss} learns from teachers, and label.teachers=none; set "
             "protocol.loss=cross_entropy, or choose teachers with label=NAME"
         )
-    if label.teachers != "none" and protocol.loss == "cross_entropy":
+    if not label.hard and protocol.loss == "cross_entropy":
         yield (
             "protocol.loss=cross_entropy would not use the labels of label.teachers; choose label=hard, or "
             "protocol.loss=kl or mse"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -109,9 +110,15 @@ class MethodConfig(CheckedConfig):
 
     name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "herding", "noise", "all"] = Field(
+    init: Literal["patches", "real", "herding", "noise", "all", "given"] = Field(
         description="initial images: herding chooses real ones whose mean is that of the class, in the members' "
-        "features; all takes every real image, whatever ipc says, and optimises nothing"
+        "features; all takes every real image, whatever ipc says, and optimises nothing; given takes those of "
+        "method.given"
+    )
+    given: Path | None = Field(
+        None,
+        description="for init=given: images that somebody else made, a folder with one for each class, or "
+        "store/images/NAME-HASH",
     )
     composer: Literal["slots", "classes"] = Field(
         "slots",
@@ -182,6 +189,11 @@ class MethodConfig(CheckedConfig):
         return self.iterations > 0 and not self.brings_students
 
     @property
+    def keeps_given(self) -> bool:
+        """Whether the images are somebody else's, as they are."""
+        return self.init == "given" and self.iterations == 0
+
+    @property
     def brings_students(self) -> bool:
         """Whether the method makes images, labels and students in a way of its own."""
         return self.own is not None
@@ -197,6 +209,13 @@ class MethodConfig(CheckedConfig):
             yield from unread_settings(self, "mtt", "trajectory matching", ("real", "noise"))
         if self.apm is not None:
             yield from unread_settings(self, "apm", "prediction matching", ("real", "patches", "noise"))
+        if self.init == "given" and self.given is None:
+            yield (
+                "method.init=given takes images that are there; type method.given=FOLDER, with a folder for each "
+                "class, or method.given=store/images/NAME-HASH"
+            )
+        if self.init != "given" and self.given is not None:
+            yield f"method.given={self.given} is of method.init=given, and method.init={self.init}; set one of them"
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.init == "all":

@@ -65,6 +65,12 @@ class RunConfig(CheckedConfig):
         sizes, side = self.method.sizes, self.dataset.image_size
         if sizes is not None and sizes[-1] != side:
             yield f"method.sizes={sizes} ends at {sizes[-1]}, and dataset.image_size={side}; end at {side}"
+        if self.label.given is not None and not self.method.keeps_given:
+            yield (
+                f"label.given={self.label.given} is of images that are there too; add method=given "
+                "method.given=store/images/NAME-HASH, or the folder of these images. A row with other images needs a "
+                "label of its own, or leave rows out with compare=none"
+            )
         yield from label_problems(self.label, self.protocol, names, self.dataset.image_size)
         if self.prior.source == "given":
             missing = [name for name in names if name not in self.prior.values]
@@ -94,7 +100,7 @@ class RunConfig(CheckedConfig):
                     "protocol.student=method is for methods that train students in a way of their own (method=apm, "
                     "method=mtt); choose another protocol"
                 )
-            elif self.label.teachers != "none":
+            elif not self.label.hard:
                 yield (
                     "protocol.student=method would not use the labels of label.teachers; choose label=hard, which "
                     "makes none"

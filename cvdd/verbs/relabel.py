@@ -14,6 +14,11 @@ def relabel(context: Context, commands: list[str]) -> float | None:
     Raises:
         ConfigError: the configuration says that labels are not stored, or has none, so there is nothing to make.
     """
+    if context.config.label.given is not None:
+        raise ConfigError(
+            f"label.given={context.config.label.given} are labels that are there already, and relabel.py makes some. "
+            "Run evaluate.py, or choose another label"
+        )
     if context.config.label.teachers == "none":
         raise ConfigError(
             "label.teachers=none makes no labels: students learn the images' own, or those that a method made with "
