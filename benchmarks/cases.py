@@ -22,7 +22,8 @@ from benchmarks.reference import relabel as plain_relabel
 from benchmarks.reference import student as plain_student
 from benchmarks.timing import Program, timed
 from cvdd.backbones import build_network
-from cvdd.engine import Engine, Passes, passes_of_students
+from cvdd.engine import Engine
+from cvdd.passes import Passes, passes_of_students
 from cvdd.schema import RunConfig
 from cvdd.voting import Voter
 

@@ -24,13 +24,14 @@ from cvdd.augment import Views, pixel_bounds
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.context import Context
-from cvdd.engine import Engine, Passes, Work, choose_engine, passes_of_labels, passes_of_members, ready_voter
+from cvdd.engine import Engine, Work, choose_engine, ready_voter
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, write_labels
 from cvdd.labels import ComputedLabels
 from cvdd.measure import Accuracy
 from cvdd.member import MemberModule
+from cvdd.passes import Passes, passes_of_labels, passes_of_members
 from cvdd.recorded_student import make_student_module
 from cvdd.schema import LabelConfig, MethodConfig, RunConfig
 from cvdd.synthesis import DistillModule

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvdd.augment import Views, apply_views, draw_views, normalise
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
-from cvdd.engine import Passes
+from cvdd.passes import Passes
 from cvdd.schedules import cosine
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator

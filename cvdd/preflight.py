@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from cvdd.automatic import records
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
@@ -19,7 +20,6 @@ from cvdd.chain.priors import priors_needed, shares_priors
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.engine import records
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides

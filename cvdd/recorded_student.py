@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from cvdd.classifier import Part, RunningStatistics, added_up, differentiated
 from cvdd.copies import sharing_copy
-from cvdd.engine import Passes
 from cvdd.graphs import Recorded, draws_by_itself, side_by_side
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset, WholeEpochs
+from cvdd.passes import Passes
 from cvdd.replay import Replay
 from cvdd.schedules import optimizer_of, set_rate
 from cvdd.schema import ProtocolConfig

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
-from cvdd.engine import Passes
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
+from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of, student_rate
 from cvdd.schema import ProtocolConfig

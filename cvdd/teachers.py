@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cvdd.bn import BatchStatisticsNetwork
 from cvdd.compiler import compiling
-from cvdd.engine import Passes
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.matrix_convolution import with_matrix_convolutions
 from cvdd.methods.gvbsm import balanced_mean
+from cvdd.passes import Passes
 from cvdd.schema import LabelConfig
 
 

@@ -23,8 +23,8 @@ from benchmarks.table import markdown
 from cvdd.artifact.manifest import manifest_checksum
 from cvdd.augment import Views, apply_matrices, pixel_bounds
 from cvdd.chain.unit_files import write_unit
-from cvdd.engine import Passes
 from cvdd.losses import soft_label_loss
+from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.teachers import Teachers
 from cvdd.units import Unit, unit_matrices

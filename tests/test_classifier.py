@@ -19,9 +19,9 @@ from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches, small
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, TensorSource
-from cvdd.engine import Passes
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import Augmentation, MemberModule, apply_augmentation, augment
+from cvdd.passes import Passes
 from cvdd.schema import RecipeConfig
 
 SIZE = 16

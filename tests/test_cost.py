@@ -196,7 +196,7 @@ def test_a_large_stack_is_judged_in_parts(compose: Compose) -> None:
 
 
 def test_compiling_takes_time_of_its_own(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cvdd.engine.has_compiler", lambda device: True)
+    monkeypatch.setattr("cvdd.automatic.has_compiler", lambda device: True)
     plain = works(compose("distill", "engine.compile=false"))
     compiled = works(compose("distill", "engine.compile=true", "engine.units_per_pass=1"))
     assert total(plain, "images", VoteStep) == total(compiled, "images", VoteStep)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cvdd.teachers
+from cvdd.automatic import has_compiler, precision_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.engine import Passes, has_compiler, precision_of
 from cvdd.fit import devices_of
 from cvdd.memory import is_out_of_memory
+from cvdd.passes import Passes
 from cvdd.runtime import find_device
 from cvdd.schedules import compute_as_made
 from cvdd.schema import RunConfig

@@ -9,21 +9,13 @@ import torch
 from helpers import method_config, quiet_trainer, small_network
 from torch import Tensor
 
-import cvdd.engine
+import cvdd.automatic
+import cvdd.passes
+from cvdd.automatic import compiles, forward_flops, has_compiler, precision_of, uncompiled_seconds
 from cvdd.backbones import BackboneConfig
 from cvdd.compiler import compiling
-from cvdd.engine import (
-    Engine,
-    Passes,
-    Work,
-    choose_engine,
-    compiles,
-    forward_flops,
-    has_compiler,
-    precision_of,
-    ready_voter,
-    uncompiled_seconds,
-)
+from cvdd.engine import Engine, Work, choose_engine, ready_voter
+from cvdd.passes import Passes
 from cvdd.schema import EngineConfig
 from cvdd.synthesis import DistillModule
 from cvdd.units import Stage, Unit, unit_views
@@ -51,7 +43,8 @@ def work(**changes: object) -> Work:
 
 @pytest.fixture(autouse=True)
 def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.engine, "has_compiler", lambda device: True)
+    for module in (cvdd.automatic, cvdd.passes):
+        monkeypatch.setattr(module, "has_compiler", lambda device: True)
 
 
 def test_little_work_is_not_compiled_and_much_is() -> None:
@@ -123,7 +116,7 @@ def test_without_a_compiler_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(cvdd.engine, "has_compiler", has_compiler)
+    monkeypatch.setattr(cvdd.automatic, "has_compiler", has_compiler)
     has_compiler.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

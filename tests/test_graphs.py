@@ -26,14 +26,16 @@ from helpers import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cvdd.automatic import records
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
-from cvdd.engine import Engine, Passes, iteration_can_be_recorded, ready_voter, records
+from cvdd.engine import Engine, iteration_can_be_recorded, ready_voter
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.label_batches import EpochSampler, SoftLabelDataset
 from cvdd.labels import ComputedLabels
 from cvdd.member import MemberModule
+from cvdd.passes import Passes
 from cvdd.recorded_student import RecordedStudent, make_student_module, steps_can_be_recorded
 from cvdd.schema import RecipeConfig
 from cvdd.student import StudentModule

@@ -11,7 +11,6 @@ from helpers import MEAN, STD, label_config, random_pixels, small_network
 from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
-from cvdd.engine import Passes
 from cvdd.labels import (
     ComputedLabels,
     HardLabels,
@@ -20,6 +19,7 @@ from cvdd.labels import (
     epochs_together,
     samples_at_most,
 )
+from cvdd.passes import Passes
 from cvdd.replay import batch_bounds, draw_epoch, replay
 from cvdd.schema import LabelConfig
 from cvdd.teachers import Teachers

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cvdd import matrix_convolution
-from cvdd.engine import Engine, Passes, ready_voter
+from cvdd.engine import Engine, ready_voter
 from cvdd.matrix_convolution import MatrixConvolution, with_matrix_convolutions
+from cvdd.passes import Passes
 
 CASES = {
     "plain": (3, 1, 1),

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 import cvdd.fit
 from cvdd.batch_parts import parts_of
 from cvdd.compiler import compiling
-from cvdd.engine import Passes
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
 from cvdd.losses import soft_label_loss
 from cvdd.measure import Accuracy
+from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of
 from cvdd.student import StudentModule

@@ -10,9 +10,10 @@ from typing import Any
 
 from cvdd.artifact import write_atomically
 from cvdd.context import Context
-from cvdd.engine import Engine, Passes, judges_by_unit
+from cvdd.engine import Engine, judges_by_unit
 from cvdd.footprint import SHARE, free_memory, profile_of, surely_fits
 from cvdd.labels import samples_at_most
+from cvdd.passes import Passes
 from cvdd.units import Stack
 
 log = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ from cvdd.committee import vote_weights
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.engine import Passes, passes_of_labels
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.memory import enough_memory
+from cvdd.passes import Passes, passes_of_labels
 from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers

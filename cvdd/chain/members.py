@@ -23,10 +23,10 @@ from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import Data, check_same_classes, resize_and_crop
-from cvdd.engine import passes_of_members
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images
 from cvdd.memory import enough_memory
+from cvdd.passes import passes_of_members
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 

@@ -12,9 +12,9 @@ from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
 from cvdd.chain.unit_files import load_images
 from cvdd.compiler import compiling
 from cvdd.context import Context
-from cvdd.engine import passes_of_students
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.memory import enough_memory
+from cvdd.passes import passes_of_students
 from cvdd.recorded_student import make_student_module
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from cvdd.automatic import records
 from cvdd.cost.calibrate import SECONDS, Clock, Profiles, time_steps
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.prediction import (
@@ -25,7 +26,6 @@ from cvdd.cost.prediction import (
 from cvdd.cost.steps import Overhead, Step
 from cvdd.cost.table import print_costs
 from cvdd.cost.work import work_of
-from cvdd.engine import records
 from cvdd.schema import RunConfig
 
 __all__ = [

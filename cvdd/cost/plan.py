@@ -13,6 +13,7 @@ import torch
 
 from cvdd.artifact import Artifact, Parts, Store, digest_of
 from cvdd.artifact.manifest import read_manifest, sealed_as
+from cvdd.automatic import records
 from cvdd.chain.compare import compare, distil
 from cvdd.chain.members import make_member
 from cvdd.chain.own_engines import make_distilled, own_engine
@@ -20,7 +21,6 @@ from cvdd.chain.priors import find_priors
 from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
-from cvdd.engine import records
 from cvdd.report.summary import members_shown
 from cvdd.schema import RunConfig
 
