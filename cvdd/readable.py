@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 
-def with_error(mean: float, error: float | None, sign: str = "\u00b1") -> str:
+def with_error(mean: float, error: float | None, sign: str = "\u00b1", digits: int = 1) -> str:
     """Write a number with its standard error, if there is one.
 
     Args:
         mean: the number.
         error: its standard error; None with a single value.
         sign: between them.
+        digits: after the point.
     """
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} {sign} {error:.1f}"
+    return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} {sign} {error:.{digits}f}"
 
 
 def readable_bytes(count: float | None) -> str:

@@ -54,7 +54,7 @@ def find_baseline(results: Sequence[Result], main: Result) -> Result | None:
         for result in results
         if result.student == main.student and result.row != main.row and result.images is not None
     ]
-    real = [result for result in others if _is_real(result)]
+    real = [result for result in others if is_real(result)]
     return next(iter([*real, *others]), None)
 
 
@@ -125,14 +125,15 @@ def _method(result: Result) -> Mapping[str, Any]:
     return method
 
 
-def _is_real(result: Result) -> bool:
+def is_real(result: Result) -> bool:
+    """Whether a row is random real images."""
     method = _method(result)
     return method.get("init") == "real" and method.get("iterations") == 0
 
 
 def _description(baseline: Result, main: Result) -> str:
     name = baseline.row
-    if _is_real(baseline):
+    if is_real(baseline):
         name = "random real images"
     elif _method(baseline).get("init") == "patches" and _method(baseline).get("iterations") == 0:
         name = "patches of real images, not optimised"

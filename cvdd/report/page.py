@@ -20,6 +20,7 @@ from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_c
 from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
+from cvdd.report.ranking import rank
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table
@@ -59,6 +60,7 @@ def render_page(
                 *filter(None, (headline.other_students(results), headline.reference(results), _published(summary))),
             ],
             verdict=_verdict(results),
+            ranking=rank(results),
             colours=plots.row_colours(results),
             full_data=any(result.row == FULL_DATA_ROW for result in results),
             gallery=make_gallery(main),

@@ -14,6 +14,7 @@ from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.members import make_member
 from cvdd.context import Context
 from cvdd.provenance import code_version
+from cvdd.report.ranking import rank
 from cvdd.report.verdict import hold_against
 from cvdd.schema import RunConfig, teachers_of
 
@@ -51,6 +52,7 @@ def summarise(
         "dataset": context.data().identity,
         "classes": list(context.data().classes),
         "results": [result.summary() for result in results],
+        "ranking": [ranking.summary() for ranking in rank(results)],
         "verdict": _verdict(config, results),
         "members": {
             name: {

@@ -78,6 +78,25 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
     print_table(table)
 
 
+def print_ranking(ranking: Sequence[Mapping[str, Any]]) -> None:
+    """Print DD-Ranking's scores with their standard errors, if rows were made for any."""
+    if not ranking:
+        return
+    table = new_table("DD-Ranking: points of accuracy, and scores from 0 to 1")
+    for column in ("images", "student"):
+        table.add_column(column, overflow="fold")
+    columns = {"hlr": 1, "ior": 1, "lrs": 3, "ars": 3}
+    for column in columns:
+        table.add_column(column.upper(), justify="right", no_wrap=True)
+    for one in ranking:
+        shown = [
+            with_error(one[key]["value"], one[key]["error"], "+-", digits) if one[key] else "-"
+            for key, digits in columns.items()
+        ]
+        table.add_row(one["row"], one["student"], *shown)
+    print_table(table)
+
+
 def print_verdict(verdict: Mapping[str, Any] | None) -> None:
     """Print what was expected beside what was measured, if a published number was given."""
     if verdict is not None:

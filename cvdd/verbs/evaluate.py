@@ -10,7 +10,7 @@ from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.context import Context
 from cvdd.launching import share_of_work
 from cvdd.report.summary import summarise, write_results
-from cvdd.report.tables import print_results, print_verdict
+from cvdd.report.tables import print_ranking, print_results, print_verdict
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
     for made in results:
         context.log_artifacts(_artifacts(made))
     print_results(summary["results"])
+    print_ranking(summary["ranking"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
     return float(summary["results"][0]["top1"])

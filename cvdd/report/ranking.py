@@ -1,0 +1,132 @@
+"""DD-Ranking's scores: what images are worth without their soft labels, and without augmentation (arXiv 2505.13300).
+
+Accuracies of several rows of a comparison make one score. Rows are known by what they are, whatever their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from cvdd.chain.compare import Result
+from cvdd.report.headline import Difference, difference, is_real
+from cvdd.schema import RunConfig
+from cvdd.surroundings import FULL_DATA_ROW
+
+WEIGHT = 0.5
+"""Of the first of two differences, as on DD-Ranking's board."""
+
+_EVALUATION: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "label": frozenset({"name", "store", "parameters", "dtype", "stack"}),
+        "protocol": frozenset({"name", "seeds", "images", "full_data", "eval_every", "eval_batch"}),
+    }
+)
+"""Sections that say how a set is evaluated, and their fields that change nothing of it."""
+
+_PLAIN: Mapping[str, Any] = MappingProxyType(
+    {"crop_scale": [1.0, 1.0], "flip": False, "shuffle": 1, "randaugment": False, "mix": "none", "mix_alpha": 1.0}
+)
+"""Labels without augmentation."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores of one row for one student; None where a row that a score needs is missing.
+
+    Attributes:
+        row: of the distilled set.
+        student: name of the network.
+        hlr: hard label recovery: accuracy of all real images on their classes minus that of these images on theirs, in
+            points. Lower is better.
+        ior: improvement over as many random real images with the same labels and protocol, in points.
+        lrs: label-robust score of both, from 0 to 1.
+        ars: augmentation-robust score: of the improvement over random real images with and without augmentation.
+    """
+
+    row: str
+    student: str
+    hlr: Difference | None
+    ior: Difference
+    lrs: Difference | None
+    ars: Difference | None
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def rank(results: Sequence[Result]) -> list[Ranking]:
+    """Score every row of a comparison for which the rows are there that a score needs (``compare=dd_ranking``).
+
+    Args:
+        results: all results of a run.
+    """
+    scored = (_rank(result, results) for result in results if result.labels is not None and not _hard(result))
+    return [one for one in scored if one is not None and (one.lrs is not None or one.ars is not None)]
+
+
+def score(first: Difference, second: Difference) -> Difference:
+    """Bring a weighted sum of two differences in points between 0 and 1: ``(e^alpha - e^-1) / (e - e^-1)``.
+
+    Returns:
+        the score with its standard error, None where a difference has none.
+    """
+    alpha = (WEIGHT * first.value + (1 - WEIGHT) * second.value) / 100
+    span = math.e - math.exp(-1)
+    value = (math.exp(alpha) - math.exp(-1)) / span
+    if first.error is None or second.error is None:
+        return Difference(value, None)
+    return Difference(
+        value, math.exp(alpha) / span * math.hypot(WEIGHT * first.error, (1 - WEIGHT) * second.error) / 100
+    )
+
+
+def _rank(result: Result, results: Sequence[Result]) -> Ranking | None:
+    evaluation = _evaluation(result)
+    plain = {**evaluation, "label": {**evaluation["label"], **_PLAIN}}
+    if is_real(result) or evaluation == plain:
+        # These are what others are held against.
+        return None
+    same = [other for other in results if other.student == result.student and other is not result]
+    labelled = [other for other in same if other.labels is not None]
+    random = _first(labelled, lambda other: is_real(other) and _evaluation(other) == evaluation)
+    if random is None:
+        return None
+    ior = difference(result, random)
+    real = _first(same, lambda other: other.row == FULL_DATA_ROW)
+    hard = _first(labelled, lambda other: _hard(other) and _images(other) == _images(result))
+    hlr = None if real is None or hard is None else difference(real, hard)
+    lrs = None if hlr is None else score(ior, Difference(-hlr.value, hlr.error))
+    bare = _first(labelled, lambda other: _images(other) == _images(result) and _evaluation(other) == plain)
+    bare_random = _first(labelled, lambda other: is_real(other) and _evaluation(other) == plain)
+    ars = None if bare is None or bare_random is None else score(ior, difference(bare, bare_random))
+    return Ranking(result.row, result.student, hlr, ior, lrs, ars)
+
+
+def _first(results: Sequence[Result], wanted: Callable[[Result], bool]) -> Result | None:
+    return next((result for result in results if wanted(result)), None)
+
+
+def _config(result: Result) -> RunConfig:
+    assert result.labels is not None
+    return result.labels.context.config
+
+
+def _hard(result: Result) -> bool:
+    return _config(result).label.hard
+
+
+def _images(result: Result) -> str | None:
+    return None if result.images is None else result.images.digest
+
+
+def _evaluation(result: Result) -> dict[str, dict[str, Any]]:
+    config = _config(result)
+    return {
+        section: getattr(config, section).model_dump(mode="json", exclude=set(left_out))
+        for section, left_out in _EVALUATION.items()
+    }

@@ -1,0 +1,157 @@
+"""DD-Ranking's scores, against its own board and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import Compose
+from helpers import TINY, configure, tiny_context
+
+from cvdd.artifact import Artifact
+from cvdd.chain.compare import Result
+from cvdd.chain.labels import Labels
+from cvdd.report.headline import Difference
+from cvdd.report.ranking import Ranking, rank, score
+from cvdd.report.tables import print_ranking
+from cvdd.runtime import Invocation, run
+
+# Hard label recovery, improvement over random, and the score that follows (specification of the field, section 4.1).
+BOARD = {
+    "DC, IPC 1": (52.66, 12.40, 0.191),
+    "MTT, IPC 1": (42.21, 27.62, 0.239),
+    "SRe2L, IPC 10": (67.82, -5.77, 0.138),
+    "DATM, IPC 50": (18.89, 23.89, 0.280),
+}
+
+
+@pytest.mark.parametrize(("hlr", "ior", "expected"), BOARD.values(), ids=BOARD)
+def test_scores_of_the_board(hlr: float, ior: float, expected: float) -> None:
+    found = score(Difference(ior, None), Difference(-hlr, None))
+    assert found.value == pytest.approx(expected, abs=5e-4)
+    assert found.error is None
+
+
+def test_the_ends_and_the_error() -> None:
+    """All real images' accuracy with nothing to begin with is 1, the reverse 0."""
+    assert score(Difference(100, 0), Difference(100, 0)).value == pytest.approx(1)
+    assert score(Difference(-100, 0), Difference(-100, 0)).value == pytest.approx(0)
+    first, second = Difference(10, 3), Difference(-20, 4)
+    found = score(first, second)
+    # By finite differences of each, independent.
+    moved = [
+        score(Difference(10 + 1e-4, None), second).value - found.value,
+        score(first, Difference(-20 + 1e-4, None)).value - found.value,
+    ]
+    assert found.error == pytest.approx(math.hypot(3 * moved[0] / 1e-4, 4 * moved[1] / 1e-4), rel=1e-3)
+
+
+class Made:
+    """Results of a comparison with made-up accuracies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def result(self, row: str, values: list[float], *overrides: str, images: str | None = None) -> Result:
+        students = tuple(
+            Artifact(self.folder / f"{row}{seed}", {"metrics": dict.fromkeys(METRICS, value), "cost": COST})
+            for seed, value in enumerate(values)
+        )
+        seeds = tuple(range(len(values)))
+        if row == "full_data":
+            return Result(row, "small", "recipe", seeds, students, None, None)
+        context = tiny_context(self.folder, *overrides)
+        method = context.config.method
+        identity = {"method": {"init": method.init, "iterations": method.iterations}}
+        manifest = {"digest": images or row, "identity": identity, "files": {}, "cost": COST}
+        of_row = Artifact(self.folder / row, manifest)
+        labels = Labels({}, [of_row], None, context, of_row, [], {})
+        return Result(row, "small", context.config.protocol.name, seeds, students, of_row, labels)
+
+
+METRICS = ("top1", "best_top1", "top5", "loss")
+COST = {"wall_seconds": 1.0}
+REAL = ("method=random_real", "method.iterations=0")
+HARD = ("label=hard", "protocol=hard_tiny", "protocol.epochs=3", "protocol.eval_every=1")
+PLAIN = ("label.crop_scale=[1.0,1.0]", "label.flip=false", "label.mix=none")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> list[Result]:
+    make = Made(tmp_path)
+    return [
+        make.result("cvdd", [50, 52]),
+        make.result("someone", [49, 50], *REAL),
+        make.result("classes", [21, 19], *HARD, images="cvdd"),
+        make.result("other classes", [90, 90], *HARD),
+        make.result("bare", [40, 42], *PLAIN, images="cvdd"),
+        make.result("bare someone", [41, 41], *REAL, *PLAIN),
+        make.result("full_data", [90, 92]),
+    ]
+
+
+def test_rows_are_known_by_what_they_are(results: list[Result]) -> None:
+    (found,) = rank(results)
+    assert isinstance(found, Ranking)
+    assert (found.row, found.student) == ("cvdd", "small")
+    assert found.hlr is not None
+    assert (found.hlr.value, found.ior.value) == (71, 1.5)
+    assert found.hlr.error == pytest.approx(math.hypot(1, 1))
+    assert found.lrs == score(found.ior, Difference(-71, found.hlr.error))
+    assert found.ars is not None
+    assert found.ars.value == score(found.ior, Difference(0, None)).value
+
+
+@pytest.mark.parametrize(
+    ("missing", "kept"),
+    [("full_data", "ars"), ("classes", "ars"), ("bare", "lrs"), ("bare someone", "lrs"), ("someone", None)],
+)
+def test_a_score_needs_its_rows(missing: str, kept: str | None, results: list[Result]) -> None:
+    found = rank([result for result in results if result.row != missing])
+    assert [one.row for one in found] == (["cvdd"] if kept else [])
+    for one in found:
+        assert [name for name in ("lrs", "ars") if getattr(one, name) is not None] == [kept]
+
+
+def test_another_evaluation_is_no_baseline(results: list[Result], tmp_path: Path) -> None:
+    others = [result for result in results if result.row != "someone"]
+    for changed in ("protocol.temperature=4", "label.crop_scale=[0.2,1.0]"):
+        assert rank([*others, Made(tmp_path).result("someone", [49, 50], *REAL, changed)]) == []
+    same = Made(tmp_path).result("someone", [49, 50], *REAL, "protocol.eval_batch=7", "label.store=none")
+    assert len(rank([*others, same])) == 1
+
+
+def test_one_seed_has_no_error(tmp_path: Path, results: list[Result], capsys: pytest.CaptureFixture[str]) -> None:
+    others = [result for result in results if result.row != "full_data"]
+    (found,) = rank([*others, Made(tmp_path).result("full_data", [91])])
+    assert found.lrs is not None
+    assert found.lrs.error is None
+    print_ranking([found.summary()])
+    shown = capsys.readouterr().out
+    assert "71.0 " in shown
+    assert f"{found.lrs.value:.3f} " in shown
+
+
+def test_a_command_has_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = (*TINY, "compare=dd_ranking", "protocol.full_data=true", "protocol.seeds=[0,1]")
+    run(configure(tmp_path, *typed), Invocation(typed))
+    summary = json.loads((tmp_path / "output" / "metrics.json").read_text())
+    top1 = {result["row"]: result["top1"] for result in summary["results"]}
+    (found,) = summary["ranking"]
+    assert found["hlr"]["value"] == pytest.approx(top1["full_data"] - top1["hard_labels"])
+    assert found["ior"]["value"] == pytest.approx(top1["cvdd"] - top1["random_real"])
+    bare = top1["no_augmentation"] - top1["random_real_no_augmentation"]
+    assert found["ars"]["value"] == pytest.approx(
+        score(Difference(found["ior"]["value"], 0), Difference(bare, 0)).value
+    )
+    assert "DD-Ranking" in capsys.readouterr().out
+    page = (tmp_path / "output" / "report.html").read_text()
+    assert f"{found['lrs']['value']:.3f} \u00b1 {found['lrs']['error']:.3f}" in page
+
+
+@pytest.mark.parametrize("method", ["fadrm_plus", "edc", "rded", "random_real"])
+def test_rows_go_with_every_method(method: str, compose: Compose) -> None:
+    config = compose("evaluate", f"method={method}", "compare=dd_ranking")
+    assert list(config.compare) == ["random_real", "hard_labels", "no_augmentation", "random_real_no_augmentation"]
