@@ -93,7 +93,7 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
     count = int(images.metrics["images"])
     check_batches(count, label)
     identity = {
-        "label": label.model_dump(mode="json", exclude={"name", "teachers", "weights", "store", "parameters"}),
+        "label": label.model_dump(mode="json", exclude={"name", "teachers", "weights", "store", "parameters", "given"}),
         # A balanced average has equal weights too, and other logits.
         "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
         "seed": _seed(context),
