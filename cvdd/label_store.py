@@ -18,6 +18,7 @@ from cvdd.artifact import DamagedArtifact, write_atomically
 from cvdd.artifact.files import reserve
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
+from cvdd.label_rows import read_rows, row_type, write_rows
 from cvdd.labels import ComputedLabels, epochs_together
 from cvdd.replay import Replay, draw_epoch, record_type
 from cvdd.schema import LabelConfig
@@ -39,6 +40,7 @@ class LabelLayout:
         pool: which batches are stored.
         classes: length of a logit vector.
         dtype: of the logits.
+        top: of them that are kept; None is all (:mod:`cvdd.label_rows`).
         record: of one sample's view and mix; None if they are not stored.
         together: epochs that are labelled in the same forward passes.
     """
@@ -46,6 +48,7 @@ class LabelLayout:
     pool: LabelPool
     classes: int
     dtype: str
+    top: int | None
     record: np.dtype[Any] | None
     together: int = 1
 
@@ -53,7 +56,8 @@ class LabelLayout:
     def of(label: LabelConfig, count: int, classes: int) -> LabelLayout:
         """Return the layout of a recipe for so many images and classes."""
         record = record_type(label) if label.parameters == "stored" else None
-        return LabelLayout(LabelPool.of(label, count), classes, label.dtype, record, epochs_together(label, count))
+        pool, together = LabelPool.of(label, count), epochs_together(label, count)
+        return LabelLayout(pool, classes, label.dtype, label.top, record, together)
 
     @property
     def blocks(self) -> list[range]:
@@ -68,7 +72,7 @@ class LabelLayout:
     @property
     def logits_row(self) -> int:
         """Bytes of one sample's logits."""
-        return self.classes * np.dtype(self.dtype).itemsize
+        return row_type(self.dtype, self.classes, self.top).itemsize
 
     @property
     def parameters_row(self) -> int:
@@ -172,7 +176,7 @@ def write_epochs(
         for epoch in range(first, block.stop):
             plan, logits = computed.epoch(epoch)
             parameters = b"" if layout.record is None else plan.record().tobytes()
-            pending.append((logits.numpy().tobytes(), parameters))
+            pending.append((write_rows(logits, layout.top), parameters))
             held += len(pending[-1][0])
             advance(1)
             due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES or held > BYTES_BETWEEN_SAVES
@@ -223,7 +227,9 @@ class StoredLabels:
             if found != expected:
                 raise ConfigError(f"{folder / name} has {found} bytes instead of {expected}: the labels are damaged")
         samples = layout.pool.samples
-        self._logits = np.memmap(folder / LOGITS, layout.dtype, "r", shape=(samples, layout.classes))
+        self._classes, row = layout.classes, row_type(layout.dtype, layout.classes, layout.top)
+        # A row of all logits becomes an axis of the array.
+        self._logits = np.memmap(folder / LOGITS, row, "r", shape=(samples,))
         self._records = (
             None if layout.record is None else np.memmap(folder / PARAMETERS, layout.record, "r", shape=(samples,))
         )
@@ -237,7 +243,7 @@ class StoredLabels:
             plan = draw_epoch(self.label, self.count, self.size, self.seed, epoch)
         else:
             plan = Replay.from_record(np.asarray(self._records[rows]))
-        return plan, torch.from_numpy(np.array(self._logits[rows]))
+        return plan, read_rows(self._logits[rows], self._classes)
 
     def _drawn(self, epoch: int) -> tuple[Replay, Tensor]:
         assert self._records is not None
@@ -248,5 +254,5 @@ class StoredLabels:
             # Partners are counted from the first sample of an epoch: once of that of the labels, now of this one.
             record["partner"] += place * self.pool.batch_size - start % self.pool.count
             records.append(record)
-            logits.append(np.array(self._logits[start:stop]))
-        return Replay.from_record(np.concatenate(records)), torch.from_numpy(np.concatenate(logits))
+            logits.append(read_rows(self._logits[start:stop], self._classes))
+        return Replay.from_record(np.concatenate(records)), torch.cat(logits)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
+from cvdd.label_rows import shortened
 from cvdd.memory import is_out_of_memory
 from cvdd.replay import Replay, draw_epoch, replay
 from cvdd.schema import LabelConfig
@@ -100,7 +101,8 @@ class ComputedLabels:
             # A GPU computes meanwhile.
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
-            logits = [_finite(torch.cat([part.cpu() for part in parts]), dtype) for parts in launched]
+            rounded = [_finite(torch.cat([part.cpu() for part in parts]), dtype) for parts in launched]
+            logits = [shortened(one, self.label.top) for one in rounded]
             self._last = (first, list(zip(plans, logits, strict=True)))
         return self._last[1][epoch - first]
 

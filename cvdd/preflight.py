@@ -20,6 +20,7 @@ from cvdd.chain.priors import priors_needed, shares_priors
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
@@ -43,6 +44,7 @@ def check_before_work(context: Context) -> None:
     for name, row in rows.items() if labels else ():
         with _said_of(name):
             check_batches(_images(row), row.config.label)
+            check_top(row.config.label.top, _classes(row))
     for name, row in measuring.items():
         with _said_of(name):
             check_batches(_images(row), row.config.label, measures_prior=True)

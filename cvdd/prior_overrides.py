@@ -36,6 +36,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "label.store": "none",
         "label.given": None,
         "label.keep": 1.0,
+        "label.top": None,
         "protocol.student": "protocol",
         "protocol.loss": "kl",
         "protocol.hard_label_weight": 0.0,

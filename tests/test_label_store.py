@@ -43,7 +43,7 @@ def written(folder: Path, **changes: object) -> StoredLabels:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("parameters", ["stored", "seed"])
-@pytest.mark.parametrize("more", [{}, {"shuffle": 2, "randaugment": True}])
+@pytest.mark.parametrize("more", [{}, {"shuffle": 2, "randaugment": True}, {"top": 1}])
 def test_stored_labels_are_the_computed_ones_bit_for_bit(
     more: dict, parameters: str, dtype: str, tmp_path: Path
 ) -> None:

@@ -22,11 +22,12 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import check_same_classes
 from cvdd.label_pool import LabelPool
+from cvdd.label_rows import check_top
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.memory import enough_memory
 from cvdd.passes import Passes, passes_of_labels
-from cvdd.schema import teachers_of
+from cvdd.schema import LabelConfig, teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
 
@@ -92,8 +93,9 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
     weights = _weights(context, names, priors)
     count = int(images.metrics["images"])
     check_batches(count, label)
+    check_top(label.top, len(data.classes))
     identity = {
-        "label": label.model_dump(mode="json", exclude={"name", "teachers", "weights", "store", "parameters", "given"}),
+        "label": label.model_dump(mode="json", exclude=_ignored(label)),
         # A balanced average has equal weights too, and other logits.
         "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
         "seed": _seed(context),
@@ -152,6 +154,12 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
         stored = identity | {"parameters": label.parameters, "images": images.digest, "classes": list(data.classes)}
         artifact = context.store.make_parts("labels", f"{images.name}-{label.name}", stored, parents, parts, finish)
     return Labels(identity, parents, artifact, context, images, weights, teachers)
+
+
+def _ignored(label: LabelConfig) -> set[str]:
+    ignored = {"name", "teachers", "weights", "store", "parameters", "given"}
+    # Whole logits are what every label had before they could be shortened.
+    return ignored | ({"top"} if label.top is None else set())
 
 
 def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: Tensor) -> StoredLabels:

@@ -43,6 +43,9 @@ class LabelConfig(CheckedConfig):
     keep: Share = Field(
         1.0, description="share of the label batches that is stored; epochs then draw from it with replacement (LPLD)"
     )
+    top: Positive | None = Field(
+        None, description="logits of each label that are kept, the largest; the others become their mean. null is all"
+    )
     stack: Positive = Field(32, description="batches that share a forward pass")
     given: Path | None = Field(
         None,
@@ -69,6 +72,8 @@ class LabelConfig(CheckedConfig):
             )
         if self.hard and self.store != "none":
             yield "label.teachers=none gives hard labels, of which there is nothing to store; set label.store=none"
+        if self.hard and self.top is not None:
+            yield f"label.top={self.top} is of teachers, and label.teachers=none; set label.top=null"
         if self.hard and self.dropout:
             yield "label.dropout=true is of teachers, and label.teachers=none; set label.dropout=false"
         stored = self.store == "logits" or self.given is not None
