@@ -26,7 +26,7 @@ DEGREES = 15.0
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class SiameseAugmentation:
     """One family with its parameters.
 
     Attributes:
@@ -40,7 +40,7 @@ class Augmentation:
 
 def draw_augmentation(
     families: Sequence[str], count: int, size: int, source: torch.Generator, *, shared: bool = False
-) -> Augmentation | None:
+) -> SiameseAugmentation | None:
     """Draw a family uniformly, and its parameters.
 
     Args:
@@ -56,10 +56,10 @@ def draw_augmentation(
     if not families:
         return None
     family = families[int(torch.randint(len(families), (), generator=source))]
-    return Augmentation(family, FAMILIES[family].draw(1 if shared else count, size, source))
+    return SiameseAugmentation(family, FAMILIES[family].draw(1 if shared else count, size, source))
 
 
-def augment(images: Tensor, augmentation: Augmentation | None) -> Tensor:
+def augment(images: Tensor, augmentation: SiameseAugmentation | None) -> Tensor:
     """Apply a draw to images [n, c, size, size] around 0; differentiable with respect to the images."""
     if augmentation is None:
         return images

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.dsa import FAMILIES, Augmentation, augment, draw_augmentation
+from cvdd.dsa import FAMILIES, SiameseAugmentation, augment, draw_augmentation
 
 ALL = tuple(FAMILIES)
 
@@ -21,8 +21,8 @@ def images(count: int = 3, size: int = 8) -> Tensor:
     return torch.randn(count, 3, size, size, generator=source(1))
 
 
-def drawn(family: str, *rows: list[float]) -> Augmentation:
-    return Augmentation(family, torch.tensor(rows))
+def drawn(family: str, *rows: list[float]) -> SiameseAugmentation:
+    return SiameseAugmentation(family, torch.tensor(rows))
 
 
 def test_color_is_brightness_then_saturation_then_contrast() -> None:
@@ -35,7 +35,7 @@ def test_color_is_brightness_then_saturation_then_contrast() -> None:
 
 def test_crop_shifts_and_fills_with_nothing() -> None:
     whole = images(2, 4)
-    seen = augment(whole, Augmentation("crop", torch.tensor([[1, 0], [0, -2]])))
+    seen = augment(whole, SiameseAugmentation("crop", torch.tensor([[1, 0], [0, -2]])))
     assert torch.equal(seen[0, :, :3], whole[0, :, 1:])
     assert not seen[0, :, 3].any()
     assert torch.equal(seen[1, :, :, 2:], whole[1, :, :, :2])
@@ -44,7 +44,7 @@ def test_crop_shifts_and_fills_with_nothing() -> None:
 
 def test_cutout_removes_half_the_side_around_its_centre() -> None:
     ones = torch.ones(2, 3, 8, 8)
-    seen = augment(ones, Augmentation("cutout", torch.tensor([[4, 4], [0, 8]])))
+    seen = augment(ones, SiameseAugmentation("cutout", torch.tensor([[4, 4], [0, 8]])))
     expected = torch.ones(8, 8)
     expected[2:6, 2:6] = 0
     assert torch.equal(seen[0, 1], expected)
@@ -55,7 +55,7 @@ def test_cutout_removes_half_the_side_around_its_centre() -> None:
 
 def test_flip_mirrors_some_samples() -> None:
     whole = images(2)
-    seen = augment(whole, Augmentation("flip", torch.tensor([[True], [False]])))
+    seen = augment(whole, SiameseAugmentation("flip", torch.tensor([[True], [False]])))
     assert torch.equal(seen[0], whole[0].flip(-1))
     assert torch.equal(seen[1], whole[1])
 

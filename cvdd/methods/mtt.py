@@ -21,7 +21,7 @@ from torch.func import functional_call, grad
 from torch.nn.modules.dropout import _DropoutNd
 
 from cvdd.config_base import ConfigError
-from cvdd.dsa import Augmentation, augment, draw_augmentation
+from cvdd.dsa import SiameseAugmentation, augment, draw_augmentation
 
 
 class FlatNetwork:
@@ -81,7 +81,7 @@ class Step:
 
     indices: Tensor
     offsets: Tensor | None
-    augmentation: Augmentation | None
+    augmentation: SiameseAugmentation | None
 
 
 def draw_batches(count: int, batch_size: int | None, steps: int, source: torch.Generator) -> list[Tensor]:
