@@ -40,7 +40,7 @@ def kind_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == PARTIAL else path.parent
 
 
-def unfinished(path: Path) -> Path:
+def built_in(path: Path) -> Path:
     """Return the directory in which an artefact is built, which may have been begun under another name.
 
     Args:

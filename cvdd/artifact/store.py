@@ -22,7 +22,7 @@ from cvdd.artifact.manifest import (
     verify,
 )
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
-from cvdd.artifact.places import lock_file, part_locks, unfinished
+from cvdd.artifact.places import built_in, lock_file, part_locks
 from cvdd.artifact.sealing import peak_memory, seal
 from cvdd.artifact.sessions import Session, process_seconds, read_sessions, wall_seconds
 from cvdd.artifact.uses import Uses
@@ -178,7 +178,7 @@ class Store:
 
     def _begin(self, path: Path) -> Path:
         """Return the directory in which an artefact is built; its lock is held."""
-        work = unfinished(path)
+        work = built_in(path)
         self._uses.note(work)
         work.mkdir(parents=True, exist_ok=True)
         log.info("making %s/%s", path.parent.name, path.name)
