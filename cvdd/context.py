@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -14,13 +14,16 @@ from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
 from torchvision.io import write_png
 
-from cvdd.artifact import Artifact, Store
+from cvdd.artifact import Artifact, DamagedArtifact, Store
+from cvdd.artifact.manifest import COPY, read_manifest, verify
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, load_data
 from cvdd.distributed import World
 from cvdd.fit import fit
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Context:
     world: World = field(default_factory=World)
     _loaded: dict[str, Data] = field(default_factory=dict, repr=False)
     _others: dict[Path, Store] = field(default_factory=dict, repr=False)
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def open_elsewhere(self, path: Path, kind: str, where: str) -> Artifact:
         """Open an artefact of another store, which is in use there until this run ends.
@@ -59,13 +63,26 @@ class Context:
             ConfigError: it is of another kind.
             DamagedArtifact: it is none, or damaged.
         """
-        root = path.absolute().parent.parent
-        if root not in self._others:
-            self._others[root] = Store(root)
-        artifact = self._others[root].open(path.absolute())
+        whole = path.expanduser().absolute()
+        try:
+            artifact = self._open_elsewhere(whole, kind)
+        except DamagedArtifact as error:
+            raise DamagedArtifact(f"{where}: {error}") from error
         if artifact.kind != kind:
             raise ConfigError(f"{where}: {path} is an artefact of kind {artifact.kind}, not {kind}")
         return artifact
+
+    def _open_elsewhere(self, path: Path, kind: str) -> Artifact:
+        root = path.parent.parent
+        if path.parent.name != kind:
+            # Copied to a place that is no store, in which nothing is to be noted.
+            artifact = read_manifest(path, COPY)
+            for problem in verify(artifact):
+                raise DamagedArtifact(f"{path}: {problem}. {COPY}")
+            return artifact
+        if root not in self._others:
+            self._others[root] = Store(root)
+        return self._others[root].open(path, COPY)
 
     def data(self) -> Data:
         """Load the data set, once per run."""
@@ -73,6 +90,18 @@ class Context:
         if key not in self._loaded:
             self._loaded[key] = load_data(self.config.dataset, self.store)
         return self._loaded[key]
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Return what ``find`` finds, which is asked once in a run, whatever rows there are.
+
+        Args:
+            key: of what is found.
+            find: takes long.
+        """
+        if key not in self._known:
+            self._known[key] = find()
+        found: T = self._known[key]
+        return found
 
     def differing(
         self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,17 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest, verify
+from cvdd.artifact.manifest import COPY, MANIFEST, DamagedArtifact, read_manifest, verify
 from cvdd.artifact.places import digest_in
 from cvdd.augment import normalise
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
+from cvdd.data.given_folder import class_folder
 from cvdd.label_store import LabelLayout, StoredLabels
 from cvdd.outcome import told
 from cvdd.replay import batch_bounds, replay
 from cvdd.schema import LabelConfig
 from cvdd.schema.unread import without_unread
-
-_OF_NO_FILE = re.compile(r"[^\w. -]")
-"""What the name of a class may have and that of a folder should not."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,8 @@ class DistilledSet:
         target = Path(folder)
         if target.is_dir() and any(target.iterdir()):
             raise ConfigError(f"{target} is not empty; name a folder that is not there yet")
-        width = len(str(len(self.classes) - 1))
         for index, name in enumerate(self.classes):
-            place = target / f"{index:0{width}d}_{_OF_NO_FILE.sub('_', name)}"
+            place = target / class_folder(index, name, len(self.classes))
             place.mkdir(parents=True)
             for number, image in enumerate(self.images[self.labels == index]):
                 write_png(image, str(place / f"{number:04d}.png"))
@@ -127,9 +123,9 @@ def load(path: str | Path) -> DistilledSet:
 def _whole(path: Path) -> Artifact:
     if not (path / MANIFEST).is_file():
         raise ConfigError(f"{path} is no artefact of a store; name a directory such as store/labels/NAME-HASH")
-    artifact = read_manifest(path)
+    artifact = read_manifest(path, COPY)
     for problem in verify(artifact):
-        raise DamagedArtifact(f"{path}: {problem}. Make it again, or copy it again")
+        raise DamagedArtifact(f"{path}: {problem}. {COPY}")
     return artifact
 
 

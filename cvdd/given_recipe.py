@@ -18,8 +18,9 @@ def register_resolver() -> None:
     OmegaConf.register_new_resolver(RESOLVER, _field_of, replace=True)
 
 
-def _field_of(path: str | None, field: str) -> Any:
-    return recipe_of(None if path is None else Path(path))[field]
+def _field_of(path: Any, field: str) -> Any:
+    # A folder may be called 123.
+    return recipe_of(None if path is None else Path(str(path)))[field]
 
 
 def recipe_of(path: Path | None) -> dict[str, Any]:
@@ -37,13 +38,13 @@ def recipe_of(path: Path | None) -> dict[str, Any]:
             "label.given=null: label=given reads labels that are there; type label.given=store/labels/NAME-HASH, or "
             "the folder of the records (epoch_#/batch_#.tar) of the published programs"
         )
-    folder = path.expanduser()
+    folder = path.expanduser().absolute()
     if is_published(folder):
         from cvdd.published_release import size_of_records
 
         epochs, batch_size = size_of_records(folder)
         return _with_defaults({"bn_mode": "batch", "batch_size": batch_size, "epochs": epochs})
-    return _stored(folder)
+    return _stored(path, folder)
 
 
 def is_published(folder: Path) -> bool:
@@ -51,18 +52,21 @@ def is_published(folder: Path) -> bool:
     return any(folder.glob("epoch_*"))
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    from cvdd.artifact.manifest import MANIFEST, read_manifest
+def _stored(path: Path, folder: Path) -> dict[str, Any]:
+    from cvdd.artifact.manifest import COPY, MANIFEST, DamagedArtifact, read_manifest
     from cvdd.schema.unread import without_unread
 
     if not (folder / MANIFEST).is_file():
         raise ConfigError(
-            f"label.given={folder} holds neither labels of a store (store/labels/NAME-HASH) nor records of the "
+            f"label.given={path} holds neither labels of a store (store/labels/NAME-HASH) nor records of the "
             "published programs (epoch_#/batch_#.tar)"
         )
-    artifact = read_manifest(folder)
+    try:
+        artifact = read_manifest(folder, COPY)
+    except DamagedArtifact as error:
+        raise ConfigError(f"label.given={path}: {error}") from error
     if artifact.kind != "labels":
-        raise ConfigError(f"label.given={folder} is an artefact of kind {artifact.kind}, not labels")
+        raise ConfigError(f"label.given={path} is an artefact of kind {artifact.kind}, not labels")
     identity = artifact.manifest["identity"]
     return _with_defaults({**without_unread("label", identity["label"]), "parameters": identity["parameters"]})
 

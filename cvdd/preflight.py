@@ -67,7 +67,7 @@ def check_before_work(context: Context) -> None:
             own = own_engine(row.config.method)
             if own and own.check:
                 own.check(row)
-            if row.config.method.init == "given":
+            if row.config.method.given is not None:
                 check_given(row)
             if labels and row.config.label.given is not None:
                 check_given_labels(row)

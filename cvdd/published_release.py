@@ -151,23 +151,30 @@ class PublishedLabels:
         count: number of distilled images.
         size: their side in pixels.
         seed: of the order of the samples.
+        classes: that they must have; None for any number.
 
     Raises:
-        ConfigError: there are no records, an epoch is missing, or the number of batches is not that of these images.
+        ConfigError: there are no records, an epoch is missing, the number of batches is not that of these images, or
+            that of classes another.
     """
 
-    def __init__(self, folder: Path, count: int, size: int, seed: int = PUBLISHED_SEED) -> None:
+    def __init__(
+        self, folder: Path, count: int, size: int, seed: int = PUBLISHED_SEED, classes: int | None = None
+    ) -> None:
         self.folder, self.size, self.count = folder, size, count
         self.epochs, self.batch_size = size_of_records(folder)
-        read_record(_record(folder, 0, 0), size)
+        self.classes = read_record(_record(folder, 0, 0), size)[2].shape[1]
+        if classes not in (None, self.classes):
+            raise ConfigError(f"{folder}: labels of {self.classes} classes, and the images are of {classes}")
         self._order = published_order(count, self.epochs, seed)
         self._bounds = batch_bounds(count, self.batch_size)
-        found = len(list((folder / "epoch_0").glob("batch_*.tar")))
-        if found != len(self._bounds):
-            raise ConfigError(
-                f"{folder}: epoch_0 has {found} batches of {self.batch_size}, and {count} images make "
-                f"{len(self._bounds)}; these labels were made for other images"
-            )
+        for epoch in range(self.epochs):
+            found = len(list((folder / f"epoch_{epoch}").glob("batch_*.tar")))
+            if found != len(self._bounds):
+                raise ConfigError(
+                    f"{folder}: epoch_{epoch} has {found} batches of {self.batch_size}, and {count} images make "
+                    f"{len(self._bounds)}; these labels were made for other images, or were not copied whole"
+                )
 
     def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
         """Read one epoch.
@@ -179,8 +186,11 @@ class PublishedLabels:
         for batch, (start, stop) in enumerate(self._bounds):
             path = _record(self.folder, epoch, batch)
             view, mix, scores = read_record(path, self.size)
-            if len(scores) != stop - start:
-                raise ConfigError(f"{path}: {len(scores)} samples instead of {stop - start}; it is for other images")
+            if scores.shape != (stop - start, self.classes):
+                raise ConfigError(
+                    f"{path}: {len(scores)} samples of {scores.shape[1]} classes instead of {stop - start} of "
+                    f"{self.classes}; it is for other images"
+                )
             views.append(view)
             mixes.append((start, stop, mix))
             logits.append(scores)

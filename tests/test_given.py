@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cvdd
+from cvdd.artifact import Artifact
 from cvdd.artifact.cleaning import sealed as sealed_in
+from cvdd.artifact.manifest import read_manifest
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.unit_files import PATCHES, load_images
 from cvdd.config_base import ConfigError
@@ -25,6 +27,7 @@ from cvdd.cost import plan_pieces, planning
 from cvdd.given_recipe import recipe_of
 from cvdd.preflight import check_before_work
 from cvdd.published_release import PublishedLabels, read_published_images
+from cvdd.report.gallery import data_uri, make_gallery
 from cvdd.runtime import Invocation, run
 
 pytest_plugins = ["chain_fixtures"]
@@ -61,6 +64,13 @@ def theirs(row: Distilled, tmp_path: Path) -> Path:
     for artifact in (row.images, row.labels.artifact):
         shutil.copytree(artifact.path, tmp_path / "theirs" / artifact.kind / artifact.path.name)
     return tmp_path / "theirs"
+
+
+ON_IMAGENET = ("committee=imagenet", "recipe=imagenette", "students=imagenet", "compare=none")
+
+
+def cvdd_images(theirs: Path) -> Artifact:
+    return read_manifest(one(theirs / "images"))
 
 
 def one(folder: Path) -> Path:
@@ -173,7 +183,7 @@ def test_images_begin_with_given_ones(row: Distilled, files: Path, theirs: Path,
     """Whether they are files or a set of a store; one image of each class is taken of two."""
     results = []
     for number, place in enumerate((files, one(theirs / "images"))):
-        for start in (("method.init=given",), ("method=given", "method.iterations=0")):
+        for start in (("method.init=from_given",), ("method=given", "method.iterations=0")):
             options = ("ipc.images_per_class=1", *start, f"method.given={place}")
             context = tiny_context(tmp_path / str(number), *options, *HARD)
             results.append((context, distil(context, "").images))
@@ -210,6 +220,85 @@ def test_what_it_would_cost(files: Path, theirs: Path, tmp_path: Path) -> None:
     assert kinds == [["given", "images", "students"], ["students"]]
 
 
+def test_it_costs_as_much_where_the_data_are_not_there(files: Path, tmp_path: Path) -> None:
+    for folder in sorted(files.iterdir()):
+        folder.rename(files / f"n0{folder.name[0]}")
+    there = ("dataset=imagenet1k", "dataset.root=nowhere", "dataset.num_classes=10", "dataset.classes_per_unit=10")
+    config = configure(
+        tmp_path, *there, *ON_IMAGENET, "ipc.images_per_class=2", "method=given", f"method.given={files}"
+    )
+    assert "given" in [piece.artifact.kind for piece in plan_pieces(planning(config, torch.device("cpu")))]
+
+
+def test_other_records_of_later_epochs_are_other_labels(tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(RECORDS, tmp_path / "records"))
+
+    def identity() -> dict[str, object]:
+        return distil(tiny_context(tmp_path, *given(IMAGES), *labels(copied)), "").labels.identity
+
+    first = identity()
+    shutil.copy(copied / "epoch_2" / "batch_1.tar", copied / "epoch_2" / "batch_0.tar")
+    assert identity() != first
+
+
+def test_images_beyond_those_asked_for_do_not_count(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def images() -> str:
+        context = tiny_context(tmp_path, *given(files), *HARD, "ipc.images_per_class=1")
+        check_before_work(context)
+        return distil(context, "").images.digest
+
+    first = images()
+    assert caplog.text.count("has 2 images of a class, of which the first 1 are taken") == 1
+    (files / "2_2" / "0001.png").unlink()
+    assert images() == first
+    assert "has 1 to 2 images of a class" in caplog.text
+
+
+def test_a_set_in_a_place_that_is_no_store(theirs: Path, tmp_path: Path) -> None:
+    """Nothing is noted around it, and what is wrong with it cannot be made again."""
+    downloads = tmp_path / "downloads"
+    for kind in ("images", "labels"):
+        shutil.copytree(one(theirs / kind), downloads / one(theirs / kind).name)
+    images, stored = (downloads / one(theirs / kind).name for kind in ("images", "labels"))
+    check_before_work(tiny_context(tmp_path / "run", *given(images), *labels(stored)))
+    assert sorted(path.name for path in downloads.iterdir()) == sorted((images.name, stored.name))
+    assert not (tmp_path / ".users").exists()
+    renamed = stored.rename(downloads / "their labels")
+    with pytest.raises(ConfigError, match=r"^label\.given=\S+ labels: .* Copy it again, whole and under its own name"):
+        tiny_context(tmp_path / "run", *given(images), "label=given", f"label.given='{renamed}'")
+    (images / "manifest.json").write_text("{}")
+    said = refused(tmp_path / "run", *given(images), *HARD)
+    assert said.startswith("method.given: ")
+    assert said.endswith("Copy it again, whole and under its own name.")
+
+
+def test_labels_of_another_version(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context(tmp_path, *given(one(theirs / "images")), *labels(one(theirs / "labels")))
+    monkeypatch.setattr("cvdd.chain.given_labels.recipe_of", lambda path: {**recipe_of(path), "newer": 1})
+    with pytest.raises(ConfigError, match=r"is of another version, .*: it says label\.newer"):
+        check_before_work(context)
+
+
+def test_more_epochs_than_are_labelled(compose: Compose) -> None:
+    """What is labelled cannot be changed."""
+    typed = ("compare=none", *given(IMAGES), *labels(RECORDS), "protocol.epochs=4")
+    with pytest.raises(ConfigError, match=r"and label\.epochs is 3; set protocol\.epochs=3$"):
+        compose("evaluate", *typed)
+
+
+@pytest.mark.parametrize("kind", ["files", "store"])
+def test_the_page_shows_what_images_began_with(kind: str, files: Path, theirs: Path, tmp_path: Path) -> None:
+    place = files if kind == "files" else one(theirs / "images")
+    options = ("method.init=from_given", f"method.given={place}", "ipc.images_per_class=1")
+    made = distil(tiny_context(tmp_path, *options, *HARD), "")
+    gallery = make_gallery(made)
+    assert gallery.start_title == "given images they started from"
+    expected = load_images(cvdd_images(theirs))[0][::2]
+    assert [row.start[0] for row in gallery.rows] == [data_uri(image) for image in expected]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -225,11 +314,16 @@ def test_what_it_would_cost(files: Path, theirs: Path, tmp_path: Path) -> None:
                 [(files / "3_3").rename(files / "x"), (files / "4_4").rename(files / "3_4")]
                 and (files / "x").rename(files / "4_3")
             ),
-            r"folder 3_4 is of class 4, which is number 4 of dataset\.classes; the set was made with the classes in",
+            r"folder 3_4 should be of class 3 of dataset\.classes, which is 3; is the set of other classes, or",
         ),
         (
-            lambda files: Image.new("RGB", (16, 32)).save(files / "0_0" / "0000.png"),
-            r"0_0/0000\.png has 16x32 pixels, and dataset\.image_size=32",
+            lambda files: [folder.rename(files / f"{folder.name[0]}_bird") for folder in files.iterdir()],
+            r"folder 0_bird should be of class 0 of dataset\.classes, which is 0; is the set of other classes",
+        ),
+        (lambda files: (files / "5_5" / "0000.png").write_bytes(b"x"), r"5_5/0000\.png cannot be read as an image"),
+        (
+            lambda files: Image.new("RGB", (16, 32)).save(files / "7_7" / "0001.png"),
+            r"7_7/0001\.png has 16x32 pixels, and dataset\.image_size=32",
         ),
     ],
 )
@@ -246,6 +340,8 @@ def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_p
     assert "the teachers saw images normalised with mean" in said
     said = refused(tmp_path, *given(images), *labels(stored), "label.batch_size=10", "label.mix=none")
     assert "in which label.mix=none is cutmix, label.batch_size=10 is 8; choose label=given" in said
+    said = refused(tmp_path, *given(images), *labels(stored), "ipc.images_per_class=1")
+    assert said.endswith("are of 2 images of each class, and ipc.images_per_class=1; type ipc.images_per_class=2")
     said = refused(tmp_path, *given(IMAGES), *labels(RECORDS), "ipc.images_per_class=1")
     assert "these labels were made for other images" in said
 
@@ -265,8 +361,22 @@ def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_p
             r"^label\.given=\S+ has nobody label anything; choose label=given",
         ),
         (("method=given",), r"^method\.init=given takes images that are there; type method\.given=FOLDER"),
-        ((f"method.given={IMAGES}",), r"^method\.given=\S+ is of method\.init=given, and method\.init=patches"),
-        ((*given(IMAGES), "method.residual=0.5"), r"method\.residual blends after a stage"),
+        (
+            (f"method.given={IMAGES}",),
+            r"^method\.given=\S+ is of method=given, or of method\.init=from_given, and method\.init=patches",
+        ),
+        (
+            ("method=given", f"method.given={IMAGES}", "method.iterations=5"),
+            r"^method\.init=given keeps images as they are, and method\.iterations=5",
+        ),
+        (
+            ("method.init=from_given", f"method.given={IMAGES}", "method.iterations=0"),
+            r"^method\.init=from_given begins with images, and method\.iterations=0 keeps them",
+        ),
+        (
+            (*given(IMAGES), "method.jpeg_round_trip=true"),
+            r"^method\.init=given keeps images as they are, and method\.jpeg_round_trip=true would compress them",
+        ),
         (
             ("method=mtt_tiny", "method.init=given", f"method.given={IMAGES}", "label=hard", "protocol=method"),
             r"method\.init=given: trajectory matching starts from real or noise",

@@ -12,11 +12,12 @@ from helpers import TINY, configure, tiny_context
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Result
-from cvdd.chain.labels import Labels
+from cvdd.chain.labels import Labels, _ignored
 from cvdd.report.headline import Difference
-from cvdd.report.ranking import Ranking, rank, score
+from cvdd.report.ranking import _PLAIN, Ranking, rank, score
 from cvdd.report.tables import print_ranking
 from cvdd.runtime import Invocation, run
+from cvdd.schema import with_overrides
 
 # Hard label recovery, improvement over random, and the score that follows (specification of the field, section 4.1).
 BOARD = {
@@ -63,11 +64,15 @@ class Made:
         if row == "full_data":
             return Result(row, "small", "recipe", seeds, students, None, None)
         context = tiny_context(self.folder, *overrides)
-        method = context.config.method
+        config = context.config
+        method = config.method
         identity = {"method": {"init": method.init, "iterations": method.iterations}}
-        manifest = {"digest": images or row, "identity": identity, "files": {}, "cost": COST}
-        of_row = Artifact(self.folder / row, manifest)
-        labels = Labels({}, [of_row], None, context, of_row, [], {})
+        count = 10 * config.ipc.images_per_class
+        manifest = {"kind": "images", "digest": images or row, "identity": identity, "files": {}, "cost": COST}
+        of_row = Artifact(self.folder / row, {**manifest, "metrics": {"images": count}})
+        teacher = Artifact(self.folder / "teacher", {"kind": "members", "digest": ",".join(config.committee.members)})
+        said = {"label": config.label.model_dump(mode="json", exclude=_ignored(config.label)), "seed": config.seed}
+        labels = Labels(said, [of_row, teacher], None, context, of_row, [], {})
         return Result(row, "small", context.config.protocol.name, seeds, students, of_row, labels)
 
 
@@ -117,7 +122,14 @@ def test_a_score_needs_its_rows(missing: str, kept: str | None, results: list[Re
 
 def test_another_evaluation_is_no_baseline(results: list[Result], tmp_path: Path) -> None:
     others = [result for result in results if result.row != "someone"]
-    for changed in ("protocol.temperature=4", "label.crop_scale=[0.2,1.0]"):
+    for changed in (
+        "protocol.temperature=4",
+        "label.crop_scale=[0.2,1.0]",
+        "ipc.images_per_class=3",
+        "seed=5",
+        "~committee.members.shufflenetv2",
+        "dataset.test_per_class=9",
+    ):
         assert rank([*others, Made(tmp_path).result("someone", [49, 50], *REAL, changed)]) == []
     same = Made(tmp_path).result("someone", [49, 50], *REAL, "protocol.eval_batch=7", "label.store=none")
     assert len(rank([*others, same])) == 1
@@ -151,7 +163,36 @@ def test_a_command_has_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{found['lrs']['value']:.3f} \u00b1 {found['lrs']['error']:.3f}" in page
 
 
-@pytest.mark.parametrize("method", ["fadrm_plus", "edc", "rded", "random_real"])
-def test_rows_go_with_every_method(method: str, compose: Compose) -> None:
-    config = compose("evaluate", f"method={method}", "compare=dd_ranking")
+def test_what_a_method_made_with_its_images_is_no_class(tmp_path: Path, results: list[Result]) -> None:
+    others = [result for result in results if result.row != "classes"]
+    own = ("method=apm_tiny", "label=hard", "protocol=method", "method.iterations=4", "method.log_every=1")
+    (found,) = rank([*others, Made(tmp_path).result("classes", [21, 19], *own, images="cvdd")])
+    assert found.lrs is None
+
+
+PAIRS = [
+    ("cvdd", "tiny", "tiny"),
+    ("cvdd", "committee", "paper"),
+    ("edc", "edc", "edc"),
+    ("gvbsm", "gvbsm", "gvbsm"),
+    ("lpld", "lpld", "lpld"),
+    ("rded", "rded_stitched", "rd3"),
+    ("fadrm_plus", "fadrm_plus", "paper"),
+    ("sre2l", "sre2l", "sre2l"),
+    ("best", "best", "best"),
+    ("random_real", "resnet18", "long"),
+]
+MORE = ("label.top=3", "label.dropout=true", "label.mix_alpha=0.8", "protocol.temperature=4")
+
+
+@pytest.mark.parametrize(("method", "label", "protocol"), PAIRS)
+def test_rows_go_with_every_method(method: str, label: str, protocol: str, compose: Compose) -> None:
+    more = MORE if (label, protocol) == ("tiny", "tiny") else ()
+    config = compose(
+        "evaluate", f"method={method}", f"label={label}", f"protocol={protocol}", "compare=dd_ranking", *more
+    )
     assert list(config.compare) == ["random_real", "hard_labels", "no_augmentation", "random_real_no_augmentation"]
+    for row in ("no_augmentation", "random_real_no_augmentation"):
+        shown = with_overrides(config, {**config.compare[row], "compare": {}}).label.model_dump(mode="json")
+        assert {name: shown[name] for name in _PLAIN} == _PLAIN
+    assert with_overrides(config, {**config.compare["hard_labels"], "compare": {}}).label.hard

@@ -16,6 +16,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 
+DELETE = "Delete this directory and repeat the command; it will be made again."
+"""What to do about damage in a store of one's own."""
+COPY = "Copy it again, whole and under its own name."
+"""Likewise about what somebody else made."""
+
 
 class DamagedArtifact(ConfigError):
     """An artefact on disk does not match its manifest."""
@@ -102,8 +107,12 @@ def sealed_as(path: Path) -> Path | None:
     return same[0].parent if same else None
 
 
-def read_manifest(path: Path) -> Artifact:
+def read_manifest(path: Path, remedy: str = DELETE) -> Artifact:
     """Read an artefact's manifest without looking at its files.
+
+    Args:
+        path: of the artefact.
+        remedy: what to do if it is damaged, for the message.
 
     Raises:
         DamagedArtifact: it cannot be read, is that of another directory, or was changed after it was sealed.
@@ -119,9 +128,7 @@ def read_manifest(path: Path) -> Artifact:
         if manifest.get(CHECKSUM) not in (None, manifest_checksum(manifest)):
             raise ValueError("it was changed after it was sealed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedArtifact(
-            f"{path}: {MANIFEST} cannot be read ({error}). Delete this directory and repeat the command."
-        ) from error
+        raise DamagedArtifact(f"{path}: {MANIFEST} cannot be read ({error}). {remedy}") from error
     return artifact
 
 

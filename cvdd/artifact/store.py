@@ -13,6 +13,7 @@ from typing import Any
 from cvdd.artifact.claims import claims_for, held
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import (
+    DELETE,
     FORMAT,
     Artifact,
     DamagedArtifact,
@@ -159,8 +160,12 @@ class Store:
                 self._verified[sealed] = read_manifest(sealed)
         return self.open(sealed)
 
-    def open(self, path: Path) -> Artifact:
+    def open(self, path: Path, remedy: str = DELETE) -> Artifact:
         """Open a sealed artefact and verify the checksum of each of its files (once per process).
+
+        Args:
+            path: of the artefact.
+            remedy: what to do if it is damaged, for the message.
 
         Raises:
             DamagedArtifact: a file is missing, changed, or of another size; the message says what to delete.
@@ -168,11 +173,9 @@ class Store:
         if path in self._verified:
             return self._verified[path]
         self._uses.note(path)
-        artifact = read_manifest(path)
+        artifact = read_manifest(path, remedy)
         for problem in verify(artifact):
-            raise DamagedArtifact(
-                f"{path}: {problem}. Delete this directory and repeat the command; it will be made again."
-            )
+            raise DamagedArtifact(f"{path}: {problem}. {remedy}")
         self._verified[path] = artifact
         return artifact
 

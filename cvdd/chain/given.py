@@ -1,8 +1,9 @@
-"""Images and labels that somebody else made, in the place of a stage."""
+"""Images that somebody else made, in the place of a stage."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cvdd.artifact.manifest import MANIFEST
 from cvdd.chain.unit_files import PATCHES, load_images, load_targets
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.data import FileSource, check_same_classes
-from cvdd.data.given_folder import checksum_of, read_given, scan_given
+from cvdd.data import Data, FileSource, check_same_classes, is_described
+from cvdd.data.folders import class_folders
+from cvdd.data.given_folder import check_sizes, checksum_of, read_given, scan_given
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,21 @@ def given_start(context: Context) -> Artifact:
         ConfigError: there are none, or they are of other classes, of another size, or too few.
         DamagedImage: a file cannot be decoded.
     """
-    path = _given(context)
+    path = given_path(context)
     return _of_store(context, path) if (path / MANIFEST).is_file() else _of_files(context, path)
+
+
+def check_given(context: Context) -> None:
+    """Refuse given images that cannot be used, without decoding any.
+
+    Raises:
+        ConfigError: see :func:`given_start`.
+    """
+    path = given_path(context)
+    if (path / MANIFEST).is_file():
+        _of_store(context, path, warn=True)
+    else:
+        check_sizes(_files(context, path, warn=True), context.data().image_size, FIELD)
 
 
 def is_distilled(start: Artifact) -> bool:
@@ -42,8 +57,8 @@ def is_distilled(start: Artifact) -> bool:
 
 def kept_as_given(context: Context, start: Artifact | None) -> Artifact | None:
     """Return the initial images if they are a distilled set already, all of which is wanted as it is."""
-    method, wanted = context.config.method, context.config.ipc.images_per_class * len(context.data().classes)
-    if start is None or not is_distilled(start) or not method.keeps_given or method.jpeg_round_trip:
+    wanted = context.config.ipc.images_per_class * len(context.data().classes)
+    if start is None or not is_distilled(start) or not context.config.method.keeps_given:
         return None
     return start if start.metrics["images"] == wanted else None
 
@@ -55,38 +70,25 @@ def first_images(context: Context, start: Artifact) -> Tensor:
     return torch.stack([pixels[labels == label][:ipc] for label in range(len(context.data().classes))])
 
 
-def check_given(context: Context) -> None:
-    """Refuse given images that cannot be used, as far as that is known without reading all of them.
-
-    Raises:
-        ConfigError: see :func:`given_start`.
-    """
-    path, data = _given(context), context.data()
-    if (path / MANIFEST).is_file():
-        _of_store(context, path)
-        return
-    source = _files(context, path)
-    read_given(source.subset([0]), 1, 1, data.image_size, FIELD)
-
-
-def _given(context: Context) -> Path:
+def given_path(context: Context) -> Path:
+    """Return where the given images are."""
     given = context.config.method.given
     assert given is not None
     return given.expanduser()
 
 
-def _of_store(context: Context, path: Path) -> Artifact:
+def _of_store(context: Context, path: Path, warn: bool = False) -> Artifact:
     data = context.data()
     artifact = context.open_elsewhere(path, "images", FIELD)
-    identity = artifact.manifest["identity"]
-    check_same_classes(list(data.classes), identity["classes"], f"{FIELD}={path}")
+    classes = artifact.manifest["identity"]["classes"]
+    check_same_classes(_names(data, classes), classes, f"{FIELD}={path}")
     targets, side = load_targets(artifact)
     if side != data.image_size:
         raise ConfigError(
             f"{FIELD}={path} holds images of {side} pixels, and dataset.image_size={data.image_size}; type "
             f"dataset.image_size={side}, or choose others: none are resized"
         )
-    _require(context, torch.bincount(targets, minlength=len(data.classes)))
+    _require(context, torch.bincount(targets, minlength=len(classes)), warn)
     return artifact
 
 
@@ -97,39 +99,47 @@ def _of_files(context: Context, path: Path) -> Artifact:
         "data": data.identity,
         "classes": list(data.classes),
         "images_per_class": ipc,
-        "files": checksum_of(source),
+        "files": context.once((KIND, path, ipc), lambda: checksum_of(source)),
     }
 
     def build(work: Path) -> dict[str, Any]:
-        pixels = read_given(source, len(data.classes), ipc, data.image_size, FIELD)
-        save_file({"images": pixels}, work / PATCHES)
+        check_sizes(source, data.image_size, FIELD)
+        save_file({"images": read_given(source, len(data.classes), data.image_size)}, work / PATCHES)
         return {"images": ipc * len(data.classes)}
 
     return context.store.make(KIND, f"{data.name}-{ipc}", identity, [], build)
 
 
-def _files(context: Context, path: Path) -> FileSource:
-    classes = context.data().classes
+def _files(context: Context, path: Path, warn: bool = False) -> FileSource:
+    """List as many files of each class as there are images to be."""
+    data, ipc = context.data(), context.config.ipc.images_per_class
+    classes = _names(data, class_folders(path) if path.is_dir() else ())
     source = scan_given(path, classes, FIELD)
-    _require(context, torch.bincount(source.labels, minlength=len(classes)))
-    return source
+    _require(context, torch.bincount(source.labels, minlength=len(classes)), warn)
+    return source.subset(torch.cat([(source.labels == label).nonzero()[:ipc, 0] for label in range(len(classes))]))
 
 
-def _require(context: Context, counts: Tensor) -> None:
-    """Refuse too few images of a class; say where some are left out."""
+def _names(data: Data, found: Sequence[str]) -> Sequence[str]:
+    """Names of the classes; those that are found where the data set is not there to say them."""
+    return found if is_described(data) and len(found) == len(data.classes) else data.classes
+
+
+def _require(context: Context, counts: Tensor, warn: bool) -> None:
+    """Refuse too few images of a class; say that some are left out, once and not wherever they are read."""
     given, ipc = context.config.method.given, context.config.ipc.images_per_class
-    fewest = int(counts.min())
+    fewest, most = int(counts.min()), int(counts.max())
     if fewest < ipc:
         name = context.data().classes[int(counts.argmin())]
         raise ConfigError(
             f"{FIELD}={given} has {fewest} images of class {name}, and ipc.images_per_class={ipc} needs as many; type "
             f"ipc.images_per_class={fewest}"
         )
-    if int(counts.max()) > ipc:
+
+    if warn and most > ipc:
         log.warning(
             "%s=%s has %s images of a class, of which the first %d are taken (ipc.images_per_class)",
             FIELD,
             given,
-            fewest if fewest == int(counts.max()) else f"{fewest} to {int(counts.max())}",
+            most if fewest == most else f"{fewest} to {most}",
             ipc,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.manifest import file_checksum
+from cvdd.artifact.manifest import MANIFEST, file_checksum
+from cvdd.chain.given import given_path, given_start, kept_as_given
 from cvdd.chain.labels import Labels, open_labels
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.data import is_described
 from cvdd.given_recipe import is_published, recipe_of
 from cvdd.labels import SoftLabels
 from cvdd.published_release import PublishedLabels
+
+log = logging.getLogger(__name__)
 
 FIELD = "label.given"
 
@@ -28,22 +32,22 @@ class GivenLabels(Labels):
 
     Attributes:
         folder: where they lie.
+        size: bytes on disk.
     """
 
     folder: Path
+    size: int
 
     @property
     def bytes(self) -> int:
         """Size on disk."""
-        if self.artifact is not None:
-            return self.artifact.bytes
-        return sum(path.stat().st_size for path in _records(self.folder))
+        return self.size
 
     def open(self, pixels: Tensor) -> SoftLabels:
         """Return the labels for reading; see :meth:`Labels.open`."""
         if self.artifact is not None:
             return open_labels(self.context, self.artifact, self.images, pixels)
-        return PublishedLabels(self.folder, len(pixels), pixels.shape[-1])
+        return _published(self.context, self.folder, len(pixels))
 
 
 def given_labels(context: Context, images: Artifact) -> GivenLabels:
@@ -59,13 +63,14 @@ def given_labels(context: Context, images: Artifact) -> GivenLabels:
     folder = _given(context)
     _check_recipe(context)
     if is_published(folder):
-        return GivenLabels({"published": _checksum(folder)}, [images], None, context, images, [], {}, folder)
+        content, size = context.once((FIELD, folder), lambda: _read_once(folder))
+        return GivenLabels({"published": content}, [images], None, context, images, [], {}, folder, size)
     artifact = context.open_elsewhere(folder, "labels", FIELD)
     _check_images(context, artifact, images)
     made = artifact.manifest["identity"]
     identity = {key: value for key, value in made.items() if key not in ("images", "classes", "parameters")}
     identity["teachers"] = [one["digest"] for one in artifact.manifest["parents"] if one["kind"] != "images"]
-    return GivenLabels(identity, [images, artifact], artifact, context, images, [], {}, folder)
+    return GivenLabels(identity, [images, artifact], artifact, context, images, [], {}, folder, artifact.bytes)
 
 
 def check_given_labels(context: Context) -> None:
@@ -76,25 +81,35 @@ def check_given_labels(context: Context) -> None:
     """
     config, folder = context.config, _given(context)
     _check_recipe(context)
-    data = context.data()
     if is_published(folder):
-        PublishedLabels(folder, config.ipc.images_per_class * len(data.classes), data.image_size)
+        _published(context, folder, config.ipc.images_per_class * len(context.data().classes))
         return
     artifact = context.open_elsewhere(folder, "labels", FIELD)
-    given = config.method.given
-    assert given is not None
-    if not (given.expanduser() / "manifest.json").is_file():
+    digest = artifact.manifest["identity"]["images"]
+    if not (given_path(context) / MANIFEST).is_file():
         raise ConfigError(
             f"{FIELD}={folder} are labels of a store, which are of images of a store: type "
-            f"method.given=.../images/NAME-{artifact.manifest['identity']['images']}"
+            f"method.given=.../images/NAME-{digest}"
         )
-    _check_images(context, artifact, context.open_elsewhere(given.expanduser(), "images", "method.given"))
+    images = given_start(context)
+    _check_images(context, artifact, images)
+    if kept_as_given(context, images) is None:
+        count = int(images.metrics["images"]) // len(context.data().classes)
+        raise ConfigError(
+            f"{FIELD}={folder} are of {count} images of each class, and ipc.images_per_class="
+            f"{config.ipc.images_per_class}; type ipc.images_per_class={count}"
+        )
 
 
 def _given(context: Context) -> Path:
     given = context.config.label.given
     assert given is not None
-    return given.expanduser()
+    return given.expanduser().absolute()
+
+
+def _published(context: Context, folder: Path, count: int) -> PublishedLabels:
+    data = context.data()
+    return PublishedLabels(folder, count, data.image_size, classes=len(data.classes))
 
 
 def _check_images(context: Context, labels: Artifact, images: Artifact) -> None:
@@ -102,11 +117,11 @@ def _check_images(context: Context, labels: Artifact, images: Artifact) -> None:
     if made["images"] != images.digest:
         raise ConfigError(
             f"{FIELD}={context.config.label.given} are of the images {made['images']}, and {images.path.name} is "
-            f"given; type method.given=.../images/NAME-{made['images']}, and ipc.images_per_class as they have it"
+            f"given; type method.given=.../images/NAME-{made['images']}"
         )
     theirs = images.manifest["identity"]["data"]
     for name, own in (("mean", data.mean), ("std", data.std)):
-        if list(theirs[name]) != list(own):
+        if list(theirs[name]) != list(own) and not is_described(data):
             raise ConfigError(
                 f"{FIELD}={context.config.label.given}: the teachers saw images normalised with {name} {theirs[name]}, "
                 f"and students would with {list(own)}; type 'dataset.{name}={theirs[name]}'"
@@ -116,9 +131,12 @@ def _check_images(context: Context, labels: Artifact, images: Artifact) -> None:
 def _check_recipe(context: Context) -> None:
     label = context.config.label
     said, read = label.model_dump(mode="json"), recipe_of(label.given)
-    other = [
-        f"label.{name}={_typed(said[name])} is {_typed(value)}" for name, value in _known(read) if said[name] != value
-    ]
+    if unknown := sorted(read.keys() - said.keys()):
+        raise ConfigError(
+            f"{FIELD}={label.given} is of another version, which this one cannot read: it says label.{unknown[0]}"
+        )
+    known = [(name, value) for name, value in read.items() if name not in ("given", "store")]
+    other = [f"label.{name}={_typed(said[name])} is {_typed(value)}" for name, value in known if said[name] != value]
     if other:
         raise ConfigError(
             f"{FIELD}={label.given} has a recipe of its own, in which {', '.join(other)}; choose label=given, and "
@@ -126,22 +144,15 @@ def _check_recipe(context: Context) -> None:
         )
 
 
-def _known(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in recipe.items() if name not in ("given", "store")]
-
-
 def _typed(value: Any) -> str:
-    return str(value).replace(" ", "")
+    return "null" if value is None else str(value).replace(" ", "")
 
 
-def _records(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch_*/batch_*.tar"))
-
-
-def _checksum(folder: Path) -> str:
-    """Hash names and sizes of all records, and what those of the first epoch hold: there are up to millions."""
-    content = hashlib.sha256()
-    for path in _records(folder):
-        first = file_checksum(path) if path.parent.name == "epoch_0" else ""
-        content.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} {first}\n".encode())
-    return content.hexdigest()
+def _read_once(folder: Path) -> tuple[str, int]:
+    """Hash all records with their names; return that, and their bytes."""
+    log.info("reading the records in %s once, to know them again", folder)
+    content, size = hashlib.sha256(), 0
+    for path in sorted(folder.glob("epoch_*/batch_*.tar")):
+        content.update(f"{path.relative_to(folder).as_posix()} {file_checksum(path)}\n".encode())
+        size += path.stat().st_size
+    return content.hexdigest(), size

@@ -91,7 +91,7 @@ def make_herd(context: Context) -> Artifact:
 
 def make_start(context: Context) -> Artifact | None:
     """Return the artefact that holds the initial images, if the method's ``init`` needs one."""
-    makers = {"patches": make_initial_patches, "herding": make_herd, "given": given_start}
+    makers = {"patches": make_initial_patches, "herding": make_herd, "given": given_start, "from_given": given_start}
     make = makers.get(context.config.method.init)
     return None if make is None else make(context)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cvdd.artifact import Store
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, DatasetConfig, DigitsOptions, load_data
+from cvdd.data.dataset import DESCRIBED
 from cvdd.data.image_folder import LARGEST_IN_MEMORY, count_images
 
 PUBLISHED: Mapping[str, tuple[int, int, int]] = MappingProxyType(
@@ -107,7 +108,7 @@ def _described(config: DatasetConfig) -> Data:
     if config.source == "image_folder":
         in_memory = images * 3 * config.image_size**2 <= LARGEST_IN_MEMORY
     # A described data set is none that anything was made of: its identity is no other's.
-    identity = {"described": json.loads(config.model_dump_json()), "train": train, "test": test}
+    identity = {DESCRIBED: json.loads(config.model_dump_json()), "train": train, "test": test}
     return Data(
         train=CountedImages(train, classes, in_memory),
         test=CountedImages(test, classes, in_memory),

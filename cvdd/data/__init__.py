@@ -8,7 +8,7 @@ from cvdd.lazy import exports
 
 if TYPE_CHECKING:
     from cvdd.data.config import DatasetConfig, DigitsOptions
-    from cvdd.data.dataset import Data, RawData, check_same_classes, class_hash
+    from cvdd.data.dataset import Data, RawData, check_same_classes, class_hash, is_described
     from cvdd.data.load import READERS, load_data
     from cvdd.data.resize import resize_and_crop, to_eval_tensor
     from cvdd.data.source import FileSource, ImageSource, TensorSource, decode
@@ -23,6 +23,7 @@ else:
             "decode": "cvdd.data.source",
             "DigitsOptions": "cvdd.data.config",
             "FileSource": "cvdd.data.source",
+            "is_described": "cvdd.data.dataset",
             "ImageSource": "cvdd.data.source",
             "load_data": "cvdd.data.load",
             "RawData": "cvdd.data.dataset",
@@ -45,6 +46,7 @@ __all__ = [
     "check_same_classes",
     "class_hash",
     "decode",
+    "is_described",
     "load_data",
     "resize_and_crop",
     "to_eval_tensor",

@@ -12,6 +12,9 @@ from typing import Any
 from cvdd.config_base import ConfigError
 from cvdd.data.source import ImageSource
 
+DESCRIBED = "described"
+"""In the identity of a data set that is not there."""
+
 
 @dataclass(frozen=True)
 class RawData:
@@ -61,6 +64,11 @@ class Data:
     def class_hash(self) -> str:
         """Hash of the class names in order, 16 hexadecimal digits."""
         return class_hash(self.classes)
+
+
+def is_described(data: Data) -> bool:
+    """Whether nothing is known of a data set but its size, because it is not there (:mod:`cvdd.cost.sizes`)."""
+    return DESCRIBED in data.identity
 
 
 def class_hash(classes: Sequence[str]) -> str:

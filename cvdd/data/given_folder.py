@@ -8,12 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cvdd.artifact.manifest import file_checksum
 from cvdd.config_base import ConfigError
 from cvdd.data.folders import class_folders, scan, warn_of_left_out
 from cvdd.data.source import FileSource
+
+_OF_NO_FILE = re.compile(r"[^\w. -]")
+"""What the name of a class may have and that of a folder should not."""
+
+
+def class_folder(index: int, name: str, classes: int) -> str:
+    """Name the folder of a class, so that folders sorted by name are in the order of the classes: ``0_airplane``."""
+    return f"{index:0{len(str(classes - 1))}d}_{_in_a_path(name)}"
+
+
+def _in_a_path(name: str) -> str:
+    return _OF_NO_FILE.sub("_", name)
 
 
 def scan_given(folder: Path, classes: Sequence[str], field: str) -> FileSource:
@@ -46,16 +59,17 @@ def _in_order(folder: Path, classes: Sequence[str], field: str) -> list[str]:
         raise ConfigError(
             f"{field}={folder} holds {len(found)} class folders ({', '.join(found[:3])}{', ...' * (len(found) > 3)}); "
             f"needed are {len(classes)}, named as the classes ({', '.join(classes[:3])}, ...) or numbered in their "
-            f"order (0_{classes[0]}, new000 or 00000, ...)"
+            f"order ({class_folder(0, classes[0], len(classes))}, new000 or 00000, ...)"
         )
     names = [numbered[index] for index in range(len(classes))]
     for index, name in enumerate(names):
         said = re.sub(r"^\D*\d+[_ -]*", "", name)
-        if said in classes and said != classes[index]:
+        # The order of the classes is the likeliest mistake, and shows in nothing else.
+        if said and said != _in_a_path(classes[index]):
             raise ConfigError(
-                f"{field}={folder}: folder {name} is of class {said}, which is number {list(classes).index(said)} of "
-                "dataset.classes; the set was made with the classes in another order. Rename its folders, or correct "
-                "dataset.classes"
+                f"{field}={folder}: folder {name} should be of class {index} of dataset.classes, which is "
+                f"{classes[index]}; is the set of other classes, or of another order? If it is not, name the folder "
+                f"{class_folder(index, classes[index], len(classes))} or {index:05d}"
             )
     return names
 
@@ -68,31 +82,40 @@ def checksum_of(source: FileSource) -> str:
     return content.hexdigest()
 
 
-def read_given(source: FileSource, classes: int, count: int, side: int, field: str) -> Tensor:
-    """Decode the first images of each class.
-
-    Args:
-        source: of :func:`scan_given`.
-        classes: number of classes, each with at least so many images.
-        count: images of each class.
-        side: that they must have in pixels.
-        field: that names the folder, for messages.
-
-    Returns:
-        [classes, count, 3, side, side] uint8.
+def check_sizes(source: FileSource, side: int, field: str) -> None:
+    """Look at the size of every image, which is at its file's beginning.
 
     Raises:
-        ConfigError: an image has another size.
+        ConfigError: an image has another side, or is none.
+    """
+    for index in range(len(source)):
+        try:
+            with Image.open(source.path(index)) as image:
+                width, height = image.size
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{field}: {source.path(index)} cannot be read as an image ({error})") from error
+        if (width, height) != (side, side):
+            raise ConfigError(
+                f"{field}: {source.path(index)} has {width}x{height} pixels, and dataset.image_size={side}. Type the "
+                "size of these images, or choose others: none are resized"
+            )
+
+
+def read_given(source: FileSource, classes: int, side: int) -> Tensor:
+    """Decode images whose sizes were looked at.
+
+    Args:
+        source: the same number of images of each class, class by class.
+        classes: number of classes.
+        side: of the images in pixels.
+
+    Returns:
+        [classes, images of each, 3, side, side] uint8.
+
+    Raises:
         DamagedImage: a file cannot be decoded.
     """
-    pixels = torch.empty(classes, count, 3, side, side, dtype=torch.uint8)
-    for label in range(classes):
-        for place, index in enumerate((source.labels == label).nonzero()[:count, 0].tolist()):
-            image = source.image(index)
-            if image.shape[1:] != (side, side):
-                raise ConfigError(
-                    f"{field}: {source.path(index)} has {image.shape[2]}x{image.shape[1]} pixels, and "
-                    f"dataset.image_size={side}. Type the size of these images, or choose others: none are resized"
-                )
-            pixels[label, place] = image
-    return pixels
+    pixels = torch.empty(len(source), 3, side, side, dtype=torch.uint8)
+    for index, image in enumerate(pixels):
+        image.copy_(source.image(index))
+    return pixels.view(classes, -1, 3, side, side)

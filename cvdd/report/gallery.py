@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
-from cvdd.chain.given import kept_as_given
+from cvdd.chain.given import given_start, kept_as_given
 from cvdd.chain.initial import initial_images
 from cvdd.chain.unit_files import PATCHES, UNITS
 from cvdd.context import Context
@@ -173,6 +173,7 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
     if kept_as_given(context, images) is not None:
         # What they started from may be in another store, or nowhere.
         return None, None
+    few = images.metrics["images"] <= REAL_IMAGES
     for parent in images.manifest["parents"]:
         if parent["kind"] in STARTS:
             patches = context.store.open(context.store.root / parent["kind"] / f"{parent['name']}-{parent['digest']}")
@@ -181,6 +182,9 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
                 stored = file.get_slice("images")
                 chosen = [stored[label : label + 1, :slots][0] for label in labels]
             return torch.stack(chosen), f"{STARTS[parent['kind']]} they started from"
-    if images.metrics["images"] > REAL_IMAGES:
+    if not few or method["init"] not in ("real", "from_given"):
         return None, None
-    return initial_images(context, None)[list(labels), :slots], "real images they started from"
+    real = method["init"] == "real"
+    # Of a set of a store, whose images are no initial images by themselves.
+    start = initial_images(context, None if real else given_start(context))
+    return start[list(labels), :slots], f"{'real' if real else 'given'} images they started from"

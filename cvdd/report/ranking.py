@@ -13,19 +13,13 @@ from typing import Any
 
 from cvdd.chain.compare import Result
 from cvdd.report.headline import Difference, difference, is_real
-from cvdd.schema import RunConfig
 from cvdd.surroundings import FULL_DATA_ROW
 
 WEIGHT = 0.5
 """Of the first of two differences, as on DD-Ranking's board."""
 
-_EVALUATION: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "label": frozenset({"name", "store", "parameters", "dtype", "stack"}),
-        "protocol": frozenset({"name", "seeds", "images", "full_data", "eval_every", "eval_batch"}),
-    }
-)
-"""Sections that say how a set is evaluated, and their fields that change nothing of it."""
+_OF_NO_ACCOUNT = frozenset({"name", "seeds", "images", "full_data", "eval_every", "eval_batch"})
+"""Fields of a protocol that change nothing of how a student is trained."""
 
 _PLAIN: Mapping[str, Any] = MappingProxyType(
     {"crop_scale": [1.0, 1.0], "flip": False, "shuffle": 1, "randaugment": False, "mix": "none", "mix_alpha": 1.0}
@@ -111,22 +105,28 @@ def _first(results: Sequence[Result], wanted: Callable[[Result], bool]) -> Resul
     return next((result for result in results if wanted(result)), None)
 
 
-def _config(result: Result) -> RunConfig:
-    assert result.labels is not None
-    return result.labels.context.config
-
-
 def _hard(result: Result) -> bool:
-    return _config(result).label.hard
+    """Whether a row's students learn the images' own classes, and nothing that a method made with them."""
+    assert result.labels is not None
+    config = result.labels.context.config
+    return config.label.hard and config.protocol.student == "protocol"
 
 
 def _images(result: Result) -> str | None:
     return None if result.images is None else result.images.digest
 
 
-def _evaluation(result: Result) -> dict[str, dict[str, Any]]:
-    config = _config(result)
+def _evaluation(result: Result) -> dict[str, Any]:
+    """What decides how a row's images are labelled and learnt from: two rows with the same differ in their images."""
+    assert result.labels is not None
+    assert result.images is not None
+    labels, config = result.labels, result.labels.context.config
+    said = {key: value for key, value in labels.identity.items() if key != "label"}
+    label = {key: value for key, value in labels.identity.get("label", {}).items() if key not in ("dtype", "stack")}
     return {
-        section: getattr(config, section).model_dump(mode="json", exclude=set(left_out))
-        for section, left_out in _EVALUATION.items()
+        "label": label,
+        "labels": {**said, "teachers": [one.digest for one in labels.parents if one.kind not in ("images", "labels")]},
+        "protocol": config.protocol.model_dump(mode="json", exclude=set(_OF_NO_ACCOUNT)),
+        "dataset": config.dataset.model_dump(mode="json"),
+        "images": result.images.metrics["images"],
     }

@@ -40,7 +40,8 @@ def label_problems(
     if label.shuffle > 1 and image_size % label.shuffle:
         yield f"label.shuffle={label.shuffle} needs an even dataset.image_size, not {image_size}; set label.shuffle=1"
     if protocol.epochs > label.epochs:
+        more = "" if label.given is not None else f"label.epochs={protocol.epochs} or "
         yield (
             f"protocol.epochs={protocol.epochs} needs labels of as many epochs, and label.epochs is "
-            f"{label.epochs}; set label.epochs={protocol.epochs} or protocol.epochs={label.epochs}"
+            f"{label.epochs}; set {more}protocol.epochs={label.epochs}"
         )

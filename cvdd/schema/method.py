@@ -110,15 +110,15 @@ class MethodConfig(CheckedConfig):
 
     name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "herding", "noise", "all", "given"] = Field(
+    init: Literal["patches", "real", "herding", "noise", "all", "given", "from_given"] = Field(
         description="initial images: herding chooses real ones whose mean is that of the class, in the members' "
-        "features; all takes every real image, whatever ipc says, and optimises nothing; given takes those of "
-        "method.given"
+        "features; all takes every real image, whatever ipc says, and optimises nothing; given keeps those of "
+        "method.given as they are, and from_given begins with them"
     )
     given: Path | None = Field(
         None,
-        description="for init=given: images that somebody else made, a folder with one for each class, or "
-        "store/images/NAME-HASH",
+        description="for init=given and from_given: images that somebody else made, a folder with one for each class, "
+        "or store/images/NAME-HASH",
     )
     composer: Literal["slots", "classes"] = Field(
         "slots",
@@ -191,7 +191,7 @@ class MethodConfig(CheckedConfig):
     @property
     def keeps_given(self) -> bool:
         """Whether the images are somebody else's, as they are."""
-        return self.init == "given" and self.iterations == 0
+        return self.init == "given"
 
     @property
     def brings_students(self) -> bool:
@@ -204,18 +204,39 @@ class MethodConfig(CheckedConfig):
         found = ((section, getattr(self, section)) for section in OWN_SECTIONS)
         return next(((section, settings) for section, settings in found if settings is not None), None)
 
+    def _problems_of_given(self) -> Iterator[str]:
+        takes = self.init in ("given", "from_given")
+        if takes and self.given is None:
+            yield (
+                f"method.init={self.init} takes images that are there; type method.given=FOLDER, with a folder for "
+                "each class, or method.given=store/images/NAME-HASH"
+            )
+        if not takes and self.given is not None:
+            yield (
+                f"method.given={self.given} is of method=given, or of method.init=from_given, and method.init="
+                f"{self.init}; choose one of these, or method.given=null. Beside rows that are written as lists, which "
+                "have what is typed, make the given images a row: +compare.theirs=['method=given',...]"
+            )
+        if self.init == "given" and self.iterations:
+            yield (
+                f"method.init=given keeps images as they are, and method.iterations={self.iterations}; set "
+                "method.iterations=0 (a row of compare has what is typed, so set it there), or method.init=from_given, "
+                "which begins with them"
+            )
+        if self.init == "given" and self.jpeg_round_trip:
+            yield (
+                "method.init=given keeps images as they are, and method.jpeg_round_trip=true would compress them; set "
+                "method.jpeg_round_trip=false"
+            )
+        if self.init == "from_given" and not self.iterations:
+            yield "method.init=from_given begins with images, and method.iterations=0 keeps them; set method.init=given"
+
     def _problems(self) -> Iterator[str]:
         if self.mtt is not None:
             yield from unread_settings(self, "mtt", "trajectory matching", ("real", "noise"))
         if self.apm is not None:
             yield from unread_settings(self, "apm", "prediction matching", ("real", "patches", "noise"))
-        if self.init == "given" and self.given is None:
-            yield (
-                "method.init=given takes images that are there; type method.given=FOLDER, with a folder for each "
-                "class, or method.given=store/images/NAME-HASH"
-            )
-        if self.init != "given" and self.given is not None:
-            yield f"method.given={self.given} is of method.init=given, and method.init={self.init}; set one of them"
+        yield from self._problems_of_given()
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.init == "all":
