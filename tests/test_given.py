@@ -1,8 +1,7 @@
-"""Images and labels that somebody else made: files, sets of a store, and those of the published programs."""
+"""Images that somebody else made: files, and sets of a store."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,80 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Compose
+from given_fixtures import HARD, cvdd_images, given, labels, one, refused
 from helpers import PUBLISHED_IMAGES as IMAGES
 from helpers import PUBLISHED_LABELS as RECORDS
 from helpers import TINY, configure, tiny_context
 from PIL import Image
 from safetensors.torch import load_file
 
-import cvdd
-from cvdd.artifact import Artifact
-from cvdd.artifact.cleaning import sealed as sealed_in
-from cvdd.artifact.manifest import read_manifest
-from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.compare import Distilled, compare, distil
 from cvdd.chain.unit_files import PATCHES, load_images
 from cvdd.config_base import ConfigError
 from cvdd.cost import plan_pieces, planning
-from cvdd.given_recipe import recipe_of
 from cvdd.preflight import check_before_work
-from cvdd.published_release import PublishedLabels, read_published_images
 from cvdd.report.gallery import data_uri, make_gallery
-from cvdd.runtime import Invocation, run
 
-pytest_plugins = ["chain_fixtures"]
-
-HARD = ("label=hard", "protocol=hard_tiny", "protocol.epochs=3", "protocol.eval_every=1")
-
-
-def given(folder: Path) -> tuple[str, ...]:
-    # The tiny configuration types as many iterations as it needs.
-    return ("method=given", f"method.given={folder}", "method.iterations=0")
-
-
-def labels(folder: Path) -> tuple[str, ...]:
-    # What the tiny configuration types of labels is what these are.
-    return ("label=given", f"label.given={folder}")
-
-
-@pytest.fixture
-def row(made: tuple[Distilled, Result]) -> Distilled:
-    return made[0]
-
-
-@pytest.fixture
-def files(row: Distilled, tmp_path: Path) -> Path:
-    """Its images as files."""
-    cvdd.load(row.images.path).save_images(tmp_path / "files")
-    return tmp_path / "files"
-
-
-@pytest.fixture
-def theirs(row: Distilled, tmp_path: Path) -> Path:
-    """Somebody else's store, which has images and their labels, and nothing of what these were made from."""
-    assert row.labels.artifact is not None
-    for artifact in (row.images, row.labels.artifact):
-        shutil.copytree(artifact.path, tmp_path / "theirs" / artifact.kind / artifact.path.name)
-    return tmp_path / "theirs"
-
+pytest_plugins = ["chain_fixtures", "given_fixtures"]
 
 ON_IMAGENET = ("committee=imagenet", "recipe=imagenette", "students=imagenet", "compare=none")
-
-
-def cvdd_images(theirs: Path) -> Artifact:
-    return read_manifest(one(theirs / "images"))
-
-
-def one(folder: Path) -> Path:
-    (found,) = folder.glob("[!.]*")
-    return found
-
-
-def refused(tmp_path: Path, *overrides: str) -> str:
-    """What a command says before it does anything."""
-    with pytest.raises(ConfigError) as error:
-        check_before_work(tiny_context(tmp_path, *overrides))
-    assert not (tmp_path / "store" / "members").exists()
-    return str(error.value)
 
 
 def test_files_are_taken_as_they_are(row: Distilled, files: Path, tmp_path: Path, sealed: list[str]) -> None:
@@ -119,64 +61,6 @@ def test_seeds_change_nothing(files: Path, tmp_path: Path) -> None:
         distil(tiny_context(tmp_path, *given(files), *HARD, f"method.seed={seed}"), "").images.digest for seed in (0, 7)
     }
     assert len(digests) == 1
-
-
-def test_a_set_of_a_store_learns_as_it_did_there(
-    made: tuple[Distilled, Result], theirs: Path, tmp_path: Path, sealed: list[str]
-) -> None:
-    context = tiny_context(tmp_path, *given(one(theirs / "images")), *labels(one(theirs / "labels")))
-    check_before_work(context)
-    (student,) = compare(context)[1][0].students
-    assert [kind for kind in sealed if kind != "data"] == ["students"]
-    original = made[1].students[0]
-    assert student.manifest["metrics"] == original.manifest["metrics"]
-    assert student.manifest["files"] == original.manifest["files"]
-    assert student.digest != original.digest
-
-
-def test_a_command_shows_it_without_what_it_was_made_from(theirs: Path, tmp_path: Path) -> None:
-    typed = (*TINY, *given(one(theirs / "images")), *labels(one(theirs / "labels")))
-    run(configure(tmp_path, *typed), Invocation(typed))
-    summary = json.loads((tmp_path / "output" / "metrics.json").read_text())
-    assert (summary["members"], summary["votes"], summary["agreement"]) == ({}, [], {})
-    (shown,) = summary["results"]
-    assert shown["row"] == "given"
-    assert shown["labels"] == one(theirs / "labels").name
-    assert shown["label_bytes"] == sum(
-        path.stat().st_size for path in one(theirs / "labels").iterdir() if path.name != "manifest.json"
-    )
-    page = (tmp_path / "output" / "report.html").read_text()
-    assert str(tmp_path) not in page
-    assert "they started from" not in page
-    assert {artifact.kind for artifact in sealed_in(tmp_path / "store")} <= {"data", "students"}
-
-
-def test_the_published_programs_images_and_records(tmp_path: Path, sealed: list[str]) -> None:
-    context = tiny_context(tmp_path, *given(IMAGES), *labels(RECORDS))
-    check_before_work(context)
-    distilled, results = compare(context)
-    assert [kind for kind in sealed if kind != "data"] == ["given", "images", "students"]
-    pixels, targets = read_published_images(IMAGES)
-    found, classes = load_images(distilled[0].images)
-    assert torch.equal(found, pixels)
-    assert torch.equal(classes, targets)
-    opened, expected = distilled[0].labels.open(found), PublishedLabels(RECORDS, 20, 32)
-    for epoch in range(3):
-        assert torch.equal(opened.epoch(epoch)[1], expected.epoch(epoch)[1])
-    summary = results[0].summary()
-    assert summary["label_bytes"] == sum(path.stat().st_size for path in RECORDS.glob("epoch_*/*"))
-    assert summary["labels"] is None
-
-
-def test_other_records_are_other_labels(tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(RECORDS, tmp_path / "records"))
-
-    def identity() -> dict[str, object]:
-        return distil(tiny_context(tmp_path, *given(IMAGES), *labels(copied)), "").labels.identity
-
-    first = identity()
-    shutil.copy(copied / "epoch_0" / "batch_1.tar", copied / "epoch_0" / "batch_0.tar")
-    assert identity() != first
 
 
 def test_images_begin_with_given_ones(row: Distilled, files: Path, theirs: Path, tmp_path: Path) -> None:
@@ -230,17 +114,6 @@ def test_it_costs_as_much_where_the_data_are_not_there(files: Path, tmp_path: Pa
     assert "given" in [piece.artifact.kind for piece in plan_pieces(planning(config, torch.device("cpu")))]
 
 
-def test_other_records_of_later_epochs_are_other_labels(tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(RECORDS, tmp_path / "records"))
-
-    def identity() -> dict[str, object]:
-        return distil(tiny_context(tmp_path, *given(IMAGES), *labels(copied)), "").labels.identity
-
-    first = identity()
-    shutil.copy(copied / "epoch_2" / "batch_1.tar", copied / "epoch_2" / "batch_0.tar")
-    assert identity() != first
-
-
 def test_images_beyond_those_asked_for_do_not_count(
     files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,38 +127,6 @@ def test_images_beyond_those_asked_for_do_not_count(
     (files / "2_2" / "0001.png").unlink()
     assert images() == first
     assert "has 1 to 2 images of a class" in caplog.text
-
-
-def test_a_set_in_a_place_that_is_no_store(theirs: Path, tmp_path: Path) -> None:
-    """Nothing is noted around it, and what is wrong with it cannot be made again."""
-    downloads = tmp_path / "downloads"
-    for kind in ("images", "labels"):
-        shutil.copytree(one(theirs / kind), downloads / one(theirs / kind).name)
-    images, stored = (downloads / one(theirs / kind).name for kind in ("images", "labels"))
-    check_before_work(tiny_context(tmp_path / "run", *given(images), *labels(stored)))
-    assert sorted(path.name for path in downloads.iterdir()) == sorted((images.name, stored.name))
-    assert not (tmp_path / ".users").exists()
-    renamed = stored.rename(downloads / "their labels")
-    with pytest.raises(ConfigError, match=r"^label\.given=\S+ labels: .* Copy it again, whole and under its own name"):
-        tiny_context(tmp_path / "run", *given(images), "label=given", f"label.given='{renamed}'")
-    (images / "manifest.json").write_text("{}")
-    said = refused(tmp_path / "run", *given(images), *HARD)
-    assert said.startswith("method.given: ")
-    assert said.endswith("Copy it again, whole and under its own name.")
-
-
-def test_labels_of_another_version(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = tiny_context(tmp_path, *given(one(theirs / "images")), *labels(one(theirs / "labels")))
-    monkeypatch.setattr("cvdd.chain.given_labels.recipe_of", lambda path: {**recipe_of(path), "newer": 1})
-    with pytest.raises(ConfigError, match=r"is of another version, .*: it says label\.newer"):
-        check_before_work(context)
-
-
-def test_more_epochs_than_are_labelled(compose: Compose) -> None:
-    """What is labelled cannot be changed."""
-    typed = ("compare=none", *given(IMAGES), *labels(RECORDS), "protocol.epochs=4")
-    with pytest.raises(ConfigError, match=r"and label\.epochs is 3; set protocol\.epochs=3$"):
-        compose("evaluate", *typed)
 
 
 @pytest.mark.parametrize("kind", ["files", "store"])
@@ -332,20 +173,6 @@ def test_files_that_do_not_fit(change, message: str, files: Path, tmp_path: Path
     assert re.search(message, refused(tmp_path, *given(files)))
 
 
-def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_path: Path) -> None:
-    stored, images = one(theirs / "labels"), one(theirs / "images")
-    said = refused(tmp_path, *given(files), *labels(stored))
-    assert f"type method.given=.../images/NAME-{row.images.digest}" in said
-    said = refused(tmp_path, *given(images), *labels(stored), "dataset.mean=[0.1,0.2,0.3]")
-    assert "the teachers saw images normalised with mean" in said
-    said = refused(tmp_path, *given(images), *labels(stored), "label.batch_size=10", "label.mix=none")
-    assert "in which label.mix=none is cutmix, label.batch_size=10 is 8; choose label=given" in said
-    said = refused(tmp_path, *given(images), *labels(stored), "ipc.images_per_class=1")
-    assert said.endswith("are of 2 images of each class, and ipc.images_per_class=1; type ipc.images_per_class=2")
-    said = refused(tmp_path, *given(IMAGES), *labels(RECORDS), "ipc.images_per_class=1")
-    assert "these labels were made for other images" in said
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -386,17 +213,6 @@ def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_p
 def test_what_is_refused_before_anything(overrides: tuple[str, ...], message: str, compose: Compose) -> None:
     with pytest.raises(ConfigError, match=message):
         compose("evaluate", *overrides)
-
-
-def test_other_artefacts_are_no_labels(row: Distilled) -> None:
-    with pytest.raises(ConfigError, match=r"is an artefact of kind images, not labels"):
-        recipe_of(row.images.path)
-
-
-def test_there_is_nothing_to_relabel(tmp_path: Path) -> None:
-    config = configure(tmp_path, *TINY, *given(IMAGES), *labels(RECORDS), verb="relabel")
-    with pytest.raises(ConfigError, match=r"are labels that are there already, and relabel\.py makes some"):
-        run(config, Invocation(()))
 
 
 def test_priors_are_measured_as_ever(compose: Compose) -> None:
