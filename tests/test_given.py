@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Compose
-from given_fixtures import HARD, cvdd_images, given, labels, one, refused
+from given_helpers import HARD, cvdd_images, given, labels, one, refused
 from helpers import PUBLISHED_IMAGES as IMAGES
 from helpers import PUBLISHED_LABELS as RECORDS
 from helpers import TINY, configure, tiny_context
