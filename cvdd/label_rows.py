@@ -23,8 +23,8 @@ def check_top(top: int | None, classes: int) -> None:
     """
     if top is not None and top > classes - 2:
         raise ConfigError(
-            f"label.top={top} of {classes} logits leaves none or one out; set label.top to at most {classes - 2}, or "
-            "label.top=null for all"
+            f"label.top={top}: of {classes} logits at most {classes - 2} are kept where others become their mean; set "
+            "label.top to no more, or label.top=null for all"
         )
 
 

@@ -185,7 +185,7 @@ def test_files_that_do_not_fit(change, message: str, files: Path, tmp_path: Path
         (labels(RECORDS), r"^label\.given=\S+ is of images that are there too; add method=given"),
         (
             (f"label.given={RECORDS}", *given(IMAGES)),
-            r"^label\.given=\S+ has nobody label anything; choose label=given",
+            r"^label\.given=\S+ brings labels, and label\.teachers=\S+ with label\.store=logits would make",
         ),
         (("method=given",), r"^method\.init=given takes images that are there; type method\.given=FOLDER"),
         (

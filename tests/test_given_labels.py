@@ -70,7 +70,7 @@ def test_the_published_programs_images_and_records(tmp_path: Path, sealed: list[
         assert torch.equal(opened.epoch(epoch)[1], expected.epoch(epoch)[1])
     summary = results[0].summary()
     assert summary["label_bytes"] == sum(path.stat().st_size for path in RECORDS.glob("epoch_*/*"))
-    assert summary["labels"] is None
+    assert summary["labels"] == RECORDS.name
 
 
 def test_other_records_are_other_labels(tmp_path: Path) -> None:
@@ -134,7 +134,8 @@ def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_p
     said = refused(tmp_path, *given(images), *labels(stored), "dataset.mean=[0.1,0.2,0.3]")
     assert "the teachers saw images normalised with mean" in said
     said = refused(tmp_path, *given(images), *labels(stored), "label.batch_size=10", "label.mix=none")
-    assert "in which label.mix=none is cutmix, label.batch_size=10 is 8; choose label=given" in said
+    assert "was made with label.mix=cutmix, label.batch_size=8, which nothing can change now" in said
+    assert said.endswith("leave label.mix=none, label.batch_size=10 out")
     said = refused(tmp_path, *given(images), *labels(stored), "ipc.images_per_class=1")
     assert said.endswith("are of 2 images of each class, and ipc.images_per_class=1; type ipc.images_per_class=2")
     said = refused(tmp_path, *given(IMAGES), *labels(RECORDS), "ipc.images_per_class=1")

@@ -24,8 +24,8 @@ class DenseLayer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the layer."""
-        features = self.conv1(functional.relu(self.bn1(images)))
-        features = self.conv2(functional.relu(self.bn2(features)))
+        features = self.conv1(functional.relu_(self.bn1(images)))
+        features = self.conv2(functional.relu_(self.bn2(features)))
         return torch.cat([features, images], dim=1)
 
 
@@ -39,7 +39,7 @@ class Transition(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the transition."""
-        return functional.avg_pool2d(self.conv(functional.relu(self.bn(images))), 2)
+        return functional.avg_pool2d(self.conv(functional.relu_(self.bn(images))), 2)
 
 
 class DenseNet(nn.Module):
@@ -74,7 +74,7 @@ class DenseNet(nn.Module):
         features = self.conv1(images)
         for name in self.stages:
             features = self.get_submodule(name)(features)
-        logits: Tensor = self.linear(torch.mean(functional.relu(self.bn(features)), dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(functional.relu_(self.bn(features)), dim=(2, 3)))
         return logits
 
 

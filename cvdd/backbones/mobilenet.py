@@ -48,8 +48,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block."""
-        features = functional.relu(self.bn1(self.conv1(images)))
-        features = functional.relu(self.bn2(self.conv2(features)))
+        features = functional.relu_(self.bn1(self.conv1(images)))
+        features = functional.relu_(self.bn2(self.conv2(features)))
         features = self.bn3(self.conv3(features))
         output: Tensor = features + self.shortcut(images) if self.stride == 1 else features
         return output
@@ -83,8 +83,8 @@ class MobileNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
-        features = functional.relu(self.bn1(self.conv1(images)))
-        features = functional.relu(self.bn2(self.conv2(self.layers(features))))
+        features = functional.relu_(self.bn1(self.conv1(images)))
+        features = functional.relu_(self.bn2(self.conv2(self.layers(features))))
         logits: Tensor = self.linear(torch.mean(features, dim=(2, 3)))
         return logits
 

@@ -63,8 +63,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block."""
-        features = self._shape.halved(functional.relu(self.bn1(self.conv1(images))), self._stride)
-        return functional.relu(self.bn2(self.conv2(features)) + self.shortcut(images))
+        features = self._shape.halved(functional.relu_(self.bn1(self.conv1(images))), self._stride)
+        return functional.relu_(self.bn2(self.conv2(features)) + self.shortcut(images))
 
 
 class Bottleneck(nn.Module):
@@ -86,9 +86,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block."""
-        features = functional.relu(self.bn1(self.conv1(images)))
-        features = self._shape.halved(functional.relu(self.bn2(self.conv2(features))), self._stride)
-        return functional.relu(self.bn3(self.conv3(features)) + self.shortcut(images))
+        features = functional.relu_(self.bn1(self.conv1(images)))
+        features = self._shape.halved(functional.relu_(self.bn2(self.conv2(features))), self._stride)
+        return functional.relu_(self.bn3(self.conv3(features)) + self.shortcut(images))
 
 
 class ResNet(nn.Module):
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
-        features = functional.relu(self.bn1(self.conv1(images)))
+        features = functional.relu_(self.bn1(self.conv1(images)))
         for name in self.stages:
             features = self.get_submodule(name)(features)
         if self.pooled_size == 1:

@@ -34,9 +34,9 @@ class BasicBlock(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block."""
         kept, features = images.chunk(2, dim=1)
-        features = functional.relu(self.bn1(self.conv1(features)))
+        features = functional.relu_(self.bn1(self.conv1(features)))
         features = self.bn2(self.conv2(features))
-        features = functional.relu(self.bn3(self.conv3(features)))
+        features = functional.relu_(self.bn3(self.conv3(features)))
         return channel_shuffle(torch.cat([kept, features], dim=1))
 
 
@@ -63,10 +63,10 @@ class DownBlock(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block."""
         short = self.bn1(self.conv1(images))
-        short = functional.relu(self.bn2(self.conv2(short)))
-        long = functional.relu(self.bn3(self.conv3(images)))
+        short = functional.relu_(self.bn2(self.conv2(short)))
+        long = functional.relu_(self.bn3(self.conv3(images)))
         long = self.bn4(self.conv4(long))
-        long = functional.relu(self.bn5(self.conv5(long)))
+        long = functional.relu_(self.bn5(self.conv5(long)))
         return channel_shuffle(torch.cat([short, long], dim=1))
 
 
@@ -97,10 +97,10 @@ class ShuffleNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
-        features = functional.relu(self.bn1(self.conv1(images)))
+        features = functional.relu_(self.bn1(self.conv1(images)))
         for name in self.stages:
             features = self.get_submodule(name)(features)
-        features = functional.relu(self.bn2(self.conv2(features)))
+        features = functional.relu_(self.bn2(self.conv2(features)))
         logits: Tensor = self.linear(torch.mean(features, dim=(2, 3)))
         return logits
 

@@ -79,7 +79,7 @@ class Result:
             "image_bytes": self.images.bytes_without(WHITENING) if self.images else None,
             "label_bytes": self.labels.bytes if self.labels else None,
             "images": self.images.path.name if self.images else None,
-            "labels": self.labels.artifact.path.name if self.labels and self.labels.artifact else None,
+            "labels": self.labels.place if self.labels else None,
             "students": [student.path.name for student in self.students],
             "student_seconds": statistics.fmean(seconds),
             "image_seconds": float(self.images.manifest["cost"]["wall_seconds"]) if self.images else None,

@@ -44,6 +44,10 @@ def check_given(context: Context) -> None:
         ConfigError: see :func:`given_start`.
     """
     path = given_path(context)
+    if context.config.method.keeps_given and context.config.protocol.images == "per_seed":
+        log.warning(
+            "protocol.images=per_seed: given images are the same for every seed, so their spread is that of students"
+        )
     if (path / MANIFEST).is_file():
         _of_store(context, path, warn=True)
     else:

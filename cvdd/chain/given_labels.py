@@ -39,6 +39,11 @@ class GivenLabels(Labels):
     size: int
 
     @property
+    def place(self) -> str:
+        """Name of the directory in which they are stored."""
+        return self.folder.name
+
+    @property
     def bytes(self) -> int:
         """Size on disk."""
         return self.size
@@ -136,11 +141,13 @@ def _check_recipe(context: Context) -> None:
             f"{FIELD}={label.given} is of another version, which this one cannot read: it says label.{unknown[0]}"
         )
     known = [(name, value) for name, value in read.items() if name not in ("given", "store")]
-    other = [f"label.{name}={_typed(said[name])} is {_typed(value)}" for name, value in known if said[name] != value]
+    other = [(name, value) for name, value in known if said[name] != value]
     if other:
+        made = ", ".join(f"label.{name}={_typed(value)}" for name, value in other)
+        typed = ", ".join(f"label.{name}={_typed(said[name])}" for name, _ in other)
         raise ConfigError(
-            f"{FIELD}={label.given} has a recipe of its own, in which {', '.join(other)}; choose label=given, and "
-            "leave out what it does not say"
+            f"{FIELD}={label.given} was made with {made}, which nothing can change now; choose label=given, and leave "
+            f"{typed} out"
         )
 
 

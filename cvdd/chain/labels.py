@@ -57,6 +57,11 @@ class Labels:
     teachers: dict[str, Artifact]
 
     @property
+    def place(self) -> str | None:
+        """Name of the directory in which they are stored, if they are."""
+        return None if self.artifact is None else self.artifact.path.name
+
+    @property
     def bytes(self) -> int:
         """Size on disk."""
         return 0 if self.artifact is None else self.artifact.bytes

@@ -56,10 +56,14 @@ def _in_order(folder: Path, classes: Sequence[str], field: str) -> list[str]:
         return list(classes)
     numbered = {int(number[0]): name for name in found if (number := re.search(r"\d+", name))}
     if len(found) != len(classes) or sorted(numbered) != list(range(len(classes))):
+        named = set(found) & set(classes)
+        missing = [name for name in classes if name not in found] if named else []
+        missing = missing or [f"number {index}" for index in range(len(classes)) if numbered and index not in numbered]
         raise ConfigError(
-            f"{field}={folder} holds {len(found)} class folders ({', '.join(found[:3])}{', ...' * (len(found) > 3)}); "
-            f"needed are {len(classes)}, named as the classes ({', '.join(classes[:3])}, ...) or numbered in their "
-            f"order ({class_folder(0, classes[0], len(classes))}, new000 or 00000, ...)"
+            f"{field}={folder} holds {len(found)} class folders ({_some(found)}); needed are {len(classes)}, named as "
+            f"the classes ({_some(classes)}) or numbered from 0 in their order "
+            f"({class_folder(0, classes[0], len(classes))}, new000 or 00000, and so on)"
+            + (f". There is none for {missing[0]}" if missing else "")
         )
     names = [numbered[index] for index in range(len(classes))]
     for index, name in enumerate(names):
@@ -72,6 +76,10 @@ def _in_order(folder: Path, classes: Sequence[str], field: str) -> list[str]:
                 f"{class_folder(index, classes[index], len(classes))} or {index:05d}"
             )
     return names
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def checksum_of(source: FileSource) -> str:

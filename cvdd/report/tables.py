@@ -38,6 +38,9 @@ def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
 def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
     """Print what was made, where, and how large it is."""
     table = Table(show_header=False, title=f"{artifact.kind}: {artifact.name}")
+    table.add_column(no_wrap=True)
+    # A path is there to be copied.
+    table.add_column(overflow="fold")
     cost = artifact.manifest["cost"]
     rows = {
         "path": str(artifact.path),
@@ -94,6 +97,8 @@ def print_ranking(ranking: Sequence[Mapping[str, Any]]) -> None:
             for key, digits in columns.items()
         ]
         table.add_row(one["row"], one["student"], *shown)
+    if any(one["hlr"] is None for one in ranking):
+        table.caption = "HLR and LRS need protocol.full_data=true, and a row of the same images with hard labels"
     print_table(table)
 
 

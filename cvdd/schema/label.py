@@ -67,8 +67,8 @@ class LabelConfig(CheckedConfig):
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
         if self.given is not None and (self.teachers != "none" or self.store != "none"):
             yield (
-                f"label.given={self.given} has nobody label anything; choose label=given, which reads the recipe from "
-                "there, or label.given=null"
+                f"label.given={self.given} brings labels, and label.teachers={self.teachers} with label.store="
+                f"{self.store} would make some; choose label=given, or label.given=null"
             )
         if self.hard and self.store != "none":
             yield "label.teachers=none gives hard labels, of which there is nothing to store; set label.store=none"

@@ -75,7 +75,8 @@ def unread_settings(method: BaseModel, section: str, what: str, inits: Sequence[
         default = field.get_default(call_default_factory=True)
         if name != section and name not in SHARED and getattr(method, name) != default:
             yield (
-                f"method.{name} is of the recover loop, which {what} (method.{section}) replaces; leave it at {default}"
+                f"method.{name} is of the recover loop, which {what} (method.{section}) replaces; leave it at "
+                f"{_typed(default) if isinstance(default, (str, int, float, bool, type(None))) else default}"
             )
 
 
