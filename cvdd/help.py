@@ -74,10 +74,6 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
             ("ipc=50 students=tiny_all", "fifty images per class, a cross-architecture table"),
             ("--multirun committee.size=1,2,3 temperature=1,5", "a sweep over N and T; members are trained once"),
             (
-                "method=given method.given=DIR",
-                "images that somebody else distilled, a folder for each class, labelled and learned like any others",
-            ),
-            (
                 "dataset=cifar10 committee=small recipe=cifar prior=cifar10 patches=medium method=cvdd label=committee "
                 "protocol=paper students=small",
                 "CIFAR-10 with the published settings instead of the embedded data set's",

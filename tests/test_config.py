@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Compose, compose_raw
 from helpers import PUBLISHED_IMAGES, PUBLISHED_LABELS
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
@@ -45,21 +45,21 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "protocol/hard": ("label=hard",),
     "protocol/hard_tiny": ("label=hard",),
     "protocol/method": ("label=hard", "method=apm_tiny"),
-    "method/given": (f"method.given={PUBLISHED_IMAGES}",),
-    "label/given": (
-        "compare=none",
-        "method=given",
-        f"method.given={PUBLISHED_IMAGES}",
-        f"label.given={PUBLISHED_LABELS}",
-        "protocol.epochs=3",
-    ),
+    "label/given": ("compare=none", "method=given"),
 }
 """What a file is used with, where the default of the other groups would make no sense."""
 
 
+FIELDS: dict[str, tuple[str, ...]] = {
+    "method/given": (f"method.given={PUBLISHED_IMAGES}",),
+    "label/given": (f"method.given={PUBLISHED_IMAGES}", f"label.given={PUBLISHED_LABELS}", "protocol.epochs=3"),
+}
+"""Likewise, fields without which a file says too little."""
+
+
 def overrides_for(path: Path) -> list[str]:
     group, name = path.parent.as_posix(), path.stem
-    chosen = [*COMPANIONS.get(f"{group}/{name}", ())]
+    chosen, fields = [*COMPANIONS.get(f"{group}/{name}", ())], FIELDS.get(f"{group}/{name}", ())
     if group == "backbone":
         # A network has no place of its own in the configuration: it is used as a student here.
         chosen.append(f"+backbone@students.tried={name}")
@@ -70,7 +70,7 @@ def overrides_for(path: Path) -> list[str]:
         return [f"{group}={name}"]
     # The later of two choices for a group would be refused as a repetition; the file under test decides.
     chosen = list({choice.partition("=")[0]: choice for choice in chosen}.values())
-    return [*(choice for choice in chosen if not choice.startswith(f"{group}=")), f"{group}={name}"]
+    return [*(choice for choice in chosen if not choice.startswith(f"{group}=")), f"{group}={name}", *fields]
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=str)
@@ -277,40 +277,6 @@ def test_wrong_values_are_answered_with_what_to_type(name: str, tmp_path: Path) 
         check(composed)
     for part in expected:
         assert part in str(caught.value)
-
-
-def renamed(key: str, name: str, tmp_path: Path) -> DictConfig:
-    """A configuration in which something has another name; * stands for the key of whatever is there."""
-    composed = compose_raw(tmp_path, "evaluate")
-    *path, last = key.split(".")
-    if last == "*":
-        held = OmegaConf.to_container(OmegaConf.select(composed, ".".join(path)))
-        assert isinstance(held, dict)
-        OmegaConf.update(composed, ".".join(path), {**held, name: next(iter(held.values()))}, force_add=True)
-    else:
-        OmegaConf.update(composed, key, name)
-    return composed
-
-
-@pytest.mark.parametrize("name", ["a/b", "x/../../escaped", "..", ".hidden", "/a", "a\\b", "", "a\n"])
-@pytest.mark.parametrize(
-    "key", ["method.name", "label.name", "protocol.name", "committee.members.*", "students.*", "compare.*"]
-)
-def test_names_that_would_lead_to_other_directories_are_refused(key: str, name: str, tmp_path: Path) -> None:
-    told = re.escape(f"{key.replace('*', name)}: {name!r} cannot be part of a file's name; use letters, digits")
-    with pytest.raises(ConfigError, match=told):
-        check(renamed(key, name, tmp_path))
-
-
-@pytest.mark.parametrize("name", ["lr.003_bn1", "prior-resnet18", "N2+T0.5", "two words", "-", "\u00e9t\u00e9"])
-@pytest.mark.parametrize("key", ["method.name", "label.name", "protocol.name", "students.*", "compare.*"])
-def test_other_names_are_allowed(key: str, name: str, tmp_path: Path) -> None:
-    check(renamed(key, name, tmp_path))
-
-
-def test_a_row_may_not_rename_its_method_either(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"compare\.mine: method\.name: 'a/b' cannot be part"):
-        check(compose_raw(tmp_path, "evaluate", "+compare.mine={method.name:a/b}"))
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
