@@ -103,7 +103,7 @@ def _of_files(context: Context, path: Path) -> Artifact:
         "data": data.identity,
         "classes": list(data.classes),
         "images_per_class": ipc,
-        "files": context.once((KIND, path, ipc), lambda: checksum_of(source)),
+        "files": context.once((KIND, path, ipc, tuple(data.classes)), lambda: checksum_of(source)),
     }
 
     def build(work: Path) -> dict[str, Any]:
@@ -138,7 +138,6 @@ def _require(context: Context, counts: Tensor, warn: bool) -> None:
             f"{FIELD}={given} has {fewest} images of class {name}, and ipc.images_per_class={ipc} needs as many; type "
             f"ipc.images_per_class={fewest}"
         )
-
     if warn and most > ipc:
         log.warning(
             "%s=%s has %s images of a class, of which the first %d are taken (ipc.images_per_class)",
