@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 
 from cvdd.artifact import Artifact, DamagedArtifact, Store
-from cvdd.artifact.manifest import COPY, read_manifest, verify
+from cvdd.artifact.manifest import COPY, read_whole
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, load_data
 from cvdd.distributed import World
@@ -76,10 +76,7 @@ class Context:
         root = path.parent.parent
         if path.parent.name != kind:
             # Copied to a place that is no store, in which nothing is to be noted.
-            artifact = read_manifest(path, COPY)
-            for problem in verify(artifact):
-                raise DamagedArtifact(f"{path}: {problem}. {COPY}")
-            return artifact
+            return self.once(path, lambda: read_whole(path, COPY))
         if root not in self._others:
             self._others[root] = Store(root)
         return self._others[root].open(path, COPY)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.manifest import COPY, MANIFEST, DamagedArtifact, read_manifest, verify
+from cvdd.artifact.manifest import COPY, MANIFEST, read_whole
 from cvdd.artifact.places import digest_in
 from cvdd.augment import normalise
 from cvdd.chain.unit_files import load_images
@@ -123,10 +123,7 @@ def load(path: str | Path) -> DistilledSet:
 def _whole(path: Path) -> Artifact:
     if not (path / MANIFEST).is_file():
         raise ConfigError(f"{path} is no artefact of a store; name a directory such as store/labels/NAME-HASH")
-    artifact = read_manifest(path, COPY)
-    for problem in verify(artifact):
-        raise DamagedArtifact(f"{path}: {problem}. {COPY}")
-    return artifact
+    return read_whole(path, COPY)
 
 
 def _images_of(labels: Artifact) -> Artifact:

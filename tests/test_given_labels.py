@@ -127,6 +127,8 @@ def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_p
     said = refused(tmp_path, *given(images), *labels(stored), "label.batch_size=10", "label.mix=none")
     assert "was made with label.mix=cutmix, label.batch_size=8, which nothing can change now" in said
     assert said.endswith("leave label.mix=none, label.batch_size=10 out")
+    said = refused(tmp_path, *given(images), *labels(stored), "label.randaugment=true")
+    assert "was made with label.randaugment=false, which" in said
     said = refused(tmp_path, *given(images), *labels(stored), "ipc.images_per_class=1")
     assert said.endswith("are of 2 images of each class, and ipc.images_per_class=1; type ipc.images_per_class=2")
     said = refused(tmp_path, *given(IMAGES), *labels(RECORDS), "ipc.images_per_class=1")

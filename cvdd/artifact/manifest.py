@@ -163,3 +163,19 @@ def verify(artifact: Artifact) -> Iterator[str]:
             yield f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
         elif file_checksum(file) != entry["sha256"]:
             yield f"{name} does not match its checksum"
+
+
+def read_whole(path: Path, remedy: str = DELETE) -> Artifact:
+    """Read an artefact's manifest and the checksums of all its files.
+
+    Args:
+        path: of the artefact.
+        remedy: what to do if it is damaged, for the message.
+
+    Raises:
+        DamagedArtifact: see :func:`read_manifest`; or a file is missing, changed, or of another size.
+    """
+    artifact = read_manifest(path, remedy)
+    for problem in verify(artifact):
+        raise DamagedArtifact(f"{path}: {problem}. {remedy}")
+    return artifact

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from cvdd.data import is_described
 from cvdd.given_recipe import is_published, recipe_of
 from cvdd.labels import SoftLabels
 from cvdd.published_release import PublishedLabels
+from cvdd.schema.unread import as_typed
 
 log = logging.getLogger(__name__)
 
@@ -143,16 +143,12 @@ def _check_recipe(context: Context) -> None:
     known = [(name, value) for name, value in read.items() if name not in ("given", "store")]
     other = [(name, value) for name, value in known if said[name] != value]
     if other:
-        made = ", ".join(f"label.{name}={_typed(value)}" for name, value in other)
-        typed = ", ".join(f"label.{name}={_typed(said[name])}" for name, _ in other)
+        made = ", ".join(f"label.{name}={as_typed(value)}" for name, value in other)
+        typed = ", ".join(f"label.{name}={as_typed(said[name])}" for name, _ in other)
         raise ConfigError(
             f"{FIELD}={label.given} was made with {made}, which nothing can change now; choose label=given, and leave "
             f"{typed} out"
         )
-
-
-def _typed(value: Any) -> str:
-    return "null" if value is None else str(value).replace(" ", "")
 
 
 def _read_once(folder: Path) -> tuple[str, int]:

@@ -76,7 +76,7 @@ def unread_settings(method: BaseModel, section: str, what: str, inits: Sequence[
         if name != section and name not in SHARED and getattr(method, name) != default:
             yield (
                 f"method.{name} is of the recover loop, which {what} (method.{section}) replaces; leave it at "
-                f"{_typed(default) if isinstance(default, (str, int, float, bool, type(None))) else default}"
+                f"{as_typed(default)}"
             )
 
 
@@ -97,8 +97,8 @@ def unread_fields(config: BaseModel, section: str, harmless: Sequence[str] = ())
         if value != default and unmet:
             switch, values = unmet[0]
             yield (
-                f"{key}={_typed(value)} is of {section}.{switch}={' or '.join(values)}, and {section}.{switch}="
-                f"{getattr(config, switch)}; set {key}={_typed(default)}, or {section}.{switch}={values[0]}"
+                f"{key}={as_typed(value)} is of {section}.{switch}={' or '.join(values)}, and {section}.{switch}="
+                f"{getattr(config, switch)}; set {key}={as_typed(default)}, or {section}.{switch}={values[0]}"
             )
 
 
@@ -117,6 +117,7 @@ def without_unread(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in unread}
 
 
-def _typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """Write a value of a field as an override has it."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    # A section is written as people read it, and typed field by field.
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
