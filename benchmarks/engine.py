@@ -249,7 +249,7 @@ def real_passes_of_labels(config: RunConfig, members: Sequence[str], device: tor
     backbones = [config.committee.members[name].backbone for name in members]
     classes, size = config.dataset.num_classes, config.dataset.image_size
     samples = LabelPool.of(config.label, config.ipc.images_per_class * classes).samples
-    return passes_of_labels(config.engine, backbones, samples, classes, size, device)
+    return passes_of_labels(config.engine, config.label, backbones, samples, classes, size, device)
 
 
 def make_labels(

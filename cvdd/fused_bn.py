@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
-from cvdd.layer_statistics import HALVES, Moments
+from cvdd.layer_statistics import Moments, in_full
 from cvdd.statistics_rows import StatisticsRows
 
 
@@ -24,7 +24,7 @@ class _NormaliseAndMeasure(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
-        deviation = _full(x) - _by_channel(centre)
+        deviation = in_full(x) - _by_channel(centre)
         return _scaled(deviation, scale, shift, x.dtype), *_moments(deviation)
 
     @staticmethod
@@ -35,7 +35,7 @@ class _NormaliseAndMeasure(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, centre, scale = ctx.saved_tensors
         of_map, of_mean, of_square = gradients
-        gradient = _full(of_map) * _by_channel(scale) + _through_moments(x, centre, of_mean, of_square)
+        gradient = in_full(of_map) * _by_channel(scale) + _through_moments(x, centre, of_mean, of_square)
         return as_type(gradient, x.dtype), None, None, None
 
 
@@ -44,7 +44,7 @@ class _Measure(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-        return _moments(_full(x) - _by_channel(centre))
+        return _moments(in_full(x) - _by_channel(centre))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,17 +84,13 @@ def _through_moments(x: Tensor, centre: Tensor, of_mean: Tensor, of_square: Tens
     """Gradient of maps through what was measured of them."""
     places = x.shape[2] * x.shape[3]
     constant, slope = (values[:, :, None, None] for values in (of_mean / places, 2 / places * of_square))
-    own: Tensor = (_full(x) - _by_channel(centre)) * slope + constant
+    own: Tensor = (in_full(x) - _by_channel(centre)) * slope + constant
     return own
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast what is not of the type yet; PyTorch 2.11 compiles a cast that does nothing to one without gradient."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALVES else x
 
 
 def _by_channel(values: Tensor) -> Tensor:
@@ -136,7 +132,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
             out, *moments = _NormaliseAndMeasure.apply(x, self.centre, self.scale, self.shift)
             self.watch.note(self.name, *moments)
         else:
-            out = _scaled(_full(x) - _by_channel(self.centre), self.scale, self.shift, x.dtype)
+            out = _scaled(in_full(x) - _by_channel(self.centre), self.scale, self.shift, x.dtype)
         normalised: Tensor = self.after(out)
         return normalised
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
-from torchvision.models import densenet as torchvision_densenet
 
-from cvdd.backbones.densenet import DenseLayer
+from cvdd.dense_blocks import parts_of_dense_layers, puts_new_maps_first
 from cvdd.fused_bn import FusedBatchNorm, FusedStatistics, measure
 
 
@@ -90,21 +89,11 @@ def measure_once(network: nn.Module, watch: FusedStatistics) -> None:
     for path, parent in list(network.named_modules()):
         for (name, block), (_, after) in itertools.pairwise(list(parent.named_children())):
             following = after if isinstance(after, FusedBatchNorm) else next(after.children(), None)
-            names = _norms_and_convolutions(block)
+            names = parts_of_dense_layers(block)
             if names is None or not isinstance(following, FusedBatchNorm):
                 continue
             layers = [_Growth(*(layer.get_submodule(part) for part in names)) for layer in block.children()]
             if following.num_features == layers[-1].norm1.num_features + layers[-1].conv2.out_channels:
                 whole = f"{path}.{name}".lstrip(".")
-                new_first = type(block) is nn.Sequential
+                new_first = puts_new_maps_first(block)
                 network.set_submodule(whole, MeasuredDenseBlock(whole, layers, new_first, following, watch))
-
-
-def _norms_and_convolutions(block: nn.Module) -> tuple[str, str, str, str] | None:
-    """What the layers of a dense block call their parts, in order; None for another module."""
-    kinds = {type(layer) for layer in block.children()}
-    if type(block) is nn.Sequential and kinds == {DenseLayer}:
-        return "bn1", "conv1", "bn2", "conv2"
-    if type(block) is torchvision_densenet._DenseBlock and kinds == {torchvision_densenet._DenseLayer}:
-        return "norm1", "conv1", "norm2", "conv2"
-    return None

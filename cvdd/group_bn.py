@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from cvdd.backbones import batchnorm_layers
 from cvdd.bn import extras_after
+from cvdd.copies import with_layers
+from cvdd.group_fusion import FusedGroupNorm, fuse_groups
 
 
 class GroupBatchNorm(nn.Module):
@@ -67,12 +68,15 @@ class BatchStatisticsNetwork(nn.Module):
     Args:
         network: the trained network; it is copied, not changed.
         dropout: keep dropout active, as the released program does by accident (fidelity only).
+        fused: let its BatchNorm layers be compiled loops, for passes on a CPU (:mod:`cvdd.group_fusion`).
     """
 
-    def __init__(self, network: nn.Module, dropout: bool = False) -> None:
+    def __init__(self, network: nn.Module, dropout: bool = False, fused: bool = False) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.layers = [_replace(self.network, name, layer) for name, layer in batchnorm_layers(self.network)]
+        copied = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = fuse_groups(copied) if fused else with_layers(copied, _grouped)
+        kinds = GroupBatchNorm | FusedGroupNorm
+        self.layers = [layer for layer in self.network.modules() if isinstance(layer, kinds)]
         if dropout:
             for module in self.network.modules():
                 if isinstance(module, nn.Dropout):
@@ -87,7 +91,5 @@ class BatchStatisticsNetwork(nn.Module):
         return logits
 
 
-def _replace(network: nn.Module, name: str, layer: nn.BatchNorm2d) -> GroupBatchNorm:
-    replacement = GroupBatchNorm(layer)
-    network.set_submodule(name, replacement)
-    return replacement
+def _grouped(layer: nn.Module) -> nn.Module | None:
+    return GroupBatchNorm(layer) if isinstance(layer, nn.BatchNorm2d) else None

@@ -18,6 +18,11 @@ Measured = TypeVar("Measured")
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def in_full(x: Tensor) -> Tensor:
+    """Return what is in half precision in float32, and all else as it is."""
+    return x.float() if x.dtype in HALVES else x
+
+
 class Moments(NamedTuple):
     """Mean and biased variance, each [groups, k], or [k] where there is one group."""
 
@@ -146,4 +151,4 @@ class InputWatch(Generic[Measured]):
     def _collect(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         given = inputs[0]
         # Sums over a batch in half precision would lose what is compared.
-        self._measured[name] = self._measure(name, given.float() if given.dtype in HALVES else given)
+        self._measured[name] = self._measure(name, in_full(given))

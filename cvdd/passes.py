@@ -14,7 +14,7 @@ from torch import nn
 from cvdd.automatic import compiles, has_compiler, precision_of, records, uncompiled_seconds
 from cvdd.backbones import BackboneConfig
 from cvdd.matrix_convolution import with_matrix_convolutions
-from cvdd.schema import EngineConfig
+from cvdd.schema import EngineConfig, LabelConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Passes:
 
     Attributes:
         compile: whether their passes are compiled.
+        compile_norms: whether BatchNorm layers with the statistics of each group are compiled, and nothing else.
         precision: of their convolutions and matrix products; all else, parameters included, is in fp32.
         record: whether passes are recorded as CUDA graphs, which launches the same kernels at once.
     """
@@ -30,11 +31,14 @@ class Passes:
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     record: bool = False
+    compile_norms: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What of it belongs to the identity of labels and students; nothing for PyTorch's plain kernels."""
-        compiled = {"compiled": True} if self.compile else {}
+        compiled: dict[str, Any] = {"compiled": True} if self.compile else {}
+        if self.compile_norms:
+            compiled["compiled"] = "norms"
         return compiled | ({"precision": self.precision} if self.precision != "fp32" else {})
 
     @property
@@ -70,6 +74,7 @@ class Passes:
 
 def passes_of_labels(
     config: EngineConfig,
+    label: LabelConfig,
     backbones: Sequence[BackboneConfig],
     samples: int,
     classes: int,
@@ -80,18 +85,20 @@ def passes_of_labels(
 
     Args:
         config: what is wanted.
+        label: the recipe.
         backbones: of the teachers.
         samples: that each of them labels.
         classes: of the data set.
         size: side of the images in pixels.
         device: kind of device.
     """
-    wanted = config.compile_labels
-    if wanted == "auto" and device.type == "cpu":
-        # Forward alone there is a tenth to win, with some networks nothing, and a minute a network to lose.
+    wanted, precision, on_cpu = config.compile_labels, config.precision_labels, device.type == "cpu"
+    if wanted == "auto" and on_cpu and (precision == "fp32" or label.bn_mode != "batch"):
+        # Nearly all of it is convolutions, which a compiler leaves to the same library.
         wanted = False
     compiled = compiles(wanted, lambda: uncompiled_seconds(backbones, samples, 1, classes, size, device), device)
-    return Passes(compiled, config.precision_labels, records(config.cuda_graphs, device))
+    norms = compiled and on_cpu and label.bn_mode == "batch"
+    return Passes(compiled and not norms, precision, records(config.cuda_graphs, device), norms)
 
 
 def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:

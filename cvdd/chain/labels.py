@@ -194,7 +194,8 @@ def _passes(context: Context, count: int) -> Passes:
     config, data = context.config, context.data()
     backbones = [config.committee.members[name].backbone for name in teachers_of(config)]
     samples = LabelPool.of(config.label, count).samples
-    return passes_of_labels(config.engine, backbones, samples, len(data.classes), data.image_size, context.device)
+    classes, size = len(data.classes), data.image_size
+    return passes_of_labels(config.engine, config.label, backbones, samples, classes, size, context.device)
 
 
 def _weights(context: Context, teachers: Sequence[str], priors: Mapping[str, float]) -> list[float]:

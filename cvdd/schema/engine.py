@@ -20,8 +20,8 @@ class EngineConfig(StrictConfig):
     )
     compile_labels: Literal["auto"] | bool = Field(
         "auto",
-        description="compile the teachers' passes over full stacks, where there is a compiler; auto only on a GPU and "
-        "for as much work, because forward passes on a CPU gain little",
+        description="compile the teachers' passes over full stacks, where there is a compiler; on a CPU only what uses "
+        "the batch's statistics. Auto where more time is saved than a compiler takes, on a CPU in bf16 alone",
     )
     compile_students: bool = Field(
         False,

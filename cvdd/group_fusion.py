@@ -1,0 +1,201 @@
+"""Labelling networks on a CPU whose BatchNorm layers are compiled loops that rectify as they normalise."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from cvdd.bn import extras_after
+from cvdd.copies import with_layers
+from cvdd.dense_blocks import parts_of_dense_layers, puts_new_maps_first
+from cvdd.group_kernels import group_moments, normalise_groups
+from cvdd.layer_statistics import Moments
+
+log = logging.getLogger(__name__)
+
+RECTIFIERS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
+
+SUMS = (operator.add, operator.iadd, torch.add)
+
+
+class FusedGroupNorm(nn.Module):
+    """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
+
+    It stands for :class:`cvdd.group_bn.GroupBatchNorm` where there is a compiler; both say the same but for last bits.
+
+    Args:
+        layer: for which it stands; weight and bias are shared.
+
+    Attributes:
+        group_size: samples of a group; None is all.
+        rectifies: whether what is below zero becomes zero.
+
+    Raises:
+        ConfigError: the layer is another kind of BatchNorm, which does something unknown besides normalising.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.group_size: int | None = None
+        self.rectifies = False
+        self.after = extras_after(layer)
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Normalise [n, c, h, w], and add what is beside it; ``n`` is a multiple of ``group_size``."""
+        maps = side_by_side(x)
+        added = None if beside is None else side_by_side(beside.expand_as(x))
+        normalised: Tensor = self.after(self.normalise(maps, self.measure(maps), added).permute(0, 3, 1, 2))
+        return normalised
+
+    def measure(self, maps: Tensor) -> Moments:
+        """Moments of each group, [groups, c], of maps [n, h, w, c]."""
+        return group_moments(maps, len(maps) // (self.group_size or len(maps)))
+
+    def normalise(self, maps: Tensor, moments: Moments, added: Tensor | None = None) -> Tensor:
+        """Normalise maps [n, h, w, c] with moments [groups, c]."""
+        scale = torch.rsqrt(moments.variance + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -moments.mean * scale
+        shift = shift if self.bias is None else shift + self.bias
+        return normalise_groups(maps, scale, shift, added, self.rectifies)
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Return [n, c, h, w] as contiguous [n, h, w, c]."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class _Growth(nn.Module):
+    """The maps that a layer of a dense block adds, from those of the layers before it and their moments."""
+
+    def __init__(self, norm1: nn.Module, conv1: nn.Module, norm2: nn.Module, conv2: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(norm1, FusedGroupNorm)
+        assert isinstance(norm2, FusedGroupNorm)
+        norm1.rectifies = norm2.rectifies = True
+        self.norm1, self.conv1, self.norm2, self.conv2 = norm1, conv1, norm2, conv2
+
+    def forward(self, maps: Tensor, moments: Moments) -> Tensor:
+        inner = self.conv1(self.norm1.normalise(maps, moments).permute(0, 3, 1, 2))
+        return side_by_side(self.conv2(self.norm2(inner)))
+
+
+class GroupedDenseBlock(nn.Module):
+    """A dense block that measures each map once: every layer of it normalises all maps of the layers before it.
+
+    Args:
+        layers: of the block.
+        new_first: whether a layer's maps come before those that it was given, or after.
+    """
+
+    def __init__(self, layers: Sequence[_Growth], new_first: bool) -> None:
+        super().__init__()
+        self.layers, self.new_first = nn.ModuleList(layers), new_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [n, c, h, w] to the maps that came in and those of all layers, as the block orders them."""
+        maps, moments = side_by_side(x), None
+        for layer in self.layers:
+            assert isinstance(layer, _Growth)
+            moments = moments or layer.norm1.measure(maps)
+            new = layer(maps, moments)
+            measured = layer.norm1.measure(new)
+            maps = self._joined(new, maps)
+            moments = Moments(*(self._joined(*pair) for pair in zip(measured, moments, strict=True)))
+        return maps.permute(0, 3, 1, 2)
+
+    def _joined(self, new: Tensor, old: Tensor) -> Tensor:
+        return torch.cat([new, old] if self.new_first else [old, new], dim=-1)
+
+
+def fuse_groups(network: nn.Module) -> nn.Module:
+    """Let a frozen network's BatchNorm layers be compiled loops; return it, or another that holds its layers.
+
+    Sums and rectifiers that follow a BatchNorm layer become a part of it, if PyTorch can trace the network.
+
+    Raises:
+        ConfigError: a layer is another kind of BatchNorm, which does something unknown besides normalising.
+    """
+    with_layers(network, lambda layer: FusedGroupNorm(layer) if isinstance(layer, nn.BatchNorm2d) else None)
+    with_layers(network, _grouped_block)
+    for layer in network.modules():
+        if isinstance(layer, FusedGroupNorm) and _only_rectifies(layer.after):
+            layer.rectifies, layer.after = True, nn.Identity()
+    try:
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+    except Exception as error:
+        # Each network has errors of its own for what cannot be traced; it adds and rectifies by itself then.
+        log.debug("%s cannot be traced: %s", type(network).__name__, error)
+        return network
+    for make_part in (_with_sum, _with_rectifier):
+        for node in list(traced.graph.nodes):
+            make_part(node, traced)
+    traced.recompile()
+    return traced
+
+
+def _grouped_block(block: nn.Module) -> nn.Module | None:
+    names = parts_of_dense_layers(block)
+    if names is None:
+        return None
+    layers = [_Growth(*(layer.get_submodule(part) for part in names)) for layer in block.children()]
+    return GroupedDenseBlock(layers, puts_new_maps_first(block))
+
+
+def _only_rectifies(after: nn.Module) -> bool:
+    kinds = [type(module) for module in after.children() if type(module) is not nn.Identity]
+    return kinds == [nn.ReLU]
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules only for the sake of their BatchNorm layers."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        known = isinstance(module, FusedGroupNorm | GroupedDenseBlock)
+        return known or not any(isinstance(inside, FusedGroupNorm) for inside in module.modules())
+
+
+def _with_sum(node: fx.Node, traced: fx.GraphModule) -> None:
+    """Make a sum a part of the BatchNorm layer whose map only it sees."""
+    if node.op != "call_function" or node.target not in SUMS or len(node.args) != 2 or node.kwargs:
+        return
+    own, other = sorted(node.args, key=lambda part: _called_by_one(part, traced) is None)
+    if isinstance(own, fx.Node) and isinstance(other, fx.Node) and _called_by_one(own, traced) and own is not other:
+        with traced.graph.inserting_before(node):
+            both = traced.graph.call_module(str(own.target), (own.args[0], other))
+        node.replace_all_uses_with(both)
+        traced.graph.erase_node(node)
+        traced.graph.erase_node(own)
+
+
+def _with_rectifier(node: fx.Node, traced: fx.GraphModule) -> None:
+    """Make a rectifier a part of the BatchNorm layer whose map only it sees."""
+    own = node.args[0] if node.args and _is_rectifier(node, traced) else None
+    if isinstance(own, fx.Node) and (layer := _called_by_one(own, traced)) is not None:
+        layer.rectifies = True
+        node.replace_all_uses_with(own)
+        traced.graph.erase_node(node)
+
+
+def _called_by_one(node: object, traced: fx.GraphModule) -> FusedGroupNorm | None:
+    """The BatchNorm layer that a node calls, if nobody else calls it and only one other node sees what it returns."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
+        return None
+    layer = traced.get_submodule(str(node.target))
+    if not isinstance(layer, FusedGroupNorm) or layer.rectifies or not isinstance(layer.after, nn.Identity):
+        return None
+    same = [one for one in traced.graph.nodes if one.op == "call_module" and one.target == node.target]
+    return layer if len(same) == 1 else None
+
+
+def _is_rectifier(node: fx.Node, traced: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return type(traced.get_submodule(str(node.target))) is nn.ReLU
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return node.op == "call_function" and node.target in RECTIFIERS
