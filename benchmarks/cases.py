@@ -105,7 +105,7 @@ def cpu_cases() -> list[Case]:
     """Cases that a small machine without a GPU gets through."""
     light, dense = ("resnet18", "mobilenetv2"), ("shufflenetv2", "densenet121")
     once, half = ("engine=compiled",), ("engine.precision=bf16",)
-    relabel = Case("relabel", "cifar", (*light, *dense), images=100, steps=1, named=False)
+    relabel = Case("relabel", "cifar", (*light, *dense), images=100, steps=5, reference_steps=1, named=False)
     student = Case("student", "cifar", ("resnet18",), images=100, steps=3, reference_steps=2)
     return [
         Case("recover", "digits", light, images=10, steps=25, units=10, reference_units=10, overrides=once),
