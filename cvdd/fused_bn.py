@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
 from cvdd.layer_statistics import Moments, in_full
+from cvdd.norm_tracing import Norm
 from cvdd.statistics_rows import StatisticsRows
 
 
@@ -22,21 +23,30 @@ class _NormaliseAndMeasure(torch.autograd.Function):
     """Return the normalised map, and of each image and channel the mean deviation and the mean squared deviation."""
 
     @staticmethod
-    def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, rectify: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Around the running mean, which is near the batch's: the squares lose nothing, and one pass is enough.
         deviation = in_full(x) - _by_channel(centre)
-        return _scaled(deviation, scale, shift, x.dtype), *_moments(deviation)
+        out = deviation * _by_channel(scale) + _by_channel(shift)
+        return as_type(out.relu() if rectify else out, x.dtype), *_moments(deviation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rectify = inputs[4]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, centre, scale = ctx.saved_tensors
+        x, centre, scale, shift = ctx.saved_tensors
         of_map, of_mean, of_square = gradients
-        gradient = in_full(of_map) * _by_channel(scale) + _through_moments(x, centre, of_mean, of_square)
-        return as_type(gradient, x.dtype), None, None, None
+        of_map = in_full(of_map)
+        if ctx.rectify:
+            # What was positive is worked out again: a compiler would write it down, and read it again.
+            out = (in_full(x) - _by_channel(centre)) * _by_channel(scale) + _by_channel(shift)
+            of_map = torch.where(out > 0, of_map, 0)
+        gradient = of_map * _by_channel(scale) + _through_moments(x, centre, of_mean, of_square)
+        return as_type(gradient, x.dtype), None, None, None, None
 
 
 class _Measure(torch.autograd.Function):
@@ -70,10 +80,6 @@ def measure(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square
 
 
-def _scaled(deviation: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    return as_type(deviation * _by_channel(scale) + _by_channel(shift), dtype)
-
-
 def _moments(deviation: Tensor) -> tuple[Tensor, Tensor]:
     # Divided before it is added up, so that a compiler has the sums written where they are compared.
     share = deviation / (deviation.shape[2] * deviation.shape[3])
@@ -97,7 +103,7 @@ def _by_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-class FusedBatchNorm(nn.BatchNorm2d):
+class FusedBatchNorm(nn.BatchNorm2d, Norm):
     """A frozen BatchNorm layer in evaluation mode that tells a watch the statistics of what it normalises.
 
     Args:
@@ -107,6 +113,7 @@ class FusedBatchNorm(nn.BatchNorm2d):
 
     Attributes:
         measures: whether it measures what it normalises, which someone else does otherwise.
+        rectifies: whether what is below zero becomes zero.
     """
 
     centre: Tensor
@@ -117,7 +124,8 @@ class FusedBatchNorm(nn.BatchNorm2d):
         super().__init__(layer.num_features, layer.eps, affine=False)
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
-        self.name, self.watch, self.after, self.measures = name, watch, extras_after(layer), True
+        self.name, self.watch, self.after = name, watch, extras_after(layer)
+        self.measures, self.rectifies = True, False
         mean, variance = running_moments(layer)
         scale = (variance + layer.eps).rsqrt()
         scale = scale if layer.weight is None else scale * layer.weight.detach()
@@ -129,10 +137,11 @@ class FusedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [n, c, h, w] with the running statistics."""
         if self.watch.groups and self.measures:
-            out, *moments = _NormaliseAndMeasure.apply(x, self.centre, self.scale, self.shift)
+            out, *moments = _NormaliseAndMeasure.apply(x, self.centre, self.scale, self.shift, self.rectifies)
             self.watch.note(self.name, *moments)
         else:
-            out = _scaled(in_full(x) - _by_channel(self.centre), self.scale, self.shift, x.dtype)
+            out = (in_full(x) - _by_channel(self.centre)) * _by_channel(self.scale) + _by_channel(self.shift)
+            out = as_type(out.relu() if self.rectifies else out, x.dtype)
         normalised: Tensor = self.after(out)
         return normalised
 

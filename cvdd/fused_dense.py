@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from cvdd.dense_blocks import parts_of_dense_layers, puts_new_maps_first
 from cvdd.fused_bn import FusedBatchNorm, FusedStatistics, measure
@@ -24,12 +23,13 @@ class _Growth(nn.Module):
     def __init__(self, norm1: nn.Module, conv1: nn.Module, norm2: nn.Module, conv2: nn.Module) -> None:
         super().__init__()
         assert isinstance(norm1, FusedBatchNorm)
+        assert isinstance(norm2, FusedBatchNorm)
         assert isinstance(conv2, nn.Conv2d)
+        norm1.rectifies = norm2.rectifies = True
         self.norm1, self.conv1, self.norm2, self.conv2 = norm1, conv1, norm2, conv2
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv1(relu(self.norm1(x)))
-        new: Tensor = self.conv2(relu(self.norm2(inner)))
+        new: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return new
 
 

@@ -8,8 +8,9 @@ from cvdd.backbones import batchnorm_layers
 from cvdd.bn import BatchStatistics, extras_after, running_moments
 from cvdd.config_base import ConfigError
 from cvdd.copies import sharing_copy
-from cvdd.fused_bn import FusedStatistics
-from cvdd.fused_dense import measure_once
+from cvdd.fused_bn import FusedBatchNorm, FusedStatistics
+from cvdd.fused_dense import MeasuredDenseBlock, measure_once
+from cvdd.norm_tracing import with_parts
 
 
 def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
@@ -26,7 +27,7 @@ def fuse_statistics(network: nn.Module) -> tuple[nn.Module, BatchStatistics]:
     watch = FusedStatistics(fused)
     measure_once(fused, watch)
     watch.prepare()
-    return fused, watch
+    return with_parts(fused, FusedBatchNorm, MeasuredDenseBlock, sums=False), watch
 
 
 def _is_known(layer: nn.BatchNorm2d) -> bool:

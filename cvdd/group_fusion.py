@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from cvdd.bn import extras_after
 from cvdd.copies import with_layers
 from cvdd.dense_blocks import parts_of_dense_layers, puts_new_maps_first
 from cvdd.group_kernels import group_moments, normalise_groups
 from cvdd.layer_statistics import Moments
-
-log = logging.getLogger(__name__)
-
-RECTIFIERS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
-
-SUMS = (operator.add, operator.iadd, torch.add)
+from cvdd.norm_tracing import Norm, with_parts
 
 
-class FusedGroupNorm(nn.Module):
+class FusedGroupNorm(Norm):
     """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
 
     It stands for :class:`cvdd.group_bn.GroupBatchNorm` where there is a compiler; both say the same but for last bits.
@@ -123,20 +116,7 @@ def fuse_groups(network: nn.Module) -> nn.Module:
     """
     with_layers(network, lambda layer: FusedGroupNorm(layer) if isinstance(layer, nn.BatchNorm2d) else None)
     with_layers(network, _grouped_block)
-    for layer in network.modules():
-        if isinstance(layer, FusedGroupNorm) and _only_rectifies(layer.after):
-            layer.rectifies, layer.after = True, nn.Identity()
-    try:
-        traced = fx.GraphModule(network, _Tracer().trace(network))
-    except Exception as error:
-        # Each network has errors of its own for what cannot be traced; it adds and rectifies by itself then.
-        log.debug("%s cannot be traced: %s", type(network).__name__, error)
-        return network
-    for make_part in (_with_sum, _with_rectifier):
-        for node in list(traced.graph.nodes):
-            make_part(node, traced)
-    traced.recompile()
-    return traced
+    return with_parts(network, FusedGroupNorm, GroupedDenseBlock, sums=True)
 
 
 def _grouped_block(block: nn.Module) -> nn.Module | None:
@@ -145,57 +125,3 @@ def _grouped_block(block: nn.Module) -> nn.Module | None:
         return None
     layers = [_Growth(*(layer.get_submodule(part) for part in names)) for layer in block.children()]
     return GroupedDenseBlock(layers, puts_new_maps_first(block))
-
-
-def _only_rectifies(after: nn.Module) -> bool:
-    kinds = [type(module) for module in after.children() if type(module) is not nn.Identity]
-    return kinds == [nn.ReLU]
-
-
-class _Tracer(fx.Tracer):
-    """Looks into modules only for the sake of their BatchNorm layers."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        known = isinstance(module, FusedGroupNorm | GroupedDenseBlock)
-        return known or not any(isinstance(inside, FusedGroupNorm) for inside in module.modules())
-
-
-def _with_sum(node: fx.Node, traced: fx.GraphModule) -> None:
-    """Make a sum a part of the BatchNorm layer whose map only it sees."""
-    if node.op != "call_function" or node.target not in SUMS or len(node.args) != 2 or node.kwargs:
-        return
-    own, other = sorted(node.args, key=lambda part: _called_by_one(part, traced) is None)
-    if isinstance(own, fx.Node) and isinstance(other, fx.Node) and _called_by_one(own, traced) and own is not other:
-        with traced.graph.inserting_before(node):
-            both = traced.graph.call_module(str(own.target), (own.args[0], other))
-        node.replace_all_uses_with(both)
-        traced.graph.erase_node(node)
-        traced.graph.erase_node(own)
-
-
-def _with_rectifier(node: fx.Node, traced: fx.GraphModule) -> None:
-    """Make a rectifier a part of the BatchNorm layer whose map only it sees."""
-    own = node.args[0] if node.args and _is_rectifier(node, traced) else None
-    if isinstance(own, fx.Node) and (layer := _called_by_one(own, traced)) is not None:
-        layer.rectifies = True
-        node.replace_all_uses_with(own)
-        traced.graph.erase_node(node)
-
-
-def _called_by_one(node: object, traced: fx.GraphModule) -> FusedGroupNorm | None:
-    """The BatchNorm layer that a node calls, if nobody else calls it and only one other node sees what it returns."""
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
-        return None
-    layer = traced.get_submodule(str(node.target))
-    if not isinstance(layer, FusedGroupNorm) or layer.rectifies or not isinstance(layer.after, nn.Identity):
-        return None
-    same = [one for one in traced.graph.nodes if one.op == "call_module" and one.target == node.target]
-    return layer if len(same) == 1 else None
-
-
-def _is_rectifier(node: fx.Node, traced: fx.GraphModule) -> bool:
-    if node.op == "call_module":
-        return type(traced.get_submodule(str(node.target))) is nn.ReLU
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in RECTIFIERS

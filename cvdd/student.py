@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
 from cvdd.label_batches import LabelledBatch
-from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
+from cvdd.losses import logit_loss, mixed_cross_entropy, refined_cosine_loss, soft_label_loss
 from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of, student_rate
@@ -104,10 +104,14 @@ class StudentModule(Classifier):
     def _loss_of_part(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         protocol, plan = self.protocol, batch.replay
         classes = self.classes[plan.index]
+        if protocol.loss in ("cross_entropy", "gift"):
+            both = classes[part], classes[plan.partner][part]
+            share = plan.own_share(self.images.shape[-1])[part]
         if protocol.loss == "cross_entropy":
-            share = plan.own_share(self.images.shape[-1])
-            return mixed_cross_entropy(student, classes[part], classes[plan.partner][part], share[part])
+            return mixed_cross_entropy(student, *both, share)
         teacher = batch.logits[part].float()
+        if protocol.loss == "gift":
+            return refined_cosine_loss(student, teacher, *both, share, protocol.hard_label_weight)
         if protocol.loss == "mse":
             # The released programs take the class of the unmixed image also for mixed ones.
             return logit_loss(student, teacher, classes[part], protocol.hard_label_weight)

@@ -53,7 +53,7 @@ def test_published_counts(name: str, millions: float | None, layers: int) -> Non
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == millions
 
 
-WITHOUT_BATCHNORM = ("tiny_vit", "tiny_convnext", "alexnet")
+WITHOUT_BATCHNORM = ("tiny_vit", "tiny_convnext", "alexnet", "imagenet_alexnet")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))

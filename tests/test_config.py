@@ -33,6 +33,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "dataset/cifar100": (*CIFAR, "prior=cifar100"),
     "dataset/tiny_imagenet": (*CIFAR, "recipe=tiny_imagenet", "prior=tiny_imagenet"),
     "dataset/imagenette": (*LARGE, "prior=imagenette"),
+    "dataset/imagewoof": (*LARGE, "prior=measured"),
     "dataset/imagenet1k": (*LARGE, "recipe=imagenet1k", "committee=imagenet_pretrained", "prior=imagenet1k"),
     "committee/small": CIFAR,
     "committee/small_resnet18": CIFAR,

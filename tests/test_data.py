@@ -86,6 +86,7 @@ def test_yaml_facts_agree_with_torchvision() -> None:
         ("cifar100", (100, 32, 100, 4)),
         ("tiny_imagenet", (200, 64, 100, 4)),
         ("imagenette", (10, 224, 10, 32)),
+        ("imagewoof", (10, 224, 10, 32)),
         ("imagenet1k", (1000, 224, 100, 32)),
     ],
 )
@@ -114,6 +115,7 @@ def test_yaml_constants(name: str, sizes: tuple[int, ...]) -> None:
         ("cifar10", {"validation_fraction": 1.0}, "validation_fraction"),
         ("imagenette", {"test_resize": 128}, "dataset.test_resize=128"),
         ("imagenet1k", {"download": True}, "dataset.download=true"),
+        ("imagewoof", {"download": True}, "dataset.download=true"),
         ("tiny_imagenet", {"num_classes": None}, "dataset.num_classes=N"),
         ("digits_photo", {"digits": {"size_range": [18, 40]}}, r"set dataset.digits.size_range=\[18,32\], or"),
         (

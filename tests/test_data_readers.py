@@ -8,7 +8,7 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy
 import pytest
@@ -20,8 +20,10 @@ from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
 from cvdd.config_base import ConfigError
 from cvdd.data import DatasetConfig, image_folder, load_data, to_eval_tensor
+from cvdd.data.config import SourceName
 
 WNIDS = ("n01440764", "n02102040", "n02979186")
+SOURCES = [source for source in get_args(SourceName) if source != "digits_photo"]
 
 
 @pytest.fixture
@@ -246,9 +248,9 @@ def make_wnid_folders(root: Path, names: tuple[str, ...] = WNIDS) -> None:
                 save(root / part / wnid / f"{wnid}_{index}.JPEG", 60 * label, (50 + index, 40))
 
 
-@pytest.mark.parametrize("source", ["imagenette", "imagenet1k"])
+@pytest.mark.parametrize("source", ["imagenette", "imagewoof", "imagenet1k"])
 def test_full_size_images_are_lazy(tmp_path: Path, store: Store, source: str) -> None:
-    make_wnid_folders(tmp_path / ("imagenette2" if source == "imagenette" else ""))
+    make_wnid_folders(tmp_path / ("" if source == "imagenet1k" else f"{source}2"))
     data = load_data(make_config(source, tmp_path, classes=WNIDS, num_classes=3, test_resize=36), store)
     assert not data.train.in_memory
     assert data.train.image(1).shape == (3, 40, 51)
@@ -389,10 +391,10 @@ def test_fewer_images_than_asked(folder: Path, store: Store) -> None:
         load_data(folder_config(folder, train_per_class=5), store)
 
 
-@pytest.mark.parametrize("source", ["cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagenet1k", "image_folder"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_missing_data_says_what_to_type(tmp_path: Path, store: Store, source: str) -> None:
     config = make_config(source, tmp_path / "absent", classes=WNIDS, num_classes=3)
     with pytest.raises(ConfigError, match="type dataset.root=FOLDER.*Expected in that folder: ") as caught:
         load_data(config, store)
-    downloadable = source not in ("imagenet1k", "image_folder")
+    downloadable = source not in ("imagewoof", "imagenet1k", "image_folder")
     assert ("dataset.download=true" in str(caught.value)) == downloadable

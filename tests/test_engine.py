@@ -212,6 +212,6 @@ def test_a_compiled_judgement_has_the_gradient_of_plain_kernels(weights: dict[st
     for engine in (Engine(), Engine(True)):
         voter, shown = ready_voter("a", small_network(seed=1), 1.0, engine), images.clone().requires_grad_()
         with compiling(engine.compile):
-            said = engine.opinion(shown, targets, voter, **{"r_bn": 0.01, **weights})
+            said = engine.opinion(shown, targets, voter, first_bn_multiplier=10.0, **{"r_bn": 0.01, **weights})
             gradients.append(torch.autograd.grad(said.value.sum(), shown)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

@@ -30,7 +30,7 @@ RECIPES = {
     if "\nexpected:" in path.read_text() and not path.stem.startswith(OTHERS)
 }
 STUDENTS = {"r18": "resnet18", "r50": "resnet50", "r101": "resnet101"}
-CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenette": 10, "imagenet1k": 1000}
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenette": 10, "imagewoof": 10, "imagenet1k": 1000}
 SETTINGS = {"sre2l_pp": "cvdd", "fadrm_plus": "fadrm"}
 """Methods whose students are trained like those of another one."""
 

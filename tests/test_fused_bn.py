@@ -83,11 +83,12 @@ def test_a_distance_of_nothing_has_a_gradient() -> None:
     assert all(bool(slope.isfinite().all()) for slope in torch.autograd.grad(distance.sum(), leaves))
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
+@pytest.mark.parametrize("rectify", [False, True])
+def test_its_gradient_is_that_of_finite_differences(rectify: bool) -> None:
     source = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 2, 5, generator=source, dtype=torch.float64, requires_grad=True)
     mean, scale, shift = (torch.randn(3, generator=source, dtype=torch.float64) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda x: _NormaliseAndMeasure.apply(x, mean, scale, shift), (x,))
+    assert torch.autograd.gradcheck(lambda x: _NormaliseAndMeasure.apply(x, mean, scale, shift, rectify), (x,))
 
 
 def test_a_mean_far_from_the_running_one_costs_little_precision() -> None:
@@ -155,8 +156,9 @@ def test_a_network_of_timm_as_a_whole() -> None:
     torch.testing.assert_close(tuple(two), tuple(one), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_a_compiler_reads_has_the_same_gradient(dtype: torch.dtype) -> None:
+def test_what_a_compiler_reads_has_the_same_gradient(dtype: torch.dtype, rectify: bool) -> None:
     """Of the map and of both statistics; PyTorch 2.11 lost the map's where a cast did nothing."""
     source = torch.Generator().manual_seed(0)
     images = torch.randn(6, 4, 5, 5, generator=source, dtype=torch.float64).to(dtype)
@@ -164,7 +166,7 @@ def test_what_a_compiler_reads_has_the_same_gradient(dtype: torch.dtype) -> None
     centre, scale, shift = (torch.rand(4, generator=source, dtype=torch.float64).to(kind) for _ in range(3))
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        out, mean, square = _NormaliseAndMeasure.apply(x, centre, scale, shift)
+        out, mean, square = _NormaliseAndMeasure.apply(x, centre, scale, shift, rectify)
         return out.square().sum() + mean.square().sum() + square.pow(3).sum()
 
     gradients = []

@@ -131,7 +131,7 @@ def test_compiled_it_says_the_same_in_stages_of_two_sizes() -> None:
         expected, slope = judged(Voter("a", network), images, 0.3)
         leaf = images.clone().requires_grad_()
         targets = torch.arange(count).expand(units, count)
-        said = compiled(leaf, targets, Voter("a", fused, watch=watch), r_bn=0.3)
+        said = compiled(leaf, targets, Voter("a", fused, watch=watch), r_bn=0.3, first_bn_multiplier=10.0)
         gradient = torch.autograd.grad(said.value.sum(), leaf)[0]
         torch.testing.assert_close(tuple(said), tuple(expected), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-6)

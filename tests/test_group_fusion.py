@@ -179,7 +179,8 @@ class Twice(nn.Module):
             "called twice": lambda: self.norm(normal.relu()),
             "method": lambda: normal.relu(),
             "spread out": lambda: (self.offset + normal).relu(),
-            "after": lambda: nn.functional.relu(maps + normal, inplace=True),
+            "after": lambda: nn.functional.relu(images[:, :1, 2:, 2:] + normal, inplace=True),
+            "changed between": lambda: normal + nn.functional.relu_(maps),
             "rectified first": lambda: nn.functional.relu(normal) + maps,
         }
         return ways[self.way]().mean(dim=(2, 3))
@@ -195,6 +196,7 @@ class Twice(nn.Module):
         ("method", set()),
         ("spread out", set()),
         ("after", set()),
+        ("changed between", {"add", "relu"}),
         ("rectified first", {"add"}),
     ],
 )
@@ -215,7 +217,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_own_sums(caplog: pytest.LogCa
             maps: Tensor = self.norm(images).relu() if images.mean() > 1 else self.norm(images)
             return maps.amax(dim=(2, 3))
 
-    with caplog.at_level(logging.DEBUG, "cvdd.group_fusion"):
+    with caplog.at_level(logging.DEBUG, "cvdd.norm_tracing"):
         fused = same_labels(settled(Choosing()), noise(8, 3, 8, 8))
     assert "Choosing cannot be traced" in caplog.text
     assert not isinstance(fused.network, fx.GraphModule)

@@ -183,6 +183,8 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "protocol.temperature=4",
             "protocol.temperature_squared=true",
             "protocol.loss=mse protocol.hard_label_weight=0.1",
+            "protocol.loss=gift",
+            "protocol.loss=gift protocol.hard_label_weight=0.1",
             "protocol.optimizer=sgd",
             "protocol.lr=0.01",
             "protocol.betas=[0.8,0.999]",

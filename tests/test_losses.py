@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import protocol_config
 
-from cvdd.losses import logit_loss, mixed_cross_entropy, soft_label_loss
+from cvdd.losses import logit_loss, mixed_cross_entropy, refined_cosine_loss, soft_label_loss
 from cvdd.schedules import student_rate
 
 
@@ -42,6 +42,32 @@ def test_cross_entropy_of_a_mixed_image() -> None:
     student = torch.tensor([[0.0, math.log(3)]])
     loss = mixed_cross_entropy(student, torch.tensor([0]), torch.tensor([1]), torch.tensor([0.75]))
     assert loss.item() == pytest.approx(0.75 * math.log(4) + 0.25 * math.log(4 / 3))
+
+
+def test_cosine_with_refined_logits() -> None:
+    """Of three classes: teacher (3, 4, 0) / 5 and label (0.9, 0.05, 0.05) / 0.9028, of which a tenth is added."""
+    student, teacher = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 4.0, 0.0]])
+    own, other, share = torch.tensor([0]), torch.tensor([2]), torch.tensor([1.0])
+    assert refined_cosine_loss(student, teacher, own, other, share, 0.0).item() == pytest.approx(1 - 0.6)
+    length = math.sqrt(0.9**2 + 2 * 0.05**2)
+    refined = [0.6 + 0.09 / length, 0.8 + 0.005 / length, 0.005 / length]
+    expected = 1 - refined[0] / math.sqrt(sum(value**2 for value in refined))
+    assert refined_cosine_loss(student, teacher, own, other, share, 0.1).item() == pytest.approx(expected, rel=1e-6)
+    # Lengths of neither logits count.
+    assert refined_cosine_loss(7 * student, 2 * teacher, own, other, share, 0.1).item() == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+def test_the_smoothed_label_of_a_mixed_image_is_mixed() -> None:
+    """With so much weight that nothing else counts: three quarters of class 0, a quarter of class 2."""
+    student, teacher, share = torch.eye(3), torch.ones(3, 3), torch.full((3,), 0.75)
+    label = [0.05 + 0.85 * 0.75, 0.05, 0.05 + 0.85 * 0.25]
+    length = math.sqrt(sum(value**2 for value in label))
+    for index, value in enumerate(label):
+        row = slice(index, index + 1)
+        loss = refined_cosine_loss(student[row], teacher[row], torch.tensor([0]), torch.tensor([2]), share[row], 1e6)
+        assert loss.item() == pytest.approx(1 - value / length, abs=1e-5)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from cvdd.engine import Engine
 from cvdd.units import Stack, Unit
 from cvdd.voting import Voter
 
+NAMES = ("resnet18", "resnet50")
+
 
 def test_matchers_have_the_methods_multiplier_of_the_first_layer(tmp_path: Path) -> None:
     context = tiny_context(tmp_path, "method.first_bn_multiplier=3", "method.statistics.momentum=0.8")
@@ -30,21 +32,40 @@ def test_matchers_have_the_methods_multiplier_of_the_first_layer(tmp_path: Path)
     assert voter.matcher is None
 
 
+def logged_of(
+    context: Context, stack: Stack, weights: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> dict[int, dict[str, float]]:
+    """Recover a stack with two members; return what is logged of it, by step."""
+    logged: dict[int, dict[str, float]] = {}
+    monkeypatch.setattr(Context, "log", lambda self, values, step: logged.update({step: values}))
+    members = [(Voter(name, small_network(10, seed=seed)), None) for seed, name in enumerate(NAMES)]
+    output = context.config.paths.output
+    (output / UNITS).mkdir(parents=True)
+    recover_stack(context, Engine(), stack, members, weights, None, output, lambda done: None)
+    return logged
+
+
 def test_stacks_are_logged_one_after_the_other_with_the_mean_shares_of_their_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six iterations a stack, three stacks before this one, a row every two iterations."""
-    logged: dict[int, dict[str, float]] = {}
-    monkeypatch.setattr(Context, "log", lambda self, values, step: logged.update({step: values}))
-    context = tiny_context(tmp_path)
-    names = ("resnet18", "resnet50")
-    members = [(Voter(name, small_network(10, seed=seed)), None) for seed, name in enumerate(names)]
     stack = Stack(3, (0, 1), (Unit(0, 0, 0, 10), Unit(1, 0, 0, 10)))
-    weights = torch.tensor([[0.9, 0.5], [0.1, 0.5]])
-    (tmp_path / UNITS).mkdir()
-    recover_stack(context, Engine(), stack, members, weights, None, tmp_path, lambda done: None)
+    logged = logged_of(tiny_context(tmp_path), stack, torch.tensor([[0.9, 0.5], [0.1, 0.5]]), monkeypatch)
     assert list(logged) == [20, 22, 24]
     for values in logged.values():
         assert values["distill/stack"] == 3
-        assert [values[f"distill/weight/{name}"] for name in names] == pytest.approx([0.7, 0.3])
+        assert [values[f"distill/weight/{name}"] for name in NAMES] == pytest.approx([0.7, 0.3])
         assert values["distill/loss"] > 0
+        assert "distill/density" not in values
+
+
+def test_terms_that_are_logged_add_up_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context(tmp_path, "method.composer=classes", "method.density=2.0", "method.density_scale=cosine")
+    stack = Stack(0, (0, 1), (Unit(0, 0, 0, 5, 2),))
+    for values in logged_of(context, stack, torch.tensor([[0.6], [0.4]]), monkeypatch).values():
+        parts = [
+            values[f"distill/weight/{name}"] * (values[f"distill/ce/{name}"] + values[f"distill/bn/{name}"])
+            for name in NAMES
+        ]
+        assert values["distill/density"] > 0
+        assert values["distill/loss"] == pytest.approx(sum(parts) + values["distill/density"], rel=1e-4)

@@ -27,7 +27,7 @@ from cvdd.batch_parts import parts_of
 from cvdd.compiler import compiling
 from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset
 from cvdd.labels import ComputedLabels, HardLabels
-from cvdd.losses import soft_label_loss
+from cvdd.losses import refined_cosine_loss, soft_label_loss
 from cvdd.measure import Accuracy
 from cvdd.passes import Passes
 from cvdd.replay import replay
@@ -206,6 +206,19 @@ def test_a_regression_step_adds_the_class_of_the_unmixed_image() -> None:
     classes = CLASSES[item.replay.index].tolist()
     surprise = [-float(row.log_softmax(0)[label]) for row, label in zip(logits, classes, strict=True)]
     assert loss.item() == pytest.approx(squares / (8 * 4) + 0.15 * sum(surprise) / 8, rel=1e-5)
+
+
+def test_a_step_by_angles_mixes_the_classes_of_mixed_images() -> None:
+    labels = soft_labels()
+    item = SoftLabelDataset(labels)[1]
+    loss = student(trainable(), labels, loss="gift", hard_label_weight=0.1, accumulation=1).training_step(item, 0)
+    logits = trainable()(replay(labels.images, item.replay, MEAN, STD)).detach()
+    own, partner = CLASSES[item.replay.index], CLASSES[item.replay.index][item.replay.partner]
+    share = item.replay.own_share(SIZE)
+    assert (own != partner).any()
+    assert (share < 1).any()
+    expected = refined_cosine_loss(logits, item.logits.float(), own, partner, share, 0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])

@@ -73,6 +73,7 @@ UNREAD = (
     ("recipe.crop=resized", "recipe.pad=2"),
     ("recipe.crop=pad", "recipe.crop_scale=[0.5,1.0]"),
     ("protocol.loss=mse", "protocol.temperature=4"),
+    ("protocol.loss=gift", "protocol.temperature=4"),
     ("protocol=hard label=hard protocol.loss=cross_entropy", "protocol.temperature=4"),
     ("protocol.loss=mse", "protocol.temperature_squared=true"),
     ("protocol.loss=kl", "protocol.hard_label_weight=0.1"),

@@ -255,8 +255,9 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
     """Log a stack: loss, learning rate, by member its two terms and its weight, and by pair their agreement.
 
     The terms are those of the page's plot: cross-entropy times ``method.ce``, and the BatchNorm distance times
-    ``method.r_bn`` and the member's ``bn_scale``. The sum over members of weight times both terms is the loss where
-    all units of the stack have the same weights.
+    ``method.r_bn`` and the member's ``bn_scale``; that of densification is ``method.density`` times it. The sum over
+    members of weight times both terms, and of that, is the loss where all members judge every iteration and all units
+    of the stack have the same weights.
     """
     config, data = context.config, context.data()
     method = config.method
@@ -265,6 +266,8 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
     values |= {f"distill/ce/{name}": ce for name, (ce, _) in terms.items()}
     values |= {f"distill/bn/{name}": bn for name, (_, bn) in terms.items()}
     values |= {f"distill/weight/{name}": value for name, value in shares.items()}
+    if method.density:
+        values["distill/density"] = method.density * row.density
     values |= {f"distill/agreement/{pair}": cosine for pair, cosine in row.agreement.items()}
     step = stack.index * method.iterations + row.iteration
     context.log(values, step)

@@ -21,6 +21,7 @@ PUBLISHED: Mapping[str, tuple[int, int, int]] = MappingProxyType(
         "cifar100": (50_000, 10_000, 100),
         "tiny_imagenet": (100_000, 10_000, 200),
         "imagenette": (9_469, 3_925, 10),
+        "imagewoof": (9_025, 3_929, 10),
         "imagenet1k": (1_281_167, 50_000, 1000),
     }
 )
@@ -29,7 +30,7 @@ PUBLISHED: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 DIGITS = 1797
 """Handwritten digits that scikit-learn carries."""
 
-_FROM_FILES = ("imagenette", "imagenet1k")
+_FROM_FILES = ("imagenette", "imagewoof", "imagenet1k")
 
 
 class NotMade(Exception):

@@ -9,7 +9,12 @@ from pydantic import Field
 
 from cvdd.config_base import CheckedConfig
 
-SourceName = Literal["digits_photo", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagenet1k", "image_folder"]
+SourceName = Literal[
+    "digits_photo", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagewoof", "imagenet1k", "image_folder"
+]
+
+NOT_DOWNLOADED: tuple[str, ...] = ("image_folder", "imagewoof", "imagenet1k")
+"""Sources that are there or not: no reader knows where to find them, and with which checksum."""
 
 MEASURES_CLASSES: tuple[str, ...] = ("image_folder", "tiny_imagenet", "imagenet1k")
 """Sources that may leave ``classes`` empty and take the sorted folder names."""
@@ -98,7 +103,7 @@ class DatasetConfig(CheckedConfig):
             yield f"dataset.root=FOLDER is needed: {self.source} reads its images from that folder"
         if self.source != "digits_photo" and self.digits is not None:
             yield f"dataset.digits is only for dataset.source=digits_photo, not {self.source}"
-        if self.download and self.source in ("image_folder", "imagenet1k"):
+        if self.download and self.source in NOT_DOWNLOADED:
             yield (
                 f"dataset.download=true: {self.source} cannot be downloaded; set dataset.download=false and "
                 "dataset.root=FOLDER to a folder that holds it"

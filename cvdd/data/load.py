@@ -24,6 +24,7 @@ READERS: Mapping[str, Callable[[DatasetConfig, Store], RawData]] = MappingProxyT
         "cifar100": cifar.read_cifar100,
         "tiny_imagenet": tiny_imagenet.read,
         "imagenette": imagenette.read,
+        "imagewoof": imagenette.read,
         "imagenet1k": imagenet1k.read,
         "image_folder": image_folder.read,
     }

@@ -20,12 +20,19 @@ class ProtocolConfig(CheckedConfig):
         "protocol", description="who says how students are trained: this protocol, or the method itself (APM, MTT)"
     )
     epochs: Positive = Field(description="epochs over the distilled set; at most label.epochs")
-    loss: Literal["kl", "mse", "cross_entropy"] = Field(
-        "kl", description="kl: divergence from the teachers, mse: of the logits, cross_entropy: for label.teachers=none"
+    loss: Literal["kl", "mse", "gift", "cross_entropy"] = Field(
+        "kl",
+        description="kl: divergence from the teachers, mse: of the logits, gift: angle to the logits, cross_entropy: "
+        "for label.teachers=none",
     )
     temperature: float = Field(20.0, gt=0, description="of both softmaxes of loss=kl; must be greater than 0")
     temperature_squared: bool = Field(False, description="multiply the divergence by temperature^2")
-    hard_label_weight: float = Field(0.0, ge=0, description="weight of the unmixed image's cross-entropy in loss=mse")
+    hard_label_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the classes beside the teachers: of the unmixed image's cross-entropy in loss=mse, of the "
+        "smoothed label in loss=gift",
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw decouples weight decay, sgd does not")
     lr: float = Field(gt=0, description="highest learning rate")
     betas: Betas = Field((0.9, 0.999), description="of adamw")

@@ -20,7 +20,7 @@ READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
         "recipe.crop_scale": {"crop": ("resized",)},
         "protocol.temperature": {**_TRAINED, "loss": ("kl",)},
         "protocol.temperature_squared": {**_TRAINED, "loss": ("kl",)},
-        "protocol.hard_label_weight": {**_TRAINED, "loss": ("mse",)},
+        "protocol.hard_label_weight": {**_TRAINED, "loss": ("mse", "gift")},
         "protocol.optimizer": _TRAINED,
         "protocol.betas": {**_TRAINED, "optimizer": ("adamw",)},
         "protocol.momentum": {**_TRAINED, "optimizer": ("sgd",)},
