@@ -190,9 +190,9 @@ def same_layer(one: nn.Module, other: nn.Module, images: Tensor) -> None:
 
 
 def judged(voter: Voter, images: Tensor, r_bn: float = 0.3) -> tuple[Judgement, Tensor]:
-    """Judge units of four images; return what was said, and the gradient of the images."""
-    leaf = images.clone().requires_grad_()
-    said = judge(leaf, torch.arange(4).expand(len(images), 4), voter, r_bn=r_bn, first_bn_multiplier=10.0)
+    """Judge units, image k of which is of class k; return what was said, and the gradient of the images."""
+    leaf, (units, count) = images.clone().requires_grad_(), images.shape[:2]
+    said = judge(leaf, torch.arange(count).expand(units, count), voter, r_bn=r_bn, first_bn_multiplier=10.0)
     return said, torch.autograd.grad(said.value.sum(), leaf)[0]
 
 
