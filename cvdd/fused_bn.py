@@ -141,7 +141,9 @@ class FusedBatchNorm(nn.BatchNorm2d, Norm):
             self.watch.note(self.name, *moments)
         else:
             out = (in_full(x) - _by_channel(self.centre)) * _by_channel(self.scale) + _by_channel(self.shift)
-            out = as_type(out.relu() if self.rectifies else out, x.dtype)
+            out = as_type(out, x.dtype)
+            # Last: what a compiler keeps for the gradient is as wide as this.
+            out = out.relu() if self.rectifies else out
         normalised: Tensor = self.after(out)
         return normalised
 

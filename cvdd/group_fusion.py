@@ -7,36 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cvdd.bn import extras_after
 from cvdd.copies import with_layers
 from cvdd.dense_blocks import parts_of_dense_layers, puts_new_maps_first
+from cvdd.group_bn import GroupBatchNorm
 from cvdd.group_kernels import group_moments, normalise_groups
 from cvdd.layer_statistics import Moments
 from cvdd.norm_tracing import Norm, with_parts
 
 
-class FusedGroupNorm(Norm):
-    """BatchNorm that normalises each group of consecutive samples with the group's own mean and biased variance.
-
-    It stands for :class:`cvdd.group_bn.GroupBatchNorm` where there is a compiler; both say the same but for last bits.
+class FusedGroupNorm(GroupBatchNorm, Norm):
+    """The same where there is a compiler, but for last bits.
 
     Args:
         layer: for which it stands; weight and bias are shared.
 
     Attributes:
-        group_size: samples of a group; None is all.
         rectifies: whether what is below zero becomes zero.
-
-    Raises:
-        ConfigError: the layer is another kind of BatchNorm, which does something unknown besides normalising.
     """
 
     def __init__(self, layer: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
-        self.group_size: int | None = None
+        super().__init__(layer)
         self.rectifies = False
-        self.after = extras_after(layer)
 
     def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """Normalise [n, c, h, w], and add what is beside it; ``n`` is a multiple of ``group_size``."""

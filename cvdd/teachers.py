@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvdd.batch_statistics import BatchStatisticsNetwork
 from cvdd.compiler import compiling
 from cvdd.graphs import Recorded, side_by_side
-from cvdd.group_bn import BatchStatisticsNetwork
 from cvdd.matrix_convolution import with_matrix_convolutions
 from cvdd.methods.gvbsm import balanced_mean
 from cvdd.passes import Passes

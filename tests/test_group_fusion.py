@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 import cvdd.automatic
 import cvdd.group_kernels
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.batch_statistics import BatchStatisticsNetwork
 from cvdd.config_base import ConfigError
-from cvdd.group_bn import BatchStatisticsNetwork
 from cvdd.group_fusion import FusedGroupNorm, GroupedDenseBlock, fuse_groups
 from cvdd.group_kernels import group_moments, normalise_groups
 from cvdd.passes import Passes, passes_of_labels
