@@ -75,17 +75,18 @@ class _Tracer(fx.Tracer):
 def _with_sum(node: fx.Node, traced: fx.GraphModule, kind: type[Norm]) -> None:
     if node.op != "call_function" or node.target not in SUMS or len(node.args) != 2 or node.kwargs:
         return
-    own, other = sorted(node.args, key=lambda part: _called_by_one(part, traced, kind) is None)
-    if not isinstance(own, fx.Node) or not isinstance(other, fx.Node) or own is other:
-        return
-    given = own.args[0] if _called_by_one(own, traced, kind) else None
-    # The layer is called later than before: nobody may have changed in place what it is given.
-    if isinstance(given, fx.Node) and len(given.users) == 1:
-        with traced.graph.inserting_before(node):
-            both = traced.graph.call_module(str(own.target), (given, other))
-        node.replace_all_uses_with(both)
-        traced.graph.erase_node(node)
-        traced.graph.erase_node(own)
+    for own, other in (node.args, reversed(node.args)):
+        if not isinstance(own, fx.Node) or not isinstance(other, fx.Node) or own is other:
+            return
+        given = own.args[0] if _called_by_one(own, traced, kind) else None
+        # The layer is called later than before: nobody may have changed in place what it is given.
+        if isinstance(given, fx.Node) and len(given.users) == 1:
+            with traced.graph.inserting_before(node):
+                both = traced.graph.call_module(str(own.target), (given, other))
+            node.replace_all_uses_with(both)
+            traced.graph.erase_node(node)
+            traced.graph.erase_node(own)
+            return
 
 
 def _with_rectifier(node: fx.Node, traced: fx.GraphModule, kind: type[Norm]) -> None:
