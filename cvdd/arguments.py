@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cvdd.closest import closest
-from cvdd.surroundings import SURROUNDINGS
+from cvdd.surroundings import SURROUNDINGS, is_shared_by_rows
 
 FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
 """The field behind each of these groups, for numbers that have no file."""
@@ -16,6 +16,8 @@ FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "te
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
 _SURROUNDINGS = re.compile(rf"[+~]*({'|'.join(SURROUNDINGS)}|hydra)[./=@]")
+_HOW = frozenset({"engine", "dataset", "experiment", "debug", "sweep", "point"})
+"""How it is computed, where the data lie, and choices that stand for a whole command."""
 _PLAIN = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 _COMPLETION = frozenset({"-sc", "--shell-completion"})
 _MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
@@ -28,6 +30,18 @@ class ArgumentError(ValueError):
 def is_of_surroundings(override: str) -> bool:
     """Whether an override says where things are and run, and not what is made."""
     return _SURROUNDINGS.match(override) is not None
+
+
+def key_of(override: str) -> str:
+    """Return the dotted key of the field, or the section, that an override sets."""
+    group, _, package = override.lstrip("+~/").partition("=")[0].partition("@")
+    return (package or group).replace("/", ".")
+
+
+def says_what_is_made(override: str) -> bool:
+    """Whether an override is of a setting that something which a command makes is expected to depend on."""
+    key = key_of(override)
+    return not (is_shared_by_rows(key) or key.partition(".")[0] in _HOW)
 
 
 def prepare(arguments: Sequence[str], directory: Path) -> list[str]:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError, is_certain, own_directories, prepare, quote_numbers
+from cvdd.arguments import (
+    ArgumentError,
+    is_certain,
+    own_directories,
+    prepare,
+    quote_numbers,
+    says_what_is_made,
+    unquoted,
+)
+from cvdd.config_base import ConfigError
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
     check_launcher,
@@ -27,6 +36,9 @@ from cvdd.launching import (
 )
 from cvdd.outcome import USER_ERROR, failure_kept, told
 from cvdd.sweep import leaves, with_points
+
+if TYPE_CHECKING:
+    from cvdd.schema import RunConfig
 
 # A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
 register_resolvers()
@@ -68,6 +80,22 @@ def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=is_certain(sys.argv[1:]))])
 
 
+def _without_each(verb: str, task: Sequence[str], limits: Mapping[str, float]) -> Iterator[tuple[str, RunConfig]]:
+    """Yield overrides that say what is made, and the configuration of the same command without each of them."""
+    from cvdd.rows import NOT_COMPOSED, expand_rows
+    from cvdd.validation import check
+
+    for index, override in enumerate(task):
+        if says_what_is_made(override):
+            others = [*task[:index], *task[index + 1 :]]
+            # Others may need it, and without it there is no command to compare with.
+            with contextlib.suppress(ConfigError, *NOT_COMPOSED):
+                yield (
+                    unquoted(override),
+                    check(expand_rows(_again(verb, others, []), partial(_again, verb, others), limits)),
+                )
+
+
 def debug_limits(choice: str | None) -> dict[str, float]:
     """Return the numbers of a file of ``debug`` by their fields: rows of a comparison have no larger ones."""
     folders = (config_directory(), *own_directories(sys.argv[1:]))
@@ -92,7 +120,8 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
-        config = check(expand_rows(composed, partial(_again, composed.verb, settings.overrides.task), limits))
+        verb, task = composed.verb, list(settings.overrides.task)
+        config = check(expand_rows(composed, partial(_again, verb, task), limits))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)
@@ -100,7 +129,7 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.runtime import Invocation, run
 
         sweep = Path(settings.sweep.dir).name if sweeping else None
-        return run(config, Invocation(tuple(settings.overrides.task), sweep))
+        return run(config, Invocation(tuple(task), sweep, partial(_without_each, verb, task, limits)))
 
 
 def train() -> None:

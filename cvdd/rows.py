@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cvdd.arguments import ArgumentError
+from cvdd.arguments import ArgumentError, key_of
 from cvdd.closest import closest
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
@@ -20,6 +20,9 @@ from cvdd.surroundings import FULL_DATA, is_shared_by_rows
 from cvdd.validation import said_by_resolver, shared_by_rows
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ArgumentError)
+"""What is raised where a command cannot be composed."""
+
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
 
@@ -61,14 +64,14 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
         for name, row in written.items():
             overrides = [str(override) for override in row]
             where = f"compare.{name}=[{','.join(overrides)}]"
-            for key in map(_key, overrides):
+            for key in map(key_of, overrides):
                 if is_shared_by_rows(key):
                     raise ConfigError(f"{where}: {shared_by_rows(key)}")
             try:
                 tree = _tree(compose(overrides))
                 if held := [f"{key}={limit}" for key, limit in limits.items() if (_number(tree, key) or 0) > limit]:
                     tree = _tree(compose([*overrides, *held]))
-            except (HydraException, OmegaConfBaseException, ArgumentError) as error:
+            except NOT_COMPOSED as error:
                 raise ConfigError(f"{where}: {_reason(error)}") from error
             unknown = tree.keys() - base.keys()
             if unknown:
@@ -83,11 +86,6 @@ def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | N
     for part in [key] if whole else key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return node if isinstance(node, (int, float)) else None
-
-
-def _key(override: str) -> str:
-    group, _, package = override.lstrip("+~/").partition("=")[0].partition("@")
-    return (package or group).replace("/", ".")
 
 
 def _reason(error: Exception) -> str:

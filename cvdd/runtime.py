@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,7 @@ from cvdd.preflight import check_before_work
 from cvdd.provenance import made_by_other_code
 from cvdd.ranks import all_ranks, in_silence
 from cvdd.schema import RunConfig
+from cvdd.unread_overrides import Alternative, warn_of_unread
 from cvdd.verbs import VERBS
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class Invocation:
     Attributes:
         overrides: what the user typed.
         sweep: name of the multirun that this job is a point of, if any.
+        without_each: makes the configurations of the same command without one of the overrides.
     """
 
     overrides: tuple[str, ...]
     sweep: str | None = None
+    without_each: Callable[[], Iterable[Alternative]] = tuple
 
 
 def run(config: RunConfig, invocation: Invocation) -> float | None:
@@ -79,6 +82,7 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     if not world.main:
         # Rank 0 reports for all.
         return VERBS[config.verb](context, [])
+    warn_of_unread(context, invocation.without_each())
     sign_in(output, context.store)
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)

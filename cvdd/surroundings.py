@@ -10,6 +10,16 @@ FULL_DATA = "protocol.full_data"
 FULL_DATA_ROW = "full_data"
 """Its name."""
 
+_PRESENTATION = frozenset(
+    {
+        "method.log_every",
+        "method.log_agreement",
+        "method.grid_every",
+        "method.checkpoint_every",
+        "protocol.eval_batch",
+    }
+)
+
 _SHARED_BY_ROWS = ("verb", *SURROUNDINGS, "cost", "students", "compare", "expected", "hydra")
 
 
@@ -20,3 +30,12 @@ def is_shared_by_rows(key: str) -> bool:
         key: dotted.
     """
     return key.partition(".")[0] in _SHARED_BY_ROWS or key == FULL_DATA
+
+
+def is_presentation(key: str) -> bool:
+    """Whether a field is a name, or says how often a run tells of itself; no artefact depends on it.
+
+    Args:
+        key: dotted.
+    """
+    return key in _PRESENTATION or key.endswith(".name")
