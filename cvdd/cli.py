@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from cvdd.arguments import (
     says_what_is_made,
     unquoted,
 )
-from cvdd.config_base import ConfigError
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
     check_launcher,
@@ -80,20 +79,16 @@ def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=is_certain(sys.argv[1:]))])
 
 
-def _without_each(verb: str, task: Sequence[str], limits: Mapping[str, float]) -> Iterator[tuple[str, RunConfig]]:
+def _without_each(config: RunConfig, composed: DictConfig, task: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
     """Yield overrides that say what is made, and the configuration of the same command without each of them."""
-    from cvdd.rows import NOT_COMPOSED, expand_rows
-    from cvdd.validation import check
+    from cvdd.rows import NOT_COMPOSED, recomposed
 
     for index, override in enumerate(task):
         if says_what_is_made(override):
             others = [*task[:index], *task[index + 1 :]]
             # Others may need it, and without it there is no command to compare with.
-            with contextlib.suppress(ConfigError, *NOT_COMPOSED):
-                yield (
-                    unquoted(override),
-                    check(expand_rows(_again(verb, others, []), partial(_again, verb, others), limits)),
-                )
+            with contextlib.suppress(ValueError, *NOT_COMPOSED):
+                yield unquoted(override), recomposed(config, composed, _again(config.verb, others, []))
 
 
 def debug_limits(choice: str | None) -> dict[str, float]:
@@ -120,8 +115,8 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
-        verb, task = composed.verb, list(settings.overrides.task)
-        config = check(expand_rows(composed, partial(_again, verb, task), limits))
+        task = settings.overrides.task
+        config = check(expand_rows(composed, partial(_again, composed.verb, task), limits))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)
@@ -129,7 +124,7 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.runtime import Invocation, run
 
         sweep = Path(settings.sweep.dir).name if sweeping else None
-        return run(config, Invocation(tuple(task), sweep, partial(_without_each, verb, task, limits)))
+        return run(config, Invocation(tuple(task), sweep, partial(_without_each, config, composed, task)))
 
 
 def train() -> None:

@@ -15,7 +15,7 @@ from cvdd.arguments import ArgumentError, key_of
 from cvdd.closest import closest
 from cvdd.config_base import ConfigError
 from cvdd.fields import fields
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, with_overrides
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
 from cvdd.validation import said_by_resolver, shared_by_rows
 
@@ -78,6 +78,20 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
                 raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
             expanded.compare[name] = {key: value for key, value in differences(base, tree).items() if key != FULL_DATA}
     return expanded
+
+
+def recomposed(config: RunConfig, composed: DictConfig, other: DictConfig) -> RunConfig:
+    """Return a checked configuration as it would be, had the command been composed otherwise; its rows stay.
+
+    Args:
+        config: checked.
+        composed: from what.
+        other: the other composition.
+
+    Raises:
+        ValueError: that could not run.
+    """
+    return with_overrides(config, differences(_tree(composed), _tree(other)))
 
 
 def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | None:

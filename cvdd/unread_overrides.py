@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -81,7 +82,8 @@ def _pieces(config: RunConfig, device: torch.device, loaded: Mapping[str, Data])
     try:
         whole = config.model_copy(update={"verb": "evaluate"})
         return plan_pieces(planning(whole, device, loaded, unmeasured=other_metrics))
-    except (ConfigError, NotMade):
+    except (ConfigError, ValidationError, NotMade):
+        # Of other settings rows may be impossible.
         return []
 
 
