@@ -78,9 +78,9 @@ class Work:
         return Work(self.flops * factor, self.elements * factor)
 
     def seconds_at_best(self, limits: Limits) -> float:
-        """Time below which no program gets on this machine, in the precision that suits it best.
+        """Time that arithmetic or memory takes, whichever is longer, in the precision that suits the machine best.
 
-        Work is bound by arithmetic or by memory, whichever takes longer; both at the rates that were measured.
+        Both at the rates that were measured. Only what stays in a cache between two layers can be faster.
         """
         return min(
             max(self.flops / limits.rate(name), self.elements * torch.finfo(kind).bits / 8 / limits.copy)

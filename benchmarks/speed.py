@@ -222,7 +222,7 @@ NOTES = [
     "Recover is timed without method.log_agreement, a few cosines of gradients at each log row.",
     "Relabelling includes writing; neither students nor members are measured on validation images.",
     "The fraction of the limit is of the larger of FLOPs at the matrix rate and bytes at the copy bandwidth, in the "
-    "better of float32 and bfloat16.",
+    "better of float32 and bfloat16; maps that stay in a cache can go beyond it.",
 ]
 
 
