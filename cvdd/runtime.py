@@ -18,7 +18,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
 from cvdd.jobs import sign_in
-from cvdd.launching import tasks_of_srun
+from cvdd.launching import share_of_work, tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
 from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
@@ -82,7 +82,9 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     if not world.main:
         # Rank 0 reports for all.
         return VERBS[config.verb](context, [])
-    warn_of_unread(context, invocation.without_each())
+    if not share_of_work()[0]:
+        # Of several jobs that share a point one looks.
+        warn_of_unread(context, invocation.without_each())
     sign_in(output, context.store)
     loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
     context = replace(context, loggers=loggers)

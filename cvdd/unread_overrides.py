@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.cost.plan import Piece, other_metrics, plan_pieces, planning
+from cvdd.cost.plan import Piece, other_metrics, plan_pieces, planning_beside
 from cvdd.cost.sizes import NotMade
-from cvdd.data import Data
 from cvdd.rows import differences
 from cvdd.schema import RunConfig
 from cvdd.surroundings import is_presentation, is_shared_by_rows
@@ -34,8 +32,7 @@ def warn_of_unread(context: Context, alternatives: Iterable[Alternative]) -> Non
         context: of the command.
         alternatives: for each override that is to be looked at.
     """
-    loaded = {context.config.dataset.model_dump_json(): context.data()}
-    unread = unread_overrides(context.config, alternatives, lambda other: _pieces(other, context.device, loaded))
+    unread = unread_overrides(context.config, alternatives, lambda other: _pieces(context, other))
     if unread:
         log.warning(
             "%s: nothing here reads %s. Members, images, labels and students are the same without %s",
@@ -77,11 +74,11 @@ def _made(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if not is_shared_by_rows(key)}
 
 
-def _pieces(config: RunConfig, device: torch.device, loaded: Mapping[str, Data]) -> list[Piece]:
+def _pieces(context: Context, config: RunConfig) -> list[Piece]:
     """List all of a chain, whichever of its verbs is asked for: the same is typed for each of them."""
     try:
         whole = config.model_copy(update={"verb": "evaluate"})
-        return plan_pieces(planning(whole, device, loaded, unmeasured=other_metrics))
+        return plan_pieces(planning_beside(context, whole, unmeasured=other_metrics))
     except (ConfigError, ValidationError, NotMade):
         # Of other settings rows may be impossible.
         return []

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, configure
+from given_helpers import given
+from helpers import PUBLISHED_IMAGES, TINY, configure, tiny_context
 from test_cli import run_script
 
 from cvdd.arguments import says_what_is_made
+from cvdd.chain.given import given_start
 from cvdd.cost.plan import Piece, other_metrics, plan_pieces, planning
 from cvdd.schema import RunConfig
-from cvdd.unread_overrides import unread_overrides
+from cvdd.unread_overrides import unread_overrides, warn_of_unread
 
 MEASURED = (
     "prior.source=measured",
@@ -120,3 +122,19 @@ def test_a_command_says_what_it_does_not_read(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in (done.stdout + done.stderr).splitlines() if "nothing here reads" in line)
     assert "patches.crops=3: nothing here reads it" in line
+
+
+def test_what_a_run_has_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = [*given(PUBLISHED_IMAGES), "ipc.label_batch=4", "prior.observer=resnet50"]
+    context = tiny_context(tmp_path, *typed)
+    read: list[object] = []
+
+    def noting(source: object) -> str:
+        read.append(source)
+        return "0" * 64
+
+    monkeypatch.setattr("cvdd.chain.given.checksum_of", noting)
+    given_start(context)
+    rest = [(one, tiny_context(tmp_path, *(word for word in typed if word != one)).config) for one in typed[-2:]]
+    warn_of_unread(context, rest)
+    assert len(read) == 1

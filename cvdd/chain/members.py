@@ -88,7 +88,7 @@ def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint:
         "data": data.identity,
         "classes": list(data.classes),
         "backbone": backbone.model_dump(mode="json"),
-        "checkpoint": file_checksum(checkpoint),
+        "checkpoint": context.once(("checkpoint", checkpoint), lambda: file_checksum(checkpoint)),
     }
 
     def build(work: Path) -> dict[str, Any]:

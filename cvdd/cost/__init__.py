@@ -12,7 +12,7 @@ import torch
 
 from cvdd.automatic import records
 from cvdd.cost.calibrate import SECONDS, Clock, Profiles, time_steps
-from cvdd.cost.plan import plan_pieces, planning
+from cvdd.cost.plan import plan_pieces, planning, planning_beside
 from cvdd.cost.prediction import (
     StageCost,
     held_now,
@@ -34,6 +34,7 @@ __all__ = [
     "measured_seconds",
     "plan_pieces",
     "planning",
+    "planning_beside",
     "predict_run",
     "show_cost",
 ]

@@ -215,6 +215,21 @@ def planning(
     return _bound(Planning(config, store, device, _loaded=dict(loaded or {}), unmeasured=unmeasured))
 
 
+def planning_beside(
+    context: Context, config: RunConfig, unmeasured: Callable[[str], float] = equal_metrics
+) -> Planning:
+    """Return the surroundings of a walk for which nothing is read again that a run has read.
+
+    Args:
+        context: of the run, whose data set is loaded if need be.
+        config: for the walk.
+        unmeasured: see :class:`Planning`.
+    """
+    context.data()
+    beside = planning(config, context.device, context._loaded, unmeasured)
+    return _bound(replace(beside, _known=context._known))
+
+
 def _bound(context: Planning) -> Planning:
     assert isinstance(context.store, PlanStore)
     store = PlanStore(context.store.root, context.store.pieces)

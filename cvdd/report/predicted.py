@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cvdd.context import Context
-from cvdd.cost import load_prediction, measured_seconds, plan_pieces, planning
+from cvdd.cost import load_prediction, measured_seconds, plan_pieces, planning_beside
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ def predicted_costs(context: Context) -> tuple[str, list[PredictedCost]] | None:
     if found is None:
         return None
     machine, stages = found
-    config = context.config
     # The same walk as before the run names the same artefacts, all of which are there now.
-    walk = planning(config, context.device, {config.dataset.model_dump_json(): context.data()})
-    pieces = plan_pieces(walk)
+    pieces = plan_pieces(planning_beside(context, context.config))
     costs = [PredictedCost(stage.stage, stage.seconds, measured_seconds(pieces, stage)) for stage in stages]
     return machine, [cost for cost in costs if cost.predicted or cost.measured]
