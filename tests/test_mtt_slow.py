@@ -43,6 +43,7 @@ SETTINGS = (
     "method.mtt.experts.batch_size=64",
     "method.mtt.experts.lr=0.02",
     "method.mtt.student.epochs=300",
+    "method.mtt.whitening=false",
     "method.mtt.steps=10",
     "method.mtt.start_epochs=5",
     "method.mtt.lr_images=100",
