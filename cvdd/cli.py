@@ -17,8 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import (
     ArgumentError,
-    is_certain,
-    own_directories,
     prepare,
     quote_numbers,
     says_what_is_made,
@@ -76,7 +74,21 @@ def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     from hydra import compose
 
     # What was typed is quoted already, and may choose a file of somebody's own.
-    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=is_certain(sys.argv[1:]))])
+    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=not _more_sources())])
+
+
+def _more_sources() -> list[Any]:
+    """List the places of configuration that somebody added; a job of a launcher has no arguments that would say so."""
+    ours = config_directory().resolve()
+    if not HydraConfig.initialized():
+        # Composed by somebody else, from what is ours.
+        return []
+    return [
+        source
+        for source in HydraConfig.get().runtime.config_sources
+        if source.provider.startswith(("command-line", "hydra.searchpath"))
+        or (source.provider == "main" and Path(source.path).resolve() != ours)
+    ]
 
 
 def _without_each(config: RunConfig, composed: DictConfig, task: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
@@ -93,7 +105,7 @@ def _without_each(config: RunConfig, composed: DictConfig, task: Sequence[str]) 
 
 def debug_limits(choice: str | None) -> dict[str, float]:
     """Return the numbers of a file of ``debug`` by their fields: rows of a comparison have no larger ones."""
-    folders = (config_directory(), *own_directories(sys.argv[1:]))
+    folders = [config_directory(), *(Path(source.path) for source in _more_sources() if source.schema == "file")]
     files = (folder / "debug" / f"{choice}.yaml" for folder in folders)
     file = next((file for file in files if file.is_file()), None)
     if file is None:

@@ -12,6 +12,7 @@ FULL_DATA_ROW = "full_data"
 
 _PRESENTATION = frozenset(
     {
+        *(f"{section}.name" for section in ("committee", "method", "label", "protocol", "recipe")),
         "method.log_every",
         "method.log_agreement",
         "method.grid_every",
@@ -38,4 +39,4 @@ def is_presentation(key: str) -> bool:
     Args:
         key: dotted.
     """
-    return key in _PRESENTATION or key.endswith(".name")
+    return key in _PRESENTATION

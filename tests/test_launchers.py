@@ -26,7 +26,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError
-from cvdd.cli import config_directory
+from cvdd.cli import _again, config_directory, debug_limits
 from cvdd.config_base import ConfigError
 from cvdd.launching import SHARE, check_launcher, command_number, launcher_field, require_launcher, share_of_work
 from cvdd.outcome import INTERRUPTED
@@ -376,3 +376,17 @@ def test_a_sweep_in_fresh_processes(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "recipe.epochs=0" in done.stderr + done.stdout
     assert len(list((tmp_path / "store").glob("members/*/manifest.json"))) == 3
+
+
+def test_jobs_know_the_folder_of_ones_own_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of submitit has none of the command's arguments."""
+    (tmp_path / "debug").mkdir()
+    (tmp_path / "debug" / "mine.yaml").write_text("recipe: {epochs: 3}\n")
+    (tmp_path / "ipc").mkdir()
+    (tmp_path / "ipc" / "7.yaml").write_text("images_per_class: 7\ndraw: in_turn\nlabel_batch: 10\n")
+    monkeypatch.setattr(sys, "argv", ["_submit.py", "folder"])
+    composed(path=tmp_path)
+    assert debug_limits("mine") == {"recipe.epochs": 3}
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        own = f"hydra.searchpath=[file://{tmp_path}]"
+        assert _again("distill", [own], ["ipc=7"]).ipc.images_per_class == 7

@@ -215,6 +215,8 @@ def test_differences_leave_out_what_a_run_may_choose() -> None:
     one = {"seed": 0, "method": {"seed": 0, "lr": 0.1}, "ipc": {"images_per_class": 1}, "trainer": {"threads": 1}}
     other = {"seed": 1, "method": {"seed": 1, "lr": 0.2}, "ipc": {}, "trainer": None}
     assert list(differences(one, other)) == ["method.lr", "ipc.images_per_class"]
+    named = {"method": {"name": "mine", "log_agreement": False}, "protocol": {"full_data": True}}
+    assert not list(differences(named, {"method": {"name": "theirs"}, "protocol": {}}))
 
 
 def test_only_files_with_a_number_are_recipes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cvdd.cli import config_directory
 from cvdd.config_base import ConfigError
 from cvdd.report.verdict import published
 from cvdd.schema import ExpectedConfig
+from cvdd.surroundings import FULL_DATA, is_presentation
 from cvdd.validation import check
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,8 @@ FREE = (
     "verb",
     "seed",
     "method.seed",
-    "method.checkpoint_every",
-    "method.log_every",
-    "method.grid_every",
     "protocol.seeds",
-    "protocol.eval_batch",
+    FULL_DATA,
     "dataset.root",
     "dataset.download",
     "compare",
@@ -40,7 +38,8 @@ FREE = (
     "logger",
     "paths",
 )
-"""Fields, and sections, in which a run may differ from a recipe and still measure the same cell."""
+"""Fields, and sections, in which a run may differ from a recipe and still measure the same cell, beside what it is
+called and how often it tells of itself."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def changed_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def differences(one: Any, other: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys in which two configurations differ, those of :data:`FREE` left out."""
-    if prefix in FREE:
+    if prefix in FREE or is_presentation(prefix):
         return
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in dict.fromkeys((*one, *other)):
