@@ -32,7 +32,7 @@ from cvdd.launching import (
     speaks_for_all,
 )
 from cvdd.outcome import USER_ERROR, failure_kept, told
-from cvdd.sweep import leaves, with_points
+from cvdd.sweep import GROUP, leaves, with_points
 
 if TYPE_CHECKING:
     from cvdd.schema import RunConfig
@@ -135,8 +135,10 @@ def _run(composed: DictConfig) -> float | None:
         # PyTorch and Lightning are imported only once it is known that there is something to do.
         from cvdd.runtime import Invocation, run
 
-        sweep = Path(settings.sweep.dir).name if sweeping else None
-        return run(config, Invocation(tuple(task), sweep, partial(_without_each, config, composed, task)))
+        choices, sweep = settings.runtime.choices, Path(settings.sweep.dir).name if sweeping else None
+        point = (str(choices["sweep"]), str(choices[GROUP])) if choices.get(GROUP) else None
+        without_each = partial(_without_each, config, composed, task)
+        return run(config, Invocation(tuple(task), sweep, without_each, point))
 
 
 def train() -> None:

@@ -38,6 +38,7 @@ class Context:
         label: which row of the comparison this is; empty for the main one.
         serves: what its artefacts are for, if it is not what their kind says: measuring a prior, or a student.
         world: the ranks of this command.
+        shown: the row of the comparison that the command is about; empty if it is the configuration's own.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Context:
     label: str = ""
     serves: Literal["priors", "students"] | None = None
     world: World = field(default_factory=World)
+    shown: str = ""
     _loaded: dict[str, Data] = field(default_factory=dict, repr=False)
     _others: dict[Path, Store] = field(default_factory=dict, repr=False)
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)

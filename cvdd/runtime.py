@@ -39,11 +39,18 @@ class Invocation:
         overrides: what the user typed.
         sweep: name of the multirun that this job is a point of, if any.
         without_each: makes the configurations of the same command without one of the overrides.
+        point: the named sweep and its point, if the job is one of those.
     """
 
     overrides: tuple[str, ...]
     sweep: str | None = None
     without_each: Callable[[], Iterable[Alternative]] = tuple
+    point: tuple[str, str] | None = None
+
+    def row(self, config: RunConfig) -> str:
+        """Name of the row of a comparison that the job is about; empty if it is the configuration's own."""
+        name = self.point[1] if self.point else ""
+        return name if name in config.compare else ""
 
 
 def run(config: RunConfig, invocation: Invocation) -> float | None:
@@ -86,8 +93,8 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
         # Of several jobs that share a point one looks.
         warn_of_unread(context, invocation.without_each())
     sign_in(output, context.store)
-    loggers = make_loggers(config, run_name(config, invocation), run_id(config), invocation.sweep)
-    context = replace(context, loggers=loggers)
+    loggers = make_loggers(config, run_name(config, invocation), run_id(config, invocation), invocation.sweep)
+    context = replace(context, loggers=loggers, shown=invocation.row(config))
     with reporting_to(loggers):
         metric = VERBS[config.verb](context, invocation_lines(config, invocation))
     _warn_of_other_code(context.store.opened)
@@ -133,9 +140,13 @@ def run_name(config: RunConfig, invocation: Invocation) -> str:
     return " ".join([config.verb, *chosen])
 
 
-def run_id(config: RunConfig) -> str:
-    """Identity of a run on a dashboard: the same for a repeated command, on whatever machine."""
-    return digest_of("run", what_is_made(config), [])
+def run_id(config: RunConfig, invocation: Invocation) -> str:
+    """Identity of a run on a dashboard: the same for a repeated command, on whatever machine.
+
+    Points of named sweeps have their own, because two sweeps may have a point in common.
+    """
+    point = {"point": invocation.point} if invocation.point else {}
+    return digest_of("run", what_is_made(config) | point, [])
 
 
 def invocation_lines(config: RunConfig, invocation: Invocation) -> list[str]:

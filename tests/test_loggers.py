@@ -330,12 +330,18 @@ def test_numbers_are_shown_as_they_are_typed(tmp_path: Path) -> None:
     assert shlex.split(line)[-1] == "dataset.name='a b'"
 
 
+def test_points_that_two_sweeps_share_are_runs_of_their_own(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    points = [None, ("voter", "prior"), ("n_and_temperature", "N2_T5")]
+    assert len({run_id(config, Invocation((), point=point)) for point in points}) == 3
+
+
 def test_other_machines_give_the_same_identity(tmp_path: Path) -> None:
     data = ("dataset=cifar10", "label.batch_size=10")
     one, two = (configure(tmp_path / name, *data) for name in ("one", "two"))
     assert one.dataset.root != two.dataset.root
     assert portable_config(one) == portable_config(two)
     assert portable_config(one)["dataset"]["root"] == "<paths.data>/cifar10"
-    assert run_id(one) == run_id(two)
+    assert run_id(one, Invocation(())) == run_id(two, Invocation(("seed=0",)))
     elsewhere = configure(tmp_path / "one", *data, f"dataset.root={tmp_path.parent}/raw")
     assert portable_config(elsewhere)["dataset"]["root"] == "<elsewhere>/raw"

@@ -47,6 +47,7 @@ TABLE = (
 GIVEN = ("prior.source=given", "prior.values={resnet18: 40, resnet50: 30}")
 MEMBERS = ("resnet18", "resnet50")
 STUDENTS = ("tiny_resnet18", "tiny_convnet3")
+ROWS = ("cvdd", "random_real")
 
 
 @dataclass(frozen=True)
@@ -309,3 +310,13 @@ def test_a_second_run_makes_nothing_and_shows_the_same(
         (line,) = (line for line in printed if {result["row"], result["student"]} <= set(line.split()))
         assert f"{result['top1']:.1f} +- {result['standard_error']:.1f}" in line
         assert result["protocol"] in line
+
+
+def test_a_point_that_is_a_row_is_shown_as_that_row(evaluated: Outcome, tmp_path: Path) -> None:
+    typed = (*SMALL, *TABLE, f"paths.store={evaluated.store}", f"paths.output={tmp_path}")
+    metric = run(configure(tmp_path, *typed), Invocation(typed, point=("initialisation", "random_real")))
+    outcome = Outcome(metric, tmp_path, evaluated.store)
+    own, row = (next(float(one["top1"]) for one in outcome.rows() if one["row"] == name) for name in ROWS)
+    (shown,) = (values for values in outcome.logged() if "result/top1" in values)
+    assert (metric, shown["result/top1"]) == (pytest.approx(row, abs=0.01), pytest.approx(row, abs=0.01))
+    assert own != row

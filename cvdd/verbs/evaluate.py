@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(context: Context, commands: list[str]) -> float | None:
-    """Measure all rows; return the mean top-1 accuracy of the configuration's own first row."""
+    """Measure all rows; return the mean top-1 accuracy of the row that the command is about, its first student's."""
     index, total = share_of_work()
     if index:
         # Of several jobs each begins elsewhere; students, which cannot be divided, are then not waited for one by one.
@@ -28,18 +28,20 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
     for result in summary["results"]:
         prefix = f"result/{result['row']}/{result['student']}"
         context.log({f"{prefix}/top1": result["top1"], f"{prefix}/best_top1": result["best_top1"]}, step=0)
-    context.log(_of_first_row(distilled[0], results[0]), step=0)
+    made_shown = next((made for made in distilled if made.row == context.shown), distilled[0])
+    shown = next(result for result in results if result.row == made_shown.row)
+    context.log(_of_shown_row(made_shown, shown), step=0)
     for made in results:
         context.log_artifacts(_artifacts(made))
     print_results(summary["results"])
     print_ranking(summary["ranking"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
-    return float(summary["results"][0]["top1"])
+    return float(shown.summary()["top1"])
 
 
-def _of_first_row(made: Distilled, result: Result) -> dict[str, float]:
-    """What a dashboard compares over runs: of the configuration's own row, under keys that do not name it."""
+def _of_shown_row(made: Distilled, result: Result) -> dict[str, float]:
+    """What a dashboard compares over runs: of the row that a command is about, under keys that do not name it."""
     summary = result.summary()
     values = {key: summary[key] for key in ("top1", "best_top1", "student_seconds", "image_seconds")}
     count, seconds = made.images.metrics.get("images"), summary["image_seconds"]
