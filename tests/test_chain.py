@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cvdd.chain.recover import jpeg_round_trip
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_history, load_images
 from cvdd.context import Context
+from cvdd.report.costs import all_artifacts, open_patches, stage_costs
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -214,10 +216,16 @@ def test_given_priors_decide_the_vote(chain_home: Path) -> None:
 
 def test_each_seed_can_have_images_of_its_own(made: tuple[Distilled, Result], chain_home: Path) -> None:
     context = tiny_context(chain_home, "protocol.images=per_seed", "protocol.seeds=[0,1]")
-    _, results = compare(context)
+    (distilled,), results = compare(context)
     students = results[0].students
     digests = [
         parent["digest"] for student in students for parent in student.manifest["parents"] if parent["kind"] == "images"
     ]
     assert digests[0] == made[0].images.digest
     assert digests[0] != digests[1]
+    assert [images.digest for images in distilled.all_images] == digests
+    costs = {cost.stage: cost for cost in stage_costs({}, [], [distilled], results)}
+    assert costs["images"].artifacts == costs["labels"].artifacts == 2
+    assert costs["images"].bytes == sum(images.bytes for images in distilled.all_images)
+    listed = all_artifacts({}, open_patches([distilled]), [distilled], results)
+    assert dict(Counter(one.kind for one in listed)) == {"patches": 2, "images": 2, "labels": 2, "students": 2}

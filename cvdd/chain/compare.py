@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cvdd.artifact import Artifact
@@ -96,6 +96,7 @@ class Distilled:
         priors: prior performance of the members, and what it was measured by.
         images: the images.
         labels: their labels.
+        others: images, and stored labels, of other seeds, where each has a set of its own.
     """
 
     context: Context
@@ -103,12 +104,27 @@ class Distilled:
     priors: Priors
     images: Artifact
     labels: Labels
+    others: tuple[tuple[Artifact, Artifact | None], ...] = ()
+
+    @property
+    def all_images(self) -> list[Artifact]:
+        """The images of all seeds, each set once."""
+        return _distinct([self.images, *(images for images, _ in self.others)])
+
+    @property
+    def all_labels(self) -> list[Artifact]:
+        """The stored labels of all seeds, each once."""
+        return _distinct([self.labels.artifact, *(labels for _, labels in self.others)])
 
     @property
     def history(self) -> dict[str, dict[str, Any]]:
         """Who voted on the images, and how their loss went; of images that are given that is somebody else's."""
         given = kept_as_given(self.context, self.images) is not None
         return {} if given else load_history(self.images)
+
+
+def _distinct(artifacts: Iterable[Artifact | None]) -> list[Artifact]:
+    return list({artifact.path: artifact for artifact in artifacts if artifact is not None}.values())
 
 
 def distil(context: Context, row: str, priors: Priors | None = None) -> Distilled:
@@ -151,8 +167,9 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
     for row, row_context in rows_of(context):
         priors = priors_of_row(context, row_context, shared)
         sets = make_sets(row_context, row, priors, row_context.config.protocol.seeds)
-        first = next(iter(sets.values()))
-        distilled.append(first)
+        first, *others = sets.values()
+        # Labels hold what they are computed with, which need not stay.
+        distilled.append(replace(first, others=tuple((made.images, made.labels.artifact) for made in others)))
         protocol = row_context.config.protocol
         for name, backbone in context.config.students.items():
             students = [student_of(made, name, backbone, seed) for seed, made in sets.items()]

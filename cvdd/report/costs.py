@@ -46,7 +46,7 @@ def open_patches(distilled: Sequence[Distilled]) -> list[Artifact]:
     for made in distilled:
         store = made.context.store
         # What given images were made from is not of this run, and may be in another store.
-        own = [] if kept_as_given(made.context, made.images) is not None else [made.images]
+        own = [] if kept_as_given(made.context, made.images) is not None else made.all_images
         for images in (*own, *made.priors.images):
             for parent in images.manifest["parents"]:
                 if parent["kind"] == "patches":
@@ -72,8 +72,8 @@ def stage_costs(
     for priors in [made.priors for made in distilled if made.priors.images][:1]:
         # All rows share them; the labels of the measurement are computed while its students are trained.
         costs.append(_cost("priors", f"images and students for {', '.join(priors.values)}", measuring(priors)))
-    costs += [_cost("images", made.row, [made.images]) for made in distilled]
-    costs += [_cost("labels", made.row, [made.labels.artifact]) for made in distilled if made.labels.artifact]
+    costs += [_cost("images", made.row, made.all_images) for made in distilled]
+    costs += [_cost("labels", made.row, made.all_labels) for made in distilled if made.all_labels]
     return costs + [_cost("students", f"{result.row}, {result.student}", result.students) for result in results]
 
 
@@ -87,7 +87,7 @@ def all_artifacts(
     found: dict[tuple[str, str], Artifact] = {}
     listed = [*members.values(), *patches]
     for made in distilled:
-        listed += [*measuring(made.priors), made.images, *([made.labels.artifact] if made.labels.artifact else [])]
+        listed += [*measuring(made.priors), *made.all_images, *made.all_labels]
     for result in results:
         listed += result.students
     for artifact in listed:
