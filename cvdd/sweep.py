@@ -27,6 +27,7 @@ from pydantic import Field, ValidationError, model_validator
 from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings, own_directories
 from cvdd.config_base import StrictConfig
 from cvdd.launching import speaks_for_all
+from cvdd.outcome import forget_results
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ STATE = "point.json"
 """In a point's directory: how far it is."""
 
 _POINT = re.compile(rf"\+?{GROUP}=(.*)")
+_COST = re.compile(r"\+*cost=.*")
 _LISTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
 
@@ -197,8 +199,31 @@ def same_command(one: Sequence[str], other: Sequence[str]) -> bool:
     return _asked(one) == _asked(other)
 
 
+def is_of_command(state: Mapping[str, Any], verb: str, overrides: Sequence[str]) -> bool:
+    """Whether what a point's directory says of itself comes from a command, or from the same one at another time.
+
+    Args:
+        state: with the verb and the overrides of the command that left it. Earlier versions noted no verb.
+        verb: of the command.
+        overrides: of the command.
+    """
+    return state.get("verb", verb) == verb and same_command(state["overrides"], overrides)
+
+
 def _asked(overrides: Sequence[str]) -> list[str]:
-    return sorted(item for item in overrides if not is_of_surroundings(item) and not _POINT.fullmatch(item))
+    return sorted(
+        item for item in without_cost(overrides) if not is_of_surroundings(item) and not _POINT.fullmatch(item)
+    )
+
+
+def without_cost(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of the command whose cost is asked for, which are its own where it is not."""
+    return [item for item in overrides if not _COST.fullmatch(item)]
+
+
+def only_asks(config: DictConfig) -> bool:
+    """Whether a command only asks what it would cost, and makes nothing."""
+    return str(OmegaConf.select(config, "cost", default=False)).lower() == "true"
 
 
 class SweepCallback(Callback):
@@ -216,23 +241,27 @@ class SweepCallback(Callback):
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in sweep.items()
         }
         self.sweep = SweepConfig.model_validate(plain)
+        self._verb = ""
         self._overrides: list[str] = []
         self._started = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep what was typed: Hydra gives a point its overrides rewritten, and once each."""
+        self._verb = str(config.hydra.job.name)
         self._overrides = [str(item) for item in config.hydra.overrides.task]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note that a point is being made."""
-        if not speaks_for_all(os.environ):
+        """Note that a point is being made, and remove what an earlier command measured there."""
+        if not speaks_for_all(os.environ) or only_asks(config):
             return
         self._started = time.monotonic()
         self._note(config, "running")
+        # Only after the note: until then the point is done for whoever reads the directory.
+        forget_results(Path(config.hydra.runtime.output_dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note how a point ended, and write the report."""
-        if not speaks_for_all(os.environ):
+        if not speaks_for_all(os.environ) or only_asks(config):
             # Its seconds are the first one's too, and that one may still be writing the results.
             return
         seconds = time.monotonic() - self._started
@@ -256,6 +285,7 @@ class SweepCallback(Callback):
             "status": status,
             "error": error,
             "node": self.sweep.node(name),
+            "verb": self._verb,
             "overrides": self._overrides,
         }
         # Of all jobs that worked for this point, as the sweep's next command only finds what the last one has made.
@@ -267,7 +297,7 @@ def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
     """Seconds that earlier jobs worked for the same point of the same command."""
     try:
         earlier = json.loads(path.read_text())
-        same = earlier["node"] == state["node"] and same_command(earlier["overrides"], state["overrides"])
+        same = earlier["node"] == state["node"] and is_of_command(earlier, state["verb"], state["overrides"])
         return float(earlier["seconds"]) if same else 0.0
     except (OSError, ValueError, KeyError):
         return 0.0

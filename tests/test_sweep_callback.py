@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.cli import config_directory
-from cvdd.report.sweeps import write_report
+from cvdd.report.sweeps import read_directory, write_report
 from cvdd.sweep import STATE, SweepCallback, SweepConfig
 
 
@@ -32,9 +32,28 @@ def begun(sweep: DictConfig) -> SweepCallback:
     return callback
 
 
-def job(folder: Path) -> DictConfig:
+def job(folder: Path, **settings: object) -> DictConfig:
     runtime = {"output_dir": str(folder), "choices": {"point": folder.name}}
-    return OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "runtime": runtime}})
+    return OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "runtime": runtime}, **settings})
+
+
+def measured(folder: Path, top1: float) -> None:
+    """What evaluate leaves."""
+    result = {"row": "cvdd", "student": "net", "protocol": "p", "n": 1, "top1": top1, "top1_by_seed": [top1]}
+    result |= {"std": None, "standard_error": None, "best_top1": top1, "top5": 90.0, "loss": 1.0}
+    (folder / "metrics.json").write_text(json.dumps({"results": [result], "code": {}}))
+
+
+def typed(sweep: DictConfig, directory: Path, verb: str, *overrides: str) -> SweepCallback:
+    """Begin another command in the directory of a sweep."""
+    sweep.hydra.overrides.task = ["sweep=voter", *overrides]
+    sweep.hydra.job.name = verb
+    OmegaConf.save(sweep, directory / "multirun.yaml")
+    return begun(sweep)
+
+
+def statuses(directory: Path) -> list[str]:
+    return [point.status for point in read_directory(directory).points]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +78,53 @@ def test_of_the_ranks_of_a_point_only_the_first_notes_it(
     first.on_job_end(job(point), done)
     assert json.loads((point / STATE).read_text())["status"] == "done"
     assert (tmp_path / "report.html").exists()
+
+
+def test_numbers_of_an_earlier_command_are_not_shown_as_those_of_the_next(sweep: DictConfig, tmp_path: Path) -> None:
+    point, done = tmp_path / "prior", JobReturn(status=JobStatus.COMPLETED)
+    callback = typed(sweep, tmp_path, "evaluate", "seed=1")
+    callback.on_job_start(job(point))
+    measured(point, 51.5)
+    callback.on_job_end(job(point), done)
+    assert statuses(tmp_path) == ["done", "missing", "missing", "missing"]
+    assert "51.5" in (tmp_path / "report.html").read_text()
+    # The same verb with something else, and something else with the same overrides.
+    for verb, overrides in (("evaluate", ["seed=1", "protocol.epochs=9"]), ("distill", ["seed=1"])):
+        callback = typed(sweep, tmp_path, verb, *overrides)
+        assert statuses(tmp_path) == ["missing"] * 4
+    callback.on_job_start(job(point))
+    assert not (point / "metrics.json").exists()
+    callback.on_job_end(job(point), done)
+    assert statuses(tmp_path) == ["done", "missing", "missing", "missing"]
+    assert "51.5" not in (tmp_path / "report.html").read_text()
+    typed(sweep, tmp_path, "evaluate", "seed=1")
+    assert statuses(tmp_path) == ["missing"] * 4
+
+
+def test_a_question_about_the_cost_changes_nothing(sweep: DictConfig, tmp_path: Path) -> None:
+    point, done = tmp_path / "prior", JobReturn(status=JobStatus.COMPLETED)
+    callback = typed(sweep, tmp_path, "evaluate", "seed=1")
+    callback.on_job_start(job(point))
+    measured(point, 51.5)
+    callback.on_job_end(job(point), done)
+    noted = {path: path.read_text() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for overrides, status in ((["seed=1"], "done"), (["seed=1", "protocol.epochs=9"], "missing")):
+        callback = typed(sweep, tmp_path, "evaluate", *overrides, "cost=true")
+        callback.on_job_start(job(point, cost=True))
+        callback.on_job_end(job(point, cost=True), done)
+        assert statuses(tmp_path) == [status, "missing", "missing", "missing"]
+    # Hydra's own file is of the last command.
+    assert {path for path, text in noted.items() if path.read_text() != text} == {tmp_path / "multirun.yaml"}
+
+
+def test_a_repeated_command_finds_again_what_is_done(sweep: DictConfig, tmp_path: Path) -> None:
+    for top1 in (51.5, 51.5):
+        callback = typed(sweep, tmp_path, "evaluate", "seed=1")
+        for name in ("prior", "equal"):
+            callback.on_job_start(job(tmp_path / name))
+            measured(tmp_path / name, top1)
+            callback.on_job_end(job(tmp_path / name), JobReturn(status=JobStatus.COMPLETED))
+        assert statuses(tmp_path) == ["done", "done", "missing", "missing"]
 
 
 def test_the_page_does_not_show_the_directories_of_the_machine(sweep: DictConfig, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.config_base import ConfigError
-from cvdd.outcome import FAILURE
+from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override
 from cvdd.readable import with_error
 from cvdd.report.sweep_plots import Cell, plot, standalone
-from cvdd.sweep import STATE, SweepConfig, read_sweep, replace_file, same_command
+from cvdd.sweep import STATE, SweepConfig, is_of_command, read_sweep, replace_file, without_cost
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
@@ -90,28 +90,28 @@ def read_directory(directory: Path) -> Sweep:
     except OSError as error:
         raise ConfigError(f"{directory}: this is no directory of a sweep; it has no multirun.yaml") from error
     assert isinstance(config, DictConfig)
-    overrides = [str(item) for item in config.hydra.overrides.task]
+    overrides = without_cost([str(item) for item in config.hydra.overrides.task])
     sweep = read_sweep(config)
     name = directory.resolve().name
     verb = config.hydra.job.name
     if sweep is None:
-        axes, points = _points_without_names(directory)
+        axes, points = _points_without_names(directory, verb)
         shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
         command = [f"python {verb}.py --multirun", *map(portable_override, overrides)]
         return Sweep(name, name, axes, shape, " ".join(command), points)
     # The points are the sweep's own: they need not be typed.
     typed = [portable_override(item) for item in overrides if not item.startswith("+point=")]
-    points = tuple(_read_point(directory, point, sweep, overrides) for point in sweep.points)
+    points = tuple(_read_point(directory, point, sweep, verb, overrides) for point in sweep.points)
     return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
 
 
-def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Sequence[str]) -> Point:
+def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overrides: Sequence[str]) -> Point:
     point = sweep.points[name]
     at = tuple(None if place is None else _written(place) for place in point.at)
     folder = directory / name
     state = _load(folder / STATE)
     # What another command, or the same sweep with another definition of this point, has left there is not of this one.
-    if state is None or state["node"] != sweep.node(name) or not same_command(state["overrides"], overrides):
+    if state is None or state["node"] != sweep.node(name) or not is_of_command(state, verb, overrides):
         return Point(name, at, "missing")
     if state["status"] == "failed":
         return Point(name, at, "failed", str(state["error"]))
@@ -126,33 +126,41 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Seque
     return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
 
 
-def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point, ...]]:
+def _points_without_names(directory: Path, verb: str) -> tuple[tuple[str, ...], tuple[Point, ...]]:
     """Read the numbered directories of a multirun that was typed; what they differ in are the axes."""
     folders = sorted(
         (path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")),
         key=lambda path: (len(path.name), path.name),
     )
-    typed = [
-        dict(_key_and_value(str(item)) for item in OmegaConf.load(path / ".hydra/overrides.yaml")) for path in folders
-    ]
+    commands = [[str(item) for item in OmegaConf.load(path / ".hydra/overrides.yaml")] for path in folders]
+    typed = [dict(map(_key_and_value, without_cost(command))) for command in commands]
     keys = list(dict.fromkeys(key for one in typed for key in one))
     differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
     axes = tuple(differing) if 1 <= len(differing) <= 2 else ("point",)
     points = []
-    for folder, one in zip(folders, typed, strict=True):
+    for folder, command, one in zip(folders, commands, typed, strict=True):
         label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or folder.name
         at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
-        metrics = _load(folder / METRICS)
-        failure = folder / FAILURE
-        if failure.is_file():
-            points.append(Point(folder.name, at, "failed", failure.read_text()))
-        elif metrics is None:
-            points.append(Point(folder.name, at, "not finished"))
-        else:
-            results = _of_row(metrics, metrics["results"][0]["row"])
-            commit = metrics["code"].get("commit")
-            points.append(Point(folder.name, at, "done", "", results, _agreement(metrics), commit))
+        points.append(_point_without_name(folder, at, verb, command))
     return axes, tuple(points)
+
+
+def _point_without_name(folder: Path, at: tuple[str | None, ...], verb: str, overrides: Sequence[str]) -> Point:
+    outcome, metrics = _load(folder / OUTCOME), _load(folder / METRICS)
+    if outcome is None:
+        # Earlier versions noted none, and then only results tell a point that is done.
+        outcome = {"status": "running" if metrics is None else "done", "error": "", "overrides": overrides}
+    if not is_of_command(outcome, verb, overrides):
+        return Point(folder.name, at, "missing")
+    if outcome["status"] == "failed":
+        return Point(folder.name, at, "failed", str(outcome["error"]))
+    if outcome["status"] == "running":
+        return Point(folder.name, at, "not finished")
+    if metrics is None:
+        # Of a verb that measures no students.
+        return Point(folder.name, at, "done")
+    results = _of_row(metrics, metrics["results"][0]["row"])
+    return Point(folder.name, at, "done", "", results, _agreement(metrics), metrics["code"].get("commit"))
 
 
 def _key_and_value(override: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from cvdd.artifact.places import PARTIAL
 from cvdd.artifact.sessions import process_seconds, read_sessions
 from cvdd.artifact.uses import used_by
 from cvdd.jobs import JOB, read_job
+from cvdd.outcome import OUTCOME
 from cvdd.report.sweeps import METRICS, Point, read_directory
 from cvdd.sweep import STATE
 
@@ -172,11 +173,12 @@ def _seconds(folder: Path) -> float | None:
         return float(json.loads((folder / STATE).read_text())["seconds"])
     except (OSError, ValueError, KeyError):
         pass
-    try:
-        # A multirun without named points notes nothing; its files tell when the last job began and ended.
-        return (folder / METRICS).stat().st_mtime - (folder / ".hydra" / "overrides.yaml").stat().st_mtime
-    except OSError:
-        return None
+    # A multirun without named points notes no seconds; its files tell when the last job began and ended. Earlier
+    # versions left only results.
+    for last in (OUTCOME, METRICS):
+        with contextlib.suppress(OSError):
+            return (folder / last).stat().st_mtime - (folder / ".hydra" / "overrides.yaml").stat().st_mtime
+    return None
 
 
 def _work(folder: Path) -> Work:
