@@ -111,10 +111,10 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
         ArgumentError: there is no such point, or the sweep would overwrite or be overwritten by what was typed.
     """
     name = next((argument[len("sweep=") :] for argument in arguments if argument.startswith("sweep=")), None)
-    typed = [match[1] for argument in arguments if (match := _POINT.fullmatch(argument))]
+    chosen = chosen_points(arguments)
     if name is None:
-        if typed:
-            raise ArgumentError(f"{GROUP}={typed[-1]}: points are of a sweep; choose one with sweep=NAME")
+        if chosen:
+            raise ArgumentError(f"{GROUP}={','.join(chosen)}: points are of a sweep; choose one with sweep=NAME")
         return list(arguments)
     if "," in name:
         raise ArgumentError(f"sweep={name}: choose one; each has a directory and a table of its own")
@@ -132,7 +132,6 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
     _register(sweep)
     others = [argument for argument in arguments if not _POINT.fullmatch(argument)]
     _refuse_conflicts(name, sweep, others)
-    chosen = [point for points in typed for point in points.replace("'", "").split(",")]
     unknown = [point for point in chosen if point not in sweep.points]
     if unknown:
         raise ArgumentError(f"{GROUP}={','.join(unknown)}: sweep={name} has the points {', '.join(sweep.points)}")
@@ -143,6 +142,12 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
     quoted = [f"'{point}'" for point in chosen or sweep.points]
     place = others.index(f"sweep={name}") + 1
     return [*others[:place], f"+{GROUP}={','.join(quoted)}", *others[place:]]
+
+
+def chosen_points(overrides: Sequence[str]) -> list[str]:
+    """List the points that a command names; a sweep of none that is named is of all."""
+    typed = [match[1] for override in overrides if (match := _POINT.fullmatch(override))]
+    return [point for points in typed for point in points.replace("'", "").split(",")]
 
 
 def _register(sweep: SweepConfig) -> None:
@@ -196,7 +201,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def same_command(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two lists of overrides ask for the same, wherever it runs and whichever of a sweep's points it is."""
-    return _asked(one) == _asked(other)
+    return asked(one) == asked(other)
 
 
 def is_of_command(state: Mapping[str, Any], verb: str, overrides: Sequence[str]) -> bool:
@@ -210,7 +215,8 @@ def is_of_command(state: Mapping[str, Any], verb: str, overrides: Sequence[str])
     return state.get("verb", verb) == verb and same_command(state["overrides"], overrides)
 
 
-def _asked(overrides: Sequence[str]) -> list[str]:
+def asked(overrides: Sequence[str]) -> list[str]:
+    """Return what :func:`same_command` compares, in order."""
     return sorted(
         item for item in without_cost(overrides) if not is_of_surroundings(item) and not _POINT.fullmatch(item)
     )

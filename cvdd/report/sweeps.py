@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override
 from cvdd.readable import with_error
+from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
-from cvdd.sweep import STATE, SweepConfig, is_of_command, read_sweep, replace_file, without_cost
+from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, replace_file, without_cost
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
@@ -43,6 +44,7 @@ class Point:
         agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
             configuration itself, and where there is no pair.
         commit: of the code that made them.
+        asked: whether the command asks for it; a sweep shows all its points, whichever were chosen.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Point:
     results: tuple[Mapping[str, Any], ...] = ()
     agreement: float | None = None
     commit: str | None = None
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,16 @@ def read_directory(directory: Path) -> Sweep:
     name = directory.resolve().name
     verb = config.hydra.job.name
     if sweep is None:
-        axes, points = _points_without_names(directory, verb)
+        axes, points = _points_without_names(directory, config)
         shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
         command = [f"python {verb}.py --multirun", *map(portable_override, overrides)]
         return Sweep(name, name, axes, shape, " ".join(command), points)
     # The points are the sweep's own: they need not be typed.
     typed = [portable_override(item) for item in overrides if not item.startswith("+point=")]
-    points = tuple(_read_point(directory, point, sweep, verb, overrides) for point in sweep.points)
+    chosen = set(chosen_points(overrides) or sweep.points)
+    points = tuple(
+        replace(_read_point(directory, point, sweep, verb, overrides), asked=point in chosen) for point in sweep.points
+    )
     return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
 
 
@@ -126,26 +132,26 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overr
     return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
 
 
-def _points_without_names(directory: Path, verb: str) -> tuple[tuple[str, ...], tuple[Point, ...]]:
-    """Read the numbered directories of a multirun that was typed; what they differ in are the axes."""
-    folders = sorted(
-        (path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")),
-        key=lambda path: (len(path.name), path.name),
-    )
-    commands = [[str(item) for item in OmegaConf.load(path / ".hydra/overrides.yaml")] for path in folders]
-    typed = [dict(map(_key_and_value, without_cost(command))) for command in commands]
+def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[str, ...], tuple[Point, ...]]:
+    """Read the numbered directories of a multirun that was typed; what its points differ in are the axes."""
+    numbered = numbered_points(directory, config)
+    typed = [dict(map(_key_and_value, point.overrides)) for point in numbered]
     keys = list(dict.fromkeys(key for one in typed for key in one))
     differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
     axes = tuple(differing) if 1 <= len(differing) <= 2 else ("point",)
     points = []
-    for folder, command, one in zip(folders, commands, typed, strict=True):
-        label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or folder.name
+    for point, one in zip(numbered, typed, strict=True):
+        name = point.folder.name
+        label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or name
         at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
-        points.append(_point_without_name(folder, at, verb, command))
+        if point.begun:
+            points.append(_numbered_point(point.folder, at, config.hydra.job.name, point.overrides))
+        else:
+            points.append(Point(name, at, "missing"))
     return axes, tuple(points)
 
 
-def _point_without_name(folder: Path, at: tuple[str | None, ...], verb: str, overrides: Sequence[str]) -> Point:
+def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrides: Sequence[str]) -> Point:
     outcome, metrics = _load(folder / OUTCOME), _load(folder / METRICS)
     if outcome is None:
         # Earlier versions noted none, and then only results tell a point that is done.
