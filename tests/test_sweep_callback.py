@@ -10,9 +10,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+import cvdd.report.sweeps
 from cvdd.cli import config_directory
-from cvdd.report.sweeps import read_directory, write_report
-from cvdd.sweep import STATE, SweepCallback, SweepConfig
+from cvdd.report.sweeps import Sweep, read_directory, write_report
+from cvdd.sweep import STATE, SweepCallback, SweepConfig, replace_file
 
 
 @pytest.fixture
@@ -99,6 +100,37 @@ def test_numbers_of_an_earlier_command_are_not_shown_as_those_of_the_next(sweep:
     assert "51.5" not in (tmp_path / "report.html").read_text()
     typed(sweep, tmp_path, "evaluate", "seed=1")
     assert statuses(tmp_path) == ["missing"] * 4
+
+
+def test_a_report_is_of_what_is_there_when_it_is_written(
+    sweep: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another point ends, and writes its report, after this one has looked and before it writes."""
+    callback, other = typed(sweep, tmp_path, "evaluate", "seed=1"), typed(sweep, tmp_path, "evaluate", "seed=1")
+    done = JobReturn(status=JobStatus.COMPLETED)
+    callback.on_job_start(job(tmp_path / "prior"))
+    other.on_job_start(job(tmp_path / "equal"))
+    draw, ends = cvdd.report.sweeps.csv_table, ["equal"]
+
+    def between(seen: Sweep) -> str:
+        table = draw(seen)
+        if ends:
+            other.on_job_end(job(tmp_path / ends.pop()), done)
+        return table
+
+    monkeypatch.setattr(cvdd.report.sweeps, "csv_table", between)
+    callback.on_job_end(job(tmp_path / "prior"), done)
+    assert "not finished" not in (tmp_path / "results.csv").read_text()
+    assert "2 of 4 points are done; 2 missing" in (tmp_path / "report.html").read_text()
+    assert "2 of 4 points are done; 2 missing" in (tmp_path / "table.md").read_text()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "file").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        replace_file(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_question_about_the_cost_changes_nothing(sweep: DictConfig, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sw
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
+LOOKS = 10
+"""At a sweep whose points go on while its report is written; each that ends later writes one of its own."""
 
 Status = Literal["done", "failed", "not finished", "missing"]
 
@@ -240,6 +242,9 @@ def progress(sweep: Sweep) -> str:
 def write_report(directory: Path) -> Path:
     """Write results.csv, table.md, a plot for each student and report.html into a sweep's directory.
 
+    Jobs that end together write them together; whoever writes last has looked again afterwards, so that what stays is
+    of the end.
+
     Returns:
         the path of the page.
 
@@ -247,6 +252,15 @@ def write_report(directory: Path) -> Path:
         ConfigError: it is no directory of a multirun.
     """
     sweep = read_directory(directory)
+    for _ in range(LOOKS):
+        _write(directory, sweep)
+        seen, sweep = sweep, read_directory(directory)
+        if sweep == seen:
+            break
+    return directory / "report.html"
+
+
+def _write(directory: Path, sweep: Sweep) -> None:
     replace_file(directory / "results.csv", csv_table(sweep))
     replace_file(directory / "table.md", markdown_table(sweep))
     plots = {}
@@ -266,7 +280,6 @@ def write_report(directory: Path) -> Path:
         commits=[commit[:12] for commit in commits],
     )
     replace_file(directory / "report.html", page)
-    return directory / "report.html"
 
 
 def _cells(sweep: Sweep, student: str) -> list[Cell]:
