@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,40 @@ def test_results_of_an_earlier_command_are_not_those_of_the_next(tmp_path: Path)
         raise KeyboardInterrupt
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == [".hydra", OUTCOME]
     assert "50.0" not in write_report(tmp_path).read_text()
+
+
+def in_table(directory: Path) -> list[dict[str, str]]:
+    write_report(directory)
+    with (directory / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_grid_of_three_settings_has_a_column_for_each(tmp_path: Path) -> None:
+    typed(tmp_path, "evaluate", "committee.size=1,2", "seed=0,1", "temperature='1','5'", "ipc='10'")
+    grid = list(product("12", "01", "15"))
+    for number, (size, seed, vote) in enumerate(grid):
+        own = [f"committee.size={size}", f"seed={seed}", f"temperature='{vote}'", "ipc='10'"]
+        with outcome_kept(begun(tmp_path, number, *own), "evaluate", own):
+            (tmp_path / str(number) / "metrics.json").write_text(json.dumps({"results": [RESULT], "code": {}}))
+    rows = in_table(tmp_path)
+    assert [(row["committee.size"], row["seed"], row["temperature"]) for row in rows] == grid
+    assert [row["point"] for row in rows] == [str(number) for number in range(8)]
+    assert {row["top1"] for row in rows} == {"50.0"}
+    assert "ipc" not in rows[0]
+    assert "| 3 | committee.size=1 seed=1 temperature=5 | net |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_setting_may_be_called_as_a_column_of_the_results(tmp_path: Path) -> None:
+    typed(tmp_path, "evaluate", "protocol=tiny,paper")
+    own = ["protocol=tiny"]
+    with outcome_kept(begun(tmp_path, 0, *own), "evaluate", own):
+        (tmp_path / "0" / "metrics.json").write_text(json.dumps({"results": [RESULT], "code": {}}))
+    shown = [(row["protocol (typed)"], row["protocol"], row["status"]) for row in in_table(tmp_path)]
+    assert shown == [("tiny", "p", "done"), ("paper", "", "missing")]
+
+
+def test_a_multirun_of_one_point_has_its_name(tmp_path: Path) -> None:
+    typed(tmp_path, "evaluate", "seed=1")
+    begun(tmp_path, 0, "seed=1")
+    (row,) = in_table(tmp_path)
+    assert (row["point"], row["settings"], row["status"]) == ("0", "0", "not finished")

@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sw
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
+TOGETHER = "settings"
+"""The axis of a multirun that varies more than a plot can show apart."""
 LOOKS = 10
 """At a sweep whose points go on while its report is written; each that ends later writes one of its own."""
 
@@ -47,6 +49,7 @@ class Point:
             configuration itself, and where there is no pair.
         commit: of the code that made them.
         asked: whether the command asks for it; a sweep shows all its points, whichever were chosen.
+        settings: in which it differs from other points of a multirun without names.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Point:
     agreement: float | None = None
     commit: str | None = None
     asked: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,16 +144,18 @@ def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[st
     typed = [dict(map(_key_and_value, point.overrides)) for point in numbered]
     keys = list(dict.fromkeys(key for one in typed for key in one))
     differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
-    axes = tuple(differing) if 1 <= len(differing) <= 2 else ("point",)
+    axes = tuple(differing) if 1 <= len(differing) <= 2 else (TOGETHER,)
     points = []
     for point, one in zip(numbered, typed, strict=True):
         name = point.folder.name
-        label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or name
-        at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
+        settings = {key: one[key] for key in differing if key in one}
+        label = " ".join(f"{key}={value}" for key, value in settings.items()) or name
+        at = tuple(one.get(axis, "-") for axis in axes) if axes != (TOGETHER,) else (label,)
         if point.begun:
-            points.append(_numbered_point(point.folder, at, config.hydra.job.name, point.overrides))
+            found = _numbered_point(point.folder, at, config.hydra.job.name, point.overrides)
         else:
-            points.append(Point(name, at, "missing"))
+            found = Point(name, at, "missing")
+        points.append(replace(found, settings=settings))
     return axes, tuple(points)
 
 
@@ -201,15 +207,24 @@ def _written(place: str | float) -> str:
 def csv_table(sweep: Sweep) -> str:
     """Write a row for each point and student, points without a result included."""
     table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ("point", *sweep.axes, "status", *COLUMNS, "agreement", "error"), extrasaction="ignore"
-    )
-    writer.writeheader()
+    writer = csv.writer(table)
+    typed = list(dict.fromkeys(key for point in sweep.points for key in point.settings))
+    # One for each setting also where a plot has them on one axis.
+    places = typed if sweep.axes == (TOGETHER,) and typed else sweep.axes
+    others = ("point", "status", *COLUMNS, "agreement", "error")
+    # A group may be called as a column of the results, such as protocol.
+    columns = [f"{place} (typed)" if place in others else place for place in places]
+    writer.writerow(("point", *columns, "status", *COLUMNS, "agreement", "error"))
     for point in sweep.points:
-        place = {axis: "" if at is None else at for axis, at in zip(sweep.axes, point.at, strict=True)}
-        own = {"point": point.name, "status": point.status, "agreement": point.agreement}
+        known = {**dict(zip(sweep.axes, point.at, strict=True)), **point.settings}
         for result in point.results or ({},):
-            writer.writerow({**result, **place, **own, "error": point.error.partition("\n")[0]})
+            writer.writerow(
+                (
+                    *(point.name, *(known.get(place) for place in places), point.status),
+                    *(result.get(column) for column in COLUMNS),
+                    *(point.agreement, point.error.partition("\n")[0]),
+                )
+            )
     return table.getvalue()
 
 
