@@ -169,3 +169,27 @@ def test_a_multirun_of_one_point_has_its_name(tmp_path: Path) -> None:
     begun(tmp_path, 0, "seed=1")
     (row,) = in_table(tmp_path)
     assert (row["point"], row["settings"], row["status"]) == ("0", "0", "not finished")
+
+
+def test_nothing_shows_the_directories_of_the_machine(tmp_path: Path) -> None:
+    """Two of the three places have the same last part, and are two points of the axis all the same."""
+    places = ("/home/alice/a/raw", "/home/alice/b/raw", "/home/alice/other, with a comma")
+    quoted = [places[0], places[1], f"'{places[2]}'"]
+    typed(tmp_path, "evaluate", f"dataset.root={','.join(quoted)}")
+    for number, place in enumerate(quoted):
+        own = [f"dataset.root={place}"]
+        error = (
+            f"/home/alice/x: not there; '/home/alice/my data/y', or (/home/alice/z), at 3/4 of https://a.b/c {number}"
+        )
+        with pytest.raises(PointFailed), outcome_kept(begun(tmp_path, number, *own), "evaluate", own):
+            raise PointFailed(error)
+    rows = in_table(tmp_path)
+    assert [row["dataset.root"] for row in rows] == [
+        "<elsewhere>/raw",
+        "<elsewhere>/raw (2)",
+        "<elsewhere>/other, with a comma",
+    ]
+    said = "<elsewhere>/x: not there; '<elsewhere>/y', or (<elsewhere>/z), at 3/4 of https://a.b/c 1"
+    assert rows[1]["error"] == said
+    for file in ("results.csv", "table.md", "report.html"):
+        assert "alice" not in (tmp_path / file).read_text()

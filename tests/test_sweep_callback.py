@@ -160,9 +160,25 @@ def test_a_repeated_command_finds_again_what_is_done(sweep: DictConfig, tmp_path
 
 
 def test_the_page_does_not_show_the_directories_of_the_machine(sweep: DictConfig, tmp_path: Path) -> None:
+    callback, failed = begun(sweep), JobReturn(status=JobStatus.FAILED)
+    failed.return_value = FileNotFoundError("dataset.root=/home/alice/raw is not there")
+    callback.on_job_start(job(tmp_path / "prior"))
+    callback.on_job_end(job(tmp_path / "prior"), failed)
     page = write_report(tmp_path).read_text()
+    assert "failed: dataset.root=&lt;elsewhere&gt;/raw is not there" in page
     assert "python evaluate.py sweep=voter dataset.root=&lt;elsewhere&gt;/raw" in page
-    assert "alice" not in page
+    assert not [
+        path for path in tmp_path.iterdir() if path.suffix in (".csv", ".md", ".html") and "alice" in path.read_text()
+    ]
+
+
+def test_places_that_are_directories_stay_different(sweep: DictConfig, tmp_path: Path) -> None:
+    places = ["/home/alice/raw", "/home/bob/raw", 3, None]
+    for point, place in zip(("prior", "equal", "random", "random_real"), places, strict=True):
+        sweep.hydra.callbacks.sweep.points[point].at = [place]
+    OmegaConf.save(sweep, tmp_path / "multirun.yaml")
+    shown = [point.at for point in read_directory(tmp_path).points]
+    assert shown == [("<elsewhere>/raw",), ("<elsewhere>/raw (2)",), ("3",), (None,)]
 
 
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", ""])

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
-from cvdd.portable import portable_override
+from cvdd.portable import portable_override, portable_text, portable_values
 from cvdd.readable import with_error
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
@@ -111,10 +111,23 @@ def read_directory(directory: Path) -> Sweep:
     # The points are the sweep's own: they need not be typed.
     typed = [portable_override(item) for item in overrides if not item.startswith("+point=")]
     chosen = set(chosen_points(overrides) or sweep.points)
-    points = tuple(
+    found = [
         replace(_read_point(directory, point, sweep, verb, overrides), asked=point in chosen) for point in sweep.points
+    ]
+    line = " ".join([f"python {verb}.py", *typed])
+    return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, line, _without_directories(found))
+
+
+def _without_directories(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Write the places of points as others may see them."""
+    shown = [
+        portable_values(place for place in axis if place is not None)
+        for axis in zip(*(point.at for point in points), strict=True)
+    ]
+    return tuple(
+        replace(point, at=tuple(place and names[place] for place, names in zip(point.at, shown, strict=True)))
+        for point in points
     )
-    return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
 
 
 def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overrides: Sequence[str]) -> Point:
@@ -126,7 +139,7 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overr
     if state is None or state["node"] != sweep.node(name) or not is_of_command(state, verb, overrides):
         return Point(name, at, "missing")
     if state["status"] == "failed":
-        return Point(name, at, "failed", str(state["error"]))
+        return Point(name, at, "failed", portable_text(str(state["error"])))
     if state["status"] == "running":
         return Point(name, at, "not finished")
     metrics = _load(folder / METRICS)
@@ -144,13 +157,14 @@ def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[st
     typed = [dict(map(_key_and_value, point.overrides)) for point in numbered]
     keys = list(dict.fromkeys(key for one in typed for key in one))
     differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
+    shown = {key: portable_values(one[key] for one in typed if key in one) for key in differing}
     axes = tuple(differing) if 1 <= len(differing) <= 2 else (TOGETHER,)
     points = []
     for point, one in zip(numbered, typed, strict=True):
         name = point.folder.name
-        settings = {key: one[key] for key in differing if key in one}
+        settings = {key: shown[key][one[key]] for key in differing if key in one}
         label = " ".join(f"{key}={value}" for key, value in settings.items()) or name
-        at = tuple(one.get(axis, "-") for axis in axes) if axes != (TOGETHER,) else (label,)
+        at = tuple(settings.get(axis, "-") for axis in axes) if axes != (TOGETHER,) else (label,)
         if point.begun:
             found = _numbered_point(point.folder, at, config.hydra.job.name, point.overrides)
         else:
@@ -167,7 +181,7 @@ def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrid
     if not is_of_command(outcome, verb, overrides):
         return Point(folder.name, at, "missing")
     if outcome["status"] == "failed":
-        return Point(folder.name, at, "failed", str(outcome["error"]))
+        return Point(folder.name, at, "failed", portable_text(str(outcome["error"])))
     if outcome["status"] == "running":
         return Point(folder.name, at, "not finished")
     if metrics is None:
