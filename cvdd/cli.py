@@ -29,10 +29,11 @@ from cvdd.launching import (
     launcher_field,
     register_resolvers,
     require_launcher,
+    share_of_work,
     speaks_for_all,
 )
-from cvdd.outcome import USER_ERROR, failure_kept, told
-from cvdd.sweep import GROUP, leaves, with_points
+from cvdd.outcome import USER_ERROR, outcome_kept, told
+from cvdd.sweep import GROUP, leaves, only_asks, with_points
 
 if TYPE_CHECKING:
     from cvdd.schema import RunConfig
@@ -120,8 +121,11 @@ def debug_limits(choice: str | None) -> dict[str, float]:
 def _run(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
     sweeping = settings.mode is RunMode.MULTIRUN
-    one_of_many = sweeping and speaks_for_all(os.environ)
-    kept = failure_kept(Path(settings.runtime.output_dir)) if one_of_many else contextlib.nullcontext()
+    kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    # Whoever asks what a sweep costs has not begun it.
+    if sweeping and speaks_for_all(os.environ) and not only_asks(composed):
+        folder = Path(settings.runtime.output_dir)
+        kept = outcome_kept(folder, settings.job.name, list(settings.overrides.task), begins=not share_of_work()[0])
     with kept, told(sweeping):
         from cvdd.rows import expand_rows
         from cvdd.validation import check

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -26,8 +27,11 @@ INTERRUPTED = 130
 _KEPT = "What is finished in the store is kept, and the same command goes on from it."
 
 
-FAILURE = "failure.txt"
-"""Beside the log of a point that failed: what it said."""
+OUTCOME = "outcome.json"
+"""Beside the log of a point: of which command it is, and how that ended."""
+
+RESULTS = ("metrics.json", "results.csv", "report.html")
+"""What a command that measures students leaves."""
 
 
 class PointFailed(CompactHydraException):
@@ -38,22 +42,44 @@ class PointFailed(CompactHydraException):
 
 
 @contextlib.contextmanager
-def failure_kept(folder: Path) -> Iterator[None]:
-    """Write down why a point of a multirun failed, so that reports can tell it from one that is being made.
+def outcome_kept(folder: Path, verb: str, overrides: Sequence[str], begins: bool = True) -> Iterator[None]:
+    """Write down how a point of a multirun ends, so that reports can tell it from one that is being made.
+
+    Hydra's own files do not tell it: a command that only asks what a point costs writes them, too.
+
+    Args:
+        folder: of the point.
+        verb: of the command.
+        overrides: of the point.
+        begins: whether this is the first of the jobs that share the point, any of which may end it.
+    """
+    if begins:
+        forget_results(folder)
+        _note(folder, "running", verb, overrides)
+    try:
+        yield
+    except Exception as error:
+        _note(folder, "failed", verb, overrides, str(error) or type(error).__name__)
+        raise
+    _note(folder, "done", verb, overrides)
+
+
+def forget_results(folder: Path) -> None:
+    """Remove what an earlier command has left where a point begins, lest it be shown as this one's.
 
     Args:
         folder: of the point.
     """
-    file = folder / FAILURE
+    for name in (*RESULTS, OUTCOME):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _note(folder: Path, status: str, verb: str, overrides: Sequence[str], error: str = "") -> None:
+    outcome = {"status": status, "error": error, "verb": verb, "overrides": list(overrides)}
     # A full disk may be why it failed, which must not be hidden by another error.
     with contextlib.suppress(OSError):
-        file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            file.write_text(str(error) or type(error).__name__)
-        raise
+        (folder / OUTCOME).write_text(json.dumps(outcome, indent=1) + "\n")
 
 
 def is_for_users(error: BaseException) -> bool:

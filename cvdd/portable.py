@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ _PATH = re.compile(
     re.VERBOSE,
 )
 """An absolute path in an override."""
+
+_PATH_IN_TEXT = re.compile(
+    r"""(?<=')/[^'\n]+ | (?<=")/[^"\n]+                                # quoted, with spaces
+    | (?:^ | (?<=[\s=,\[({<:`]) | (?<=file://)) /(?!/) [^\s,\])}>`'";:]+""",
+    re.VERBOSE,
+)
+"""An absolute path in a sentence, which goes on after it."""
 
 
 def portable_config(config: RunConfig) -> dict[str, Any]:
@@ -42,6 +51,30 @@ def portable_override(override: str, config: RunConfig | None = None) -> str:
     """
     roots = {} if config is None else _roots(config)
     return _PATH.sub(lambda match: str(_replace(match[0], roots)), override)
+
+
+def portable_values(values: Iterable[str]) -> dict[str, str]:
+    """Return how each value of an override is written where others see it; different values remain different.
+
+    Args:
+        values: as they were typed.
+    """
+    shown: dict[str, str] = {}
+    for value in dict.fromkeys(values):
+        text = str(_replace(value, {})) if value.startswith("/") else portable_override(f"={value}")[1:]
+        taken = set(shown.values())
+        others = (f"{text} ({number})" for number in count(2))
+        shown[value] = next(name for name in chain([text], others) if name not in taken)
+    return shown
+
+
+def portable_text(text: str) -> str:
+    """Return a message with its paths written as :func:`portable_config` writes them.
+
+    Args:
+        text: such as that of an error.
+    """
+    return _PATH_IN_TEXT.sub(lambda match: str(_replace(match[0], {})), text)
 
 
 def _roots(config: RunConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings, own_directories
 from cvdd.config_base import StrictConfig
-from cvdd.launching import speaks_for_all
+from cvdd.launching import share_of_work, speaks_for_all
+from cvdd.outcome import forget_results
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ STATE = "point.json"
 """In a point's directory: how far it is."""
 
 _POINT = re.compile(rf"\+?{GROUP}=(.*)")
+_COST = re.compile(r"\+*cost=.*")
 _LISTING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
 
@@ -109,10 +112,10 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
         ArgumentError: there is no such point, or the sweep would overwrite or be overwritten by what was typed.
     """
     name = next((argument[len("sweep=") :] for argument in arguments if argument.startswith("sweep=")), None)
-    typed = [match[1] for argument in arguments if (match := _POINT.fullmatch(argument))]
+    chosen = chosen_points(arguments)
     if name is None:
-        if typed:
-            raise ArgumentError(f"{GROUP}={typed[-1]}: points are of a sweep; choose one with sweep=NAME")
+        if chosen:
+            raise ArgumentError(f"{GROUP}={','.join(chosen)}: points are of a sweep; choose one with sweep=NAME")
         return list(arguments)
     if "," in name:
         raise ArgumentError(f"sweep={name}: choose one; each has a directory and a table of its own")
@@ -130,7 +133,6 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
     _register(sweep)
     others = [argument for argument in arguments if not _POINT.fullmatch(argument)]
     _refuse_conflicts(name, sweep, others)
-    chosen = [point for points in typed for point in points.replace("'", "").split(",")]
     unknown = [point for point in chosen if point not in sweep.points]
     if unknown:
         raise ArgumentError(f"{GROUP}={','.join(unknown)}: sweep={name} has the points {', '.join(sweep.points)}")
@@ -141,6 +143,12 @@ def with_points(arguments: Sequence[str], directory: Path) -> list[str]:
     quoted = [f"'{point}'" for point in chosen or sweep.points]
     place = others.index(f"sweep={name}") + 1
     return [*others[:place], f"+{GROUP}={','.join(quoted)}", *others[place:]]
+
+
+def chosen_points(overrides: Sequence[str]) -> list[str]:
+    """List the points that a command names; a sweep of none that is named is of all."""
+    typed = [match[1] for override in overrides if (match := _POINT.fullmatch(override))]
+    return [point for points in typed for point in points.replace("'", "").split(",")]
 
 
 def _register(sweep: SweepConfig) -> None:
@@ -194,11 +202,35 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def same_command(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two lists of overrides ask for the same, wherever it runs and whichever of a sweep's points it is."""
-    return _asked(one) == _asked(other)
+    return asked(one) == asked(other)
 
 
-def _asked(overrides: Sequence[str]) -> list[str]:
-    return sorted(item for item in overrides if not is_of_surroundings(item) and not _POINT.fullmatch(item))
+def is_of_command(state: Mapping[str, Any], verb: str, overrides: Sequence[str]) -> bool:
+    """Whether what a point's directory says of itself comes from a command, or from the same one at another time.
+
+    Args:
+        state: with the verb and the overrides of the command that left it. Earlier versions noted no verb.
+        verb: of the command.
+        overrides: of the command.
+    """
+    return state.get("verb", verb) == verb and same_command(state["overrides"], overrides)
+
+
+def asked(overrides: Sequence[str]) -> list[str]:
+    """Return what :func:`same_command` compares, in order."""
+    return sorted(
+        item for item in without_cost(overrides) if not is_of_surroundings(item) and not _POINT.fullmatch(item)
+    )
+
+
+def without_cost(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of the command whose cost is asked for, which are its own where it is not."""
+    return [item for item in overrides if not _COST.fullmatch(item)]
+
+
+def only_asks(config: DictConfig) -> bool:
+    """Whether a command only asks what it would cost, and makes nothing."""
+    return str(OmegaConf.select(config, "cost", default=False)).lower() == "true"
 
 
 class SweepCallback(Callback):
@@ -216,23 +248,30 @@ class SweepCallback(Callback):
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in sweep.items()
         }
         self.sweep = SweepConfig.model_validate(plain)
+        self._verb = ""
         self._overrides: list[str] = []
         self._started = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep what was typed: Hydra gives a point its overrides rewritten, and once each."""
+        self._verb = str(config.hydra.job.name)
         self._overrides = [str(item) for item in config.hydra.overrides.task]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note that a point is being made."""
-        if not speaks_for_all(os.environ):
+        """Note that a point is being made, and remove what an earlier command measured there."""
+        if not speaks_for_all(os.environ) or only_asks(config):
             return
         self._started = time.monotonic()
+        if share_of_work()[0]:
+            # Others work for this point already, and may have ended it.
+            return
         self._note(config, "running")
+        # Only after the note: until then the point is done for whoever reads the directory.
+        forget_results(Path(config.hydra.runtime.output_dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note how a point ended, and write the report."""
-        if not speaks_for_all(os.environ):
+        if not speaks_for_all(os.environ) or only_asks(config):
             # Its seconds are the first one's too, and that one may still be writing the results.
             return
         seconds = time.monotonic() - self._started
@@ -256,6 +295,7 @@ class SweepCallback(Callback):
             "status": status,
             "error": error,
             "node": self.sweep.node(name),
+            "verb": self._verb,
             "overrides": self._overrides,
         }
         # Of all jobs that worked for this point, as the sweep's next command only finds what the last one has made.
@@ -267,7 +307,7 @@ def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
     """Seconds that earlier jobs worked for the same point of the same command."""
     try:
         earlier = json.loads(path.read_text())
-        same = earlier["node"] == state["node"] and same_command(earlier["overrides"], state["overrides"])
+        same = earlier["node"] == state["node"] and is_of_command(earlier, state["verb"], state["overrides"])
         return float(earlier["seconds"]) if same else 0.0
     except (OSError, ValueError, KeyError):
         return 0.0
@@ -275,6 +315,11 @@ def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file at once, whoever else reads or writes it meanwhile."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    # Process ids are alike in containers that share a disk.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -22,6 +22,7 @@ from cvdd.artifact.parts import FINISHED, OPEN, TAKEN, Table
 from cvdd.artifact.sessions import FOLDER
 from cvdd.artifact.uses import used_by
 from cvdd.jobs import JOB, read_job, sign_in
+from cvdd.outcome import outcome_kept
 from cvdd.report.__main__ import main
 from cvdd.report.watch import Row, View, Watch, Work, show, watch_sweeps
 from cvdd.sweep import STATE
@@ -178,6 +179,60 @@ def test_points_without_names(tmp_path: Path) -> None:
     os.utime(metrics, (1040, 1040))
     view = Watch().look(tmp_path)
     assert (view.mean, [row.point for row in view.rows], view.left) == (40.0, ["1"], None)
+
+
+def test_points_that_have_not_begun_are_not_over(tmp_path: Path) -> None:
+    """Of six points two are made, one of an earlier command is there; a pattern shows what has begun."""
+    tree = {"hydra": {"job": {"name": "train"}, "overrides": {"task": ["seed=range(6)", "committee.size=2"]}}}
+    OmegaConf.save(OmegaConf.create(tree), tmp_path / "multirun.yaml")
+    for number, seed in ((0, 0), (1, 1), (2, 9)):
+        (tmp_path / str(number) / ".hydra").mkdir(parents=True)
+        typed = [f"seed={seed}", "committee.size=2"]
+        (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(json.dumps(typed))
+        with outcome_kept(tmp_path / str(number), "train", typed):
+            pass
+    view = Watch().look(tmp_path)
+    assert [(point.name, point.status, point.at) for point in view.points] == [
+        *(("0", "done", ("0",)), ("1", "done", ("1",)), ("2", "missing", ("2",))),
+        *(("3", "missing", ("3",)), ("4", "missing", ("4",)), ("5", "missing", ("5",))),
+    ]
+    assert not view.over
+    assert "2 of 6 points done, 0 at work, 4 not begun; 0 s a point; nobody works" in printed(view)
+    for task, sweeper in ((["students=glob(*)"], None), (["seed=0,1"], {"_target_": "theirs.Sweeper"})):
+        tree["hydra"] |= {"overrides": {"task": task}} | ({"sweeper": sweeper} if sweeper else {})
+        OmegaConf.save(OmegaConf.create(tree), tmp_path / "multirun.yaml")
+        assert len(Watch().look(tmp_path).points) == 3
+
+
+def test_directories_may_have_other_names_than_numbers(tmp_path: Path) -> None:
+    tree = {
+        "hydra": {
+            "job": {"name": "train"},
+            "overrides": {"task": ["recipe.epochs=1"]},
+            "sweeper": {"params": {"seed": "4,4,5,6"}},
+        }
+    }
+    OmegaConf.save(OmegaConf.create(tree), tmp_path / "multirun.yaml")
+    for name, seed in (("one", 6), ("two", 4), ("1", 4)):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"[seed={seed}, recipe.epochs=1]")
+    points = Watch().look(tmp_path).points
+    assert [point.name for point in points] == ["1", "two", "2", "one"]
+    assert [point.status for point in points] == ["not finished", "not finished", "missing", "not finished"]
+
+
+def test_points_that_nobody_asked_for_keep_no_watch_waiting(sweep: Path) -> None:
+    config = OmegaConf.load(sweep / "multirun.yaml")
+    config.hydra.overrides.task = ["sweep=trial", "+point='a','b'"]
+    OmegaConf.save(config, sweep / "multirun.yaml")
+    leave(sweep, "a", "done", seconds=10.0)
+    leave(sweep, "e", "running")
+    view = Watch().look(sweep)
+    assert (view.over, view.waiting, view.count("missing"), view.unasked) == (False, ["b"], 1, 2)
+    leave(sweep, "b", "done", seconds=10.0)
+    view = Watch().look(sweep)
+    assert view.over
+    assert "2 of 5 points done, 0 at work, 1 interrupted, 2 not asked for; 10 s a point" in printed(view)
 
 
 def test_the_command_shows_a_sweep_once_or_until_it_is_over(

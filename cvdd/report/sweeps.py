@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.config_base import ConfigError
-from cvdd.outcome import FAILURE
-from cvdd.portable import portable_override
+from cvdd.outcome import OUTCOME
+from cvdd.portable import portable_override, portable_text, portable_values
 from cvdd.readable import with_error
+from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
-from cvdd.sweep import STATE, SweepConfig, read_sweep, replace_file, same_command
+from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, replace_file, without_cost
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
+TOGETHER = "settings"
+"""The axis of a multirun that varies more than a plot can show apart."""
+LOOKS = 10
+"""At a sweep whose points go on while its report is written; each that ends later writes one of its own."""
 
 Status = Literal["done", "failed", "not finished", "missing"]
 
@@ -43,6 +48,8 @@ class Point:
         agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
             configuration itself, and where there is no pair.
         commit: of the code that made them.
+        asked: whether the command asks for it; a sweep shows all its points, whichever were chosen.
+        settings: in which it differs from other points of a multirun without names.
     """
 
     name: str
@@ -52,6 +59,8 @@ class Point:
     results: tuple[Mapping[str, Any], ...] = ()
     agreement: float | None = None
     commit: str | None = None
+    asked: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,31 +99,47 @@ def read_directory(directory: Path) -> Sweep:
     except OSError as error:
         raise ConfigError(f"{directory}: this is no directory of a sweep; it has no multirun.yaml") from error
     assert isinstance(config, DictConfig)
-    overrides = [str(item) for item in config.hydra.overrides.task]
+    overrides = without_cost([str(item) for item in config.hydra.overrides.task])
     sweep = read_sweep(config)
     name = directory.resolve().name
     verb = config.hydra.job.name
     if sweep is None:
-        axes, points = _points_without_names(directory)
+        axes, points = _points_without_names(directory, config)
         shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
         command = [f"python {verb}.py --multirun", *map(portable_override, overrides)]
         return Sweep(name, name, axes, shape, " ".join(command), points)
     # The points are the sweep's own: they need not be typed.
     typed = [portable_override(item) for item in overrides if not item.startswith("+point=")]
-    points = tuple(_read_point(directory, point, sweep, overrides) for point in sweep.points)
-    return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, " ".join([f"python {verb}.py", *typed]), points)
+    chosen = set(chosen_points(overrides) or sweep.points)
+    found = [
+        replace(_read_point(directory, point, sweep, verb, overrides), asked=point in chosen) for point in sweep.points
+    ]
+    line = " ".join([f"python {verb}.py", *typed])
+    return Sweep(name, sweep.title, tuple(sweep.axes), sweep.plot, line, _without_directories(found))
 
 
-def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Sequence[str]) -> Point:
+def _without_directories(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Write the places of points as others may see them."""
+    shown = [
+        portable_values(place for place in axis if place is not None)
+        for axis in zip(*(point.at for point in points), strict=True)
+    ]
+    return tuple(
+        replace(point, at=tuple(place and names[place] for place, names in zip(point.at, shown, strict=True)))
+        for point in points
+    )
+
+
+def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overrides: Sequence[str]) -> Point:
     point = sweep.points[name]
     at = tuple(None if place is None else _written(place) for place in point.at)
     folder = directory / name
     state = _load(folder / STATE)
     # What another command, or the same sweep with another definition of this point, has left there is not of this one.
-    if state is None or state["node"] != sweep.node(name) or not same_command(state["overrides"], overrides):
+    if state is None or state["node"] != sweep.node(name) or not is_of_command(state, verb, overrides):
         return Point(name, at, "missing")
     if state["status"] == "failed":
-        return Point(name, at, "failed", str(state["error"]))
+        return Point(name, at, "failed", portable_text(str(state["error"])))
     if state["status"] == "running":
         return Point(name, at, "not finished")
     metrics = _load(folder / METRICS)
@@ -126,33 +151,44 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, overrides: Seque
     return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
 
 
-def _points_without_names(directory: Path) -> tuple[tuple[str, ...], tuple[Point, ...]]:
-    """Read the numbered directories of a multirun that was typed; what they differ in are the axes."""
-    folders = sorted(
-        (path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")),
-        key=lambda path: (len(path.name), path.name),
-    )
-    typed = [
-        dict(_key_and_value(str(item)) for item in OmegaConf.load(path / ".hydra/overrides.yaml")) for path in folders
-    ]
+def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[str, ...], tuple[Point, ...]]:
+    """Read the numbered directories of a multirun that was typed; what its points differ in are the axes."""
+    numbered = numbered_points(directory, config)
+    typed = [dict(map(_key_and_value, point.overrides)) for point in numbered]
     keys = list(dict.fromkeys(key for one in typed for key in one))
     differing = [key for key in keys if len({one.get(key) for one in typed}) > 1]
-    axes = tuple(differing) if 1 <= len(differing) <= 2 else ("point",)
+    shown = {key: portable_values(one[key] for one in typed if key in one) for key in differing}
+    axes = tuple(differing) if 1 <= len(differing) <= 2 else (TOGETHER,)
     points = []
-    for folder, one in zip(folders, typed, strict=True):
-        label = " ".join(f"{key}={one[key]}" for key in differing if key in one) or folder.name
-        at = tuple(one.get(axis, "-") for axis in axes) if axes != ("point",) else (label,)
-        metrics = _load(folder / METRICS)
-        failure = folder / FAILURE
-        if failure.is_file():
-            points.append(Point(folder.name, at, "failed", failure.read_text()))
-        elif metrics is None:
-            points.append(Point(folder.name, at, "not finished"))
+    for point, one in zip(numbered, typed, strict=True):
+        name = point.folder.name
+        settings = {key: shown[key][one[key]] for key in differing if key in one}
+        label = " ".join(f"{key}={value}" for key, value in settings.items()) or name
+        at = tuple(settings.get(axis, "-") for axis in axes) if axes != (TOGETHER,) else (label,)
+        if point.begun:
+            found = _numbered_point(point.folder, at, config.hydra.job.name, point.overrides)
         else:
-            results = _of_row(metrics, metrics["results"][0]["row"])
-            commit = metrics["code"].get("commit")
-            points.append(Point(folder.name, at, "done", "", results, _agreement(metrics), commit))
+            found = Point(name, at, "missing")
+        points.append(replace(found, settings=settings))
     return axes, tuple(points)
+
+
+def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrides: Sequence[str]) -> Point:
+    outcome, metrics = _load(folder / OUTCOME), _load(folder / METRICS)
+    if outcome is None:
+        # Earlier versions noted none, and then only results tell a point that is done.
+        outcome = {"status": "running" if metrics is None else "done", "error": "", "overrides": overrides}
+    if not is_of_command(outcome, verb, overrides):
+        return Point(folder.name, at, "missing")
+    if outcome["status"] == "failed":
+        return Point(folder.name, at, "failed", portable_text(str(outcome["error"])))
+    if outcome["status"] == "running":
+        return Point(folder.name, at, "not finished")
+    if metrics is None:
+        # Of a verb that measures no students.
+        return Point(folder.name, at, "done")
+    results = _of_row(metrics, metrics["results"][0]["row"])
+    return Point(folder.name, at, "done", "", results, _agreement(metrics), metrics["code"].get("commit"))
 
 
 def _key_and_value(override: str) -> tuple[str, str]:
@@ -185,15 +221,24 @@ def _written(place: str | float) -> str:
 def csv_table(sweep: Sweep) -> str:
     """Write a row for each point and student, points without a result included."""
     table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ("point", *sweep.axes, "status", *COLUMNS, "agreement", "error"), extrasaction="ignore"
-    )
-    writer.writeheader()
+    writer = csv.writer(table)
+    typed = list(dict.fromkeys(key for point in sweep.points for key in point.settings))
+    # One for each setting also where a plot has them on one axis.
+    places = typed if sweep.axes == (TOGETHER,) and typed else sweep.axes
+    others = ("point", "status", *COLUMNS, "agreement", "error")
+    # A group may be called as a column of the results, such as protocol.
+    columns = [f"{place} (typed)" if place in others else place for place in places]
+    writer.writerow(("point", *columns, "status", *COLUMNS, "agreement", "error"))
     for point in sweep.points:
-        place = {axis: "" if at is None else at for axis, at in zip(sweep.axes, point.at, strict=True)}
-        own = {"point": point.name, "status": point.status, "agreement": point.agreement}
+        known = {**dict(zip(sweep.axes, point.at, strict=True)), **point.settings}
         for result in point.results or ({},):
-            writer.writerow({**result, **place, **own, "error": point.error.partition("\n")[0]})
+            writer.writerow(
+                (
+                    *(point.name, *(known.get(place) for place in places), point.status),
+                    *(result.get(column) for column in COLUMNS),
+                    *(point.agreement, point.error.partition("\n")[0]),
+                )
+            )
     return table.getvalue()
 
 
@@ -226,6 +271,9 @@ def progress(sweep: Sweep) -> str:
 def write_report(directory: Path) -> Path:
     """Write results.csv, table.md, a plot for each student and report.html into a sweep's directory.
 
+    Jobs that end together write them together; whoever writes last has looked again afterwards, so that what stays is
+    of the end.
+
     Returns:
         the path of the page.
 
@@ -233,6 +281,15 @@ def write_report(directory: Path) -> Path:
         ConfigError: it is no directory of a multirun.
     """
     sweep = read_directory(directory)
+    for _ in range(LOOKS):
+        _write(directory, sweep)
+        seen, sweep = sweep, read_directory(directory)
+        if sweep == seen:
+            break
+    return directory / "report.html"
+
+
+def _write(directory: Path, sweep: Sweep) -> None:
     replace_file(directory / "results.csv", csv_table(sweep))
     replace_file(directory / "table.md", markdown_table(sweep))
     plots = {}
@@ -252,7 +309,6 @@ def write_report(directory: Path) -> Path:
         commits=[commit[:12] for commit in commits],
     )
     replace_file(directory / "report.html", page)
-    return directory / "report.html"
 
 
 def _cells(sweep: Sweep, student: str) -> list[Cell]:

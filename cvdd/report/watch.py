@@ -23,8 +23,11 @@ from cvdd.artifact.places import PARTIAL
 from cvdd.artifact.sessions import process_seconds, read_sessions
 from cvdd.artifact.uses import used_by
 from cvdd.jobs import JOB, read_job
+from cvdd.outcome import OUTCOME
 from cvdd.report.sweeps import METRICS, Point, read_directory
 from cvdd.sweep import STATE
+
+UNFINISHED = ("missing", "not finished")
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,20 @@ class View:
     rows: tuple[Row, ...]
 
     def count(self, status: str) -> int:
-        """Number of points in a state."""
-        return sum(point.status == status for point in self.points)
+        """Number of points in a state; missing are only those that were asked for."""
+        return sum(point.status == status and (point.asked or status != "missing") for point in self.points)
+
+    @property
+    def unasked(self) -> int:
+        """Number of points that the command does not ask for and no other has made."""
+        return sum(point.status == "missing" and not point.asked for point in self.points)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Points that the command asks for and that are neither over nor worked on."""
+        begun = {row.point for row in self.rows if row.alive}
+        unfinished = (point.name for point in self.points if point.asked and point.status in UNFINISHED)
+        return [name for name in unfinished if name not in begun]
 
     @property
     def working(self) -> int:
@@ -108,14 +123,13 @@ class View:
         if self.mean is None or not self.working:
             return None
         begun = {row.point: row.seconds or 0.0 for row in self.rows if row.alive}
-        waiting = self.count("missing") + self.count("not finished") - len(begun)
         remaining = [max(self.mean - seconds, 0.0) for seconds in begun.values()]
-        return max(max(remaining), (sum(remaining) + waiting * self.mean) / self.working)
+        return max(max(remaining), (sum(remaining) + len(self.waiting) * self.mean) / self.working)
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen by itself."""
-        return not self.working and not self.count("missing") + self.count("not finished")
+        return not self.working and not self.waiting
 
 
 class Watch:
@@ -172,11 +186,12 @@ def _seconds(folder: Path) -> float | None:
         return float(json.loads((folder / STATE).read_text())["seconds"])
     except (OSError, ValueError, KeyError):
         pass
-    try:
-        # A multirun without named points notes nothing; its files tell when the last job began and ended.
-        return (folder / METRICS).stat().st_mtime - (folder / ".hydra" / "overrides.yaml").stat().st_mtime
-    except OSError:
-        return None
+    # A multirun without named points notes no seconds; its files tell when the last job began and ended. Earlier
+    # versions left only results.
+    for last in (OUTCOME, METRICS):
+        with contextlib.suppress(OSError):
+            return (folder / last).stat().st_mtime - (folder / ".hydra" / "overrides.yaml").stat().st_mtime
+    return None
 
 
 def _work(folder: Path) -> Work:
@@ -238,6 +253,7 @@ def _headline(view: View) -> str:
         *([f"{stopped} interrupted"] if stopped else []),
         *([f"{count} failed"] if (count := view.count("failed")) else []),
         *([f"{count} not begun"] if (count := view.count("missing")) else []),
+        *([f"{view.unasked} not asked for"] if view.unasked else []),
     ]
     sentence = ", ".join(states)
     if view.mean is not None:
