@@ -15,13 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import (
-    ArgumentError,
-    prepare,
-    quote_numbers,
-    says_what_is_made,
-    unquoted,
-)
+from cvdd.arguments import ArgumentError, prepare, quote_numbers, says_what_is_made, unquoted
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
     check_launcher,
