@@ -30,6 +30,7 @@ from cvdd.cli import _again, config_directory, debug_limits
 from cvdd.config_base import ConfigError
 from cvdd.launching import SHARE, check_launcher, command_number, launcher_field, require_launcher, share_of_work
 from cvdd.outcome import INTERRUPTED
+from cvdd.report.sweeps import read_directory
 from cvdd.schema.surroundings import TrainerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -362,20 +363,30 @@ def test_a_result_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch) -
         _ = result.return_value
 
 
+def trained(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A sweep over the training of members, typed in a folder."""
+    command = [sys.executable, str(ROOT / "train.py"), "--multirun", f"hydra.sweep.dir={folder / 'sweep'}", *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_a_sweep_in_fresh_processes(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "--multirun", "hydra/launcher=local", *TINY]
-    done = subprocess.run(
-        [*command, "recipe.epochs=1,0", f"hydra.sweep.dir={tmp_path / 'sweep'}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = trained(tmp_path, "hydra/launcher=local", *TINY, "recipe.epochs=1,0")
     # The second point is refused, and the first is there.
     assert done.returncode == 1
     assert "recipe.epochs=0" in done.stderr + done.stdout
     assert len(list((tmp_path / "store").glob("members/*/manifest.json"))) == 3
+
+
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_sweep_can_end_with_the_first_point_that_fails(tmp_path: Path, launcher: str) -> None:
+    """As the README has it."""
+    overrides = ("dataset=cifar10,cifar100", f"dataset.root={tmp_path}", "hydra.sweeper.max_batch_size=1")
+    done = trained(tmp_path, f"hydra/launcher={launcher}", *overrides)
+    assert done.returncode == 1
+    assert "cifar10: no data" in done.stderr + done.stdout
+    states = [point.status for point in read_directory(tmp_path / "sweep").points]
+    assert states == ["failed", "missing"]
 
 
 def test_jobs_know_the_folder_of_ones_own_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
