@@ -24,7 +24,7 @@ from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
 from cvdd.provenance import made_by_other_code
 from cvdd.ranks import all_ranks, in_silence
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, with_overrides
 from cvdd.unread_overrides import Alternative, warn_of_unread
 from cvdd.verbs import VERBS
 
@@ -93,8 +93,11 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
         # Of several jobs that share a point one looks.
         warn_of_unread(context, invocation.without_each())
     sign_in(output, context.store)
-    loggers = make_loggers(config, run_name(config, invocation), run_id(config, invocation), invocation.sweep)
-    context = replace(context, loggers=loggers, shown=invocation.row(config))
+    row = invocation.row(config)
+    # A dashboard asks what was measured there, and that is the row.
+    told = with_overrides(config, {**config.compare[row], "compare": {}}) if row else config
+    loggers = make_loggers(told, run_name(config, invocation), run_id(config, invocation), invocation.sweep)
+    context = replace(context, loggers=loggers, shown=row)
     with reporting_to(loggers):
         metric = VERBS[config.verb](context, invocation_lines(config, invocation))
     _warn_of_other_code(context.store.opened)

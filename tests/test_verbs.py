@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import TINY, configure
 from PIL import Image
 
@@ -320,3 +321,5 @@ def test_a_point_that_is_a_row_is_shown_as_that_row(evaluated: Outcome, tmp_path
     (shown,) = (values for values in outcome.logged() if "result/top1" in values)
     assert (metric, shown["result/top1"]) == (pytest.approx(row, abs=0.01), pytest.approx(row, abs=0.01))
     assert own != row
+    described = yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text())
+    assert (described["method"]["init"], described["compare"]) == ("real", {})
