@@ -74,6 +74,33 @@ def test_a_multirun_that_was_typed_has_the_axes_that_differ(tmp_path: Path) -> N
     assert "<svg" in write_report(tmp_path).read_text()
 
 
+def test_rows_that_stand_beside_a_point_are_shown_with_it(tmp_path: Path) -> None:
+    """What random real images reach belongs to what the distilled ones do, with the bytes of both."""
+    typed(tmp_path, "evaluate", "seed=0,1")
+    real = RESULT | {
+        "row": "random_real",
+        "top1": 48.0,
+        "image_bytes": 310_000,
+        "label_bytes": 980_000,
+        "seeds": [0, 1],
+    }
+    code = {"commit": "0123456789abcdef", "changed": "fedcba"}
+    for number in (0, 1):
+        with outcome_kept(begun(tmp_path, number, f"seed={number}"), "evaluate", [f"seed={number}"]):
+            metrics = {"results": [RESULT, real], "code": code}
+            (tmp_path / str(number) / "metrics.json").write_text(json.dumps(metrics))
+    rows = in_table(tmp_path)
+    assert [(row["point"], row["row"], row["top1"]) for row in rows] == [
+        (number, name, top1) for number in "01" for name, top1 in (("cvdd", "50.0"), ("random_real", "48.0"))
+    ]
+    assert (rows[1]["image_bytes"], rows[1]["label_bytes"], rows[1]["seeds"]) == ("310000", "980000", "[0, 1]")
+    table = (tmp_path / "table.md").read_text()
+    assert "| 1 | 1 | random_real | net | p | 2 | 48.0 \u00b1 1.0 | 52.0 | 90.0 | 310 kB | 980 kB | done |" in table
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(">random_real</td>") == 2
+    assert "Commit 0123456789ab with changes fedcba." in page
+
+
 def typed(directory: Path, verb: str, *overrides: str) -> None:
     """What Hydra leaves of a command where a multirun begins."""
     directory.mkdir(exist_ok=True)
@@ -152,7 +179,7 @@ def test_a_grid_of_three_settings_has_a_column_for_each(tmp_path: Path) -> None:
     assert [row["point"] for row in rows] == [str(number) for number in range(8)]
     assert {row["top1"] for row in rows} == {"50.0"}
     assert "ipc" not in rows[0]
-    assert "| 3 | committee.size=1 seed=1 temperature=5 | net |" in (tmp_path / "table.md").read_text()
+    assert "| 3 | committee.size=1 seed=1 temperature=5 | cvdd | net |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_setting_may_be_called_as_a_column_of_the_results(tmp_path: Path) -> None:

@@ -277,8 +277,8 @@ def test_the_report_of_a_running_sweep_shows_what_is_missing(voter: Path) -> Non
     assert "no BatchNorm &lt;layers&gt; in it" in page
     assert "python evaluate.py sweep=voter seed=1" in page
     table = (voter / "table.md").read_text().splitlines()
-    assert "| prior | prior | net | 2 | 50.0 \u00b1 1.0 | 90.0 | done |" in table
-    assert "| equal | equal |  |  |  |  | failed: no BatchNorm <layers> in it second line |" in table
+    assert "| prior | prior | cvdd | net | p | 2 | 50.0 \u00b1 1.0 | 52.0 | 90.0 | - | - | done |" in table
+    assert "| equal | equal |  |  |  |  |  |  |  |  |  | failed: no BatchNorm <layers> in it second line |" in table
     assert rows_of(voter)["equal"]["error"] == "no BatchNorm <layers> in it"
     assert (voter / "plot-net.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
 
@@ -312,7 +312,9 @@ def test_a_callback_notes_how_far_a_point_is_and_writes_the_report(voter: Path) 
 def test_a_point_of_a_verb_without_students_is_done_all_the_same(voter: Path) -> None:
     leave(voter, "prior", "done")
     assert read_directory(voter).points[0].status == "done"
-    assert "| prior | prior |  |  |  |  | done |" in (write_report(voter).parent / "table.md").read_text()
+    assert (
+        "| prior | prior |  |  |  |  |  |  |  |  |  | done |" in (write_report(voter).parent / "table.md").read_text()
+    )
 
 
 def test_a_report_without_any_result_yet(voter: Path) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override, portable_text, portable_values
-from cvdd.readable import with_error
+from cvdd.readable import readable_bytes, with_error
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
 from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, replace_file, without_cost
@@ -31,7 +31,27 @@ LOOKS = 10
 
 Status = Literal["done", "failed", "not finished", "missing"]
 
-COLUMNS = ("student", "protocol", "n", "top1", "std", "standard_error", "best_top1", "top5", "loss", "top1_by_seed")
+COLUMNS = (
+    "row",
+    "student",
+    "protocol",
+    "n",
+    "top1",
+    "std",
+    "standard_error",
+    "best_top1",
+    "top5",
+    "loss",
+    "image_bytes",
+    "label_bytes",
+    "image_seconds",
+    "student_seconds",
+    "seeds",
+    "top1_by_seed",
+)
+
+SHOWN = ("row", "student", "protocol", "n", "top-1", "best epoch", "top-5", "images", "labels")
+"""Columns of the tables for people; the best epoch was chosen on the images that it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,7 @@ class Point:
         error: why it failed; empty otherwise.
         results: of the row that the point is about, one for each student; empty unless it is done, and where its verb
             measures none.
+        beside: likewise of the rows that it is compared with, which plots do not show.
         agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
             configuration itself, and where there is no pair.
         commit: of the code that made them.
@@ -57,6 +78,7 @@ class Point:
     status: Status
     error: str = ""
     results: tuple[Mapping[str, Any], ...] = ()
+    beside: tuple[Mapping[str, Any], ...] = ()
     agreement: float | None = None
     commit: str | None = None
     asked: bool = True
@@ -146,9 +168,10 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overr
     if metrics is None:
         # Of a verb that measures no students.
         return Point(name, at, "done")
-    row = name if point.row else metrics["results"][0]["row"]
-    agreement = None if point.row else _agreement(metrics)
-    return Point(name, at, "done", "", _of_row(metrics, row), agreement, metrics["code"].get("commit"))
+    if not point.row:
+        return _measured(name, at, metrics)
+    # What it stands beside is the sweep's configuration, which has points of its own.
+    return replace(_measured(name, at, metrics, name), beside=(), agreement=None)
 
 
 def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[str, ...], tuple[Point, ...]]:
@@ -187,8 +210,23 @@ def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrid
     if metrics is None:
         # Of a verb that measures no students.
         return Point(folder.name, at, "done")
-    results = _of_row(metrics, metrics["results"][0]["row"])
-    return Point(folder.name, at, "done", "", results, _agreement(metrics), metrics["code"].get("commit"))
+    return _measured(folder.name, at, metrics)
+
+
+def _measured(name: str, at: tuple[str | None, ...], metrics: Mapping[str, Any], row: str | None = None) -> Point:
+    """Return a point as its command measured it; without a row that of the configuration itself."""
+    row = row or metrics["results"][0]["row"]
+    results = tuple(result for result in metrics["results"] if result["row"] == row)
+    beside = tuple(result for result in metrics["results"] if result["row"] != row)
+    return Point(name, at, "done", "", results, beside, _agreement(metrics), _commit(metrics["code"]))
+
+
+def _commit(code: Mapping[str, Any]) -> str | None:
+    """Name the code as short as a page has it, with what was changed since its commit."""
+    if code.get("commit") is None:
+        return None
+    changed = f" with changes {code['changed']}" if code.get("changed") else ""
+    return f"{code['commit'][:12]}{changed}"
 
 
 def _key_and_value(override: str) -> tuple[str, str]:
@@ -199,10 +237,6 @@ def _key_and_value(override: str) -> tuple[str, str]:
 def _agreement(metrics: Mapping[str, Any]) -> float | None:
     pairs = metrics.get("agreement", {})
     return statistics.fmean(pairs.values()) if pairs else None
-
-
-def _of_row(metrics: Mapping[str, Any], row: str) -> tuple[Mapping[str, Any], ...]:
-    return tuple(result for result in metrics["results"] if result["row"] == row)
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -219,7 +253,7 @@ def _written(place: str | float) -> str:
 
 
 def csv_table(sweep: Sweep) -> str:
-    """Write a row for each point and student, points without a result included."""
+    """Write a row for each point, row of its comparison and student, points without a result included."""
     table = io.StringIO()
     writer = csv.writer(table)
     typed = list(dict.fromkeys(key for point in sweep.points for key in point.settings))
@@ -231,7 +265,7 @@ def csv_table(sweep: Sweep) -> str:
     writer.writerow(("point", *columns, "status", *COLUMNS, "agreement", "error"))
     for point in sweep.points:
         known = {**dict(zip(sweep.axes, point.at, strict=True)), **point.settings}
-        for result in point.results or ({},):
+        for result in (*point.results, *point.beside) or ({},):
             writer.writerow(
                 (
                     *(point.name, *(known.get(place) for place in places), point.status),
@@ -244,17 +278,34 @@ def csv_table(sweep: Sweep) -> str:
 
 def markdown_table(sweep: Sweep) -> str:
     """Write the same for people, accuracies with their standard errors."""
-    header = ["point", *sweep.axes, "student", "n", "top-1", "top-5", "status"]
+    header = ["point", *sweep.axes, *SHOWN, "status"]
     rows = [header, ["---"] * len(header)]
     for point in sweep.points:
         place = [at or "" for at in point.at]
-        for result in point.results:
-            accuracies = [with_error(result["top1"], result["standard_error"]), f"{result['top5']:.1f}"]
-            rows.append([point.name, *place, result["student"], str(result["n"]), *accuracies, point.status])
+        rows += [
+            [point.name, *place, *shown(result).values(), point.status] for result in (*point.results, *point.beside)
+        ]
         if not point.results:
-            rows.append([point.name, *place, "", "", "", "", ": ".join(filter(None, (point.status, point.error)))])
+            nothing = [""] * len(SHOWN)
+            rows.append([point.name, *place, *nothing, ": ".join(filter(None, (point.status, point.error)))])
     lines = ["| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join([f"# {sweep.title}", "", progress(sweep), "", *lines, ""])
+
+
+def shown(result: Mapping[str, Any]) -> dict[str, str]:
+    """Write a result for people, by the columns of :data:`SHOWN`."""
+    cells = (
+        result["row"],
+        result["student"],
+        result["protocol"],
+        str(result["n"]),
+        with_error(result["top1"], result["standard_error"]),
+        f"{result['best_top1']:.1f}",
+        f"{result['top5']:.1f}",
+        readable_bytes(result.get("image_bytes")),
+        readable_bytes(result.get("label_bytes")),
+    )
+    return dict(zip(SHOWN, cells, strict=True))
 
 
 def progress(sweep: Sweep) -> str:
@@ -299,14 +350,14 @@ def _write(directory: Path, sweep: Sweep) -> None:
     environment = Environment(
         loader=PackageLoader("cvdd", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals["with_error"] = with_error
-    commits = sorted({point.commit or "unknown" for point in sweep.points if point.status == "done"})
+    environment.globals["shown"] = shown
     page = environment.get_template(TEMPLATE).render(
         sweep=sweep,
         progress=progress(sweep),
         plots=plots,
         counts=sorted({result["n"] for point in sweep.points for result in point.results}),
-        commits=[commit[:12] for commit in commits],
+        columns=SHOWN,
+        commits=sorted({point.commit or "unknown" for point in sweep.points if point.status == "done"}),
     )
     replace_file(directory / "report.html", page)
 
