@@ -6,8 +6,6 @@ import itertools
 import os
 import pickle
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,28 +14,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import TINY
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from cvdd.arguments import ArgumentError
 from cvdd.cli import _again, config_directory, debug_limits
 from cvdd.config_base import ConfigError
 from cvdd.launching import SHARE, check_launcher, command_number, launcher_field, require_launcher, share_of_work
-from cvdd.outcome import INTERRUPTED
-from cvdd.report.sweeps import read_directory
 from cvdd.schema.surroundings import TrainerConfig
 
 ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
-from hydra_plugins.cvdd_local import FreshProcessLauncher  # noqa: E402 - the other would fail first
 from hydra_plugins.cvdd_units import UnitsLauncher  # noqa: E402
 
 
@@ -300,93 +293,6 @@ def test_only_the_first_job_writes_the_point(
     first = share.startswith("0/")
     assert point.logger.tensorboard is first
     assert (made.hydra_context.callbacks is callbacks) is first
-
-
-# --- one fresh process after another ----------------------------------------------------------------------------------
-
-
-def fresh(monkeypatch: pytest.MonkeyPatch, point: Any) -> FreshProcessLauncher:
-    made = FreshProcessLauncher()
-    monkeypatch.setattr(made, "point", point)
-    return made
-
-
-def returning(overrides: list[str], index: int) -> SimpleNamespace:
-    return SimpleNamespace(overrides=overrides, pid=os.getpid(), index=index)
-
-
-def test_each_point_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, returning)
-    one, two = made._run(["seed=0"], 0), made._run(["seed=1"], 1)
-    assert (one.overrides, two.overrides, two.index) == (["seed=0"], ["seed=1"], 1)
-    assert len({one.pid, two.pid, os.getpid()}) == 3
-
-
-def test_a_killed_point_fails_and_the_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, lambda overrides, index: os.kill(os.getpid(), signal.SIGKILL))
-    result = made._run(["seed=0"], 3)
-    assert result.status is JobStatus.FAILED
-    with pytest.raises(RuntimeError, match="point 3 was killed by SIGKILL"):
-        _ = result.return_value
-
-
-@pytest.mark.parametrize("code", [1, 2])
-def test_a_point_that_ends_by_itself_fails_and_the_sweep_goes_on(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As :mod:`cvdd.ranks` ends it, once another rank is lost and this one waits for it in vain."""
-    made = fresh(monkeypatch, lambda overrides, index: os._exit(code) if index == 3 else returning(overrides, index))
-    result = made._run(["seed=0"], 3)
-    assert result.status is JobStatus.FAILED
-    assert result.overrides == ["seed=0"]
-    with pytest.raises(RuntimeError, match=f"point 3 ended with exit code {code}"):
-        _ = result.return_value
-    assert made._run(["seed=1"], 4).overrides == ["seed=1"]
-
-
-def test_a_result_of_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, lambda overrides, index: os._exit(0))
-    with pytest.raises(RuntimeError, match="point 0 ended with exit code 0"):
-        _ = made._run(["seed=0"], 0).return_value
-
-
-def test_an_interrupted_point_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, lambda overrides, index: sys.exit(INTERRUPTED))
-    with pytest.raises(SystemExit) as stopped:
-        made._run(["seed=0"], 0)
-    assert stopped.value.code == INTERRUPTED
-
-
-def test_a_result_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fresh(monkeypatch, lambda overrides, index: lambda: None)
-    result = made._run(["seed=0"], 0)
-    assert result.status is JobStatus.FAILED
-    with pytest.raises(RuntimeError, match="pickle"):
-        _ = result.return_value
-
-
-def trained(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A sweep over the training of members, typed in a folder."""
-    command = [sys.executable, str(ROOT / "train.py"), "--multirun", f"hydra.sweep.dir={folder / 'sweep'}", *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_a_sweep_in_fresh_processes(tmp_path: Path) -> None:
-    done = trained(tmp_path, "hydra/launcher=local", *TINY, "recipe.epochs=1,0")
-    # The second point is refused, and the first is there.
-    assert done.returncode == 1
-    assert "recipe.epochs=0" in done.stderr + done.stdout
-    assert len(list((tmp_path / "store").glob("members/*/manifest.json"))) == 3
-
-
-@pytest.mark.parametrize("launcher", ["basic", "local"])
-def test_a_sweep_can_end_with_the_first_point_that_fails(tmp_path: Path, launcher: str) -> None:
-    """As the README has it."""
-    overrides = ("dataset=cifar10,cifar100", f"dataset.root={tmp_path}", "hydra.sweeper.max_batch_size=1")
-    done = trained(tmp_path, f"hydra/launcher={launcher}", *overrides)
-    assert done.returncode == 1
-    assert "cifar10: no data" in done.stderr + done.stdout
-    states = [point.status for point in read_directory(tmp_path / "sweep").points]
-    assert states == ["failed", "missing"]
 
 
 def test_jobs_know_the_folder_of_ones_own_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,5 +53,7 @@ def test_the_readme_has_commands_for_all_verbs():
 def test_a_command_of_the_readme_is_valid(verb, overrides, compose):
     if "--help" in overrides:
         pytest.skip("help is tested with the command line")
+    if any(override.startswith("hydra/launcher=slurm") for override in overrides):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     for point in points([THERE.get(override, override) for override in overrides]):
         assert compose(verb, *point).verb == verb
