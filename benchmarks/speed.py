@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 import traceback
@@ -30,6 +29,7 @@ from benchmarks.limits import Limits, Work, measure_limits, usable_cores
 from benchmarks.table import markdown
 from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
 from cvdd.allocator import give_back_memory, keep_freed_memory
+from cvdd.hardware import processor_name
 from cvdd.provenance import code_version
 from cvdd.runtime import hide_absent_gpus
 
@@ -134,13 +134,8 @@ def _peak_here(case: Case, side: Side, threads: int) -> tuple[int, int]:
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """Describe the machine, without its name."""
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        named = [line for line in information.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].partition(":")[2].strip() if named else model
     return {
-        "cpu": model,
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],

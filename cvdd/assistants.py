@@ -71,9 +71,11 @@ def assist(config: RunConfig, index: int, total: int) -> None:
     from cvdd.chain.own_engines import own_engine
     from cvdd.chain.priors import Priors, find_priors, measure_prior, priors_needed, priors_of_row
     from cvdd.context import Context
+    from cvdd.hardware import machine_name
     from cvdd.runtime import prepare_process
 
-    context = Context(config, Store(config.paths.store), prepare_process(config))
+    device = prepare_process(config)
+    context = Context(config, Store(config.paths.store, machine_name(device)), device)
     if config.verb == "train":
         own = own_engine(config.method)
         if own is not None:

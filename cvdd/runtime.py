@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +19,7 @@ from cvdd.artifact import Artifact, Store, digest_of
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.distributed import World
+from cvdd.hardware import machine_name
 from cvdd.jobs import sign_in
 from cvdd.launching import share_of_work, tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
@@ -59,13 +62,27 @@ def run(config: RunConfig, invocation: Invocation) -> float | None:
     Returns:
         the verb's main metric, or None if it has none.
     """
-    if config.cost:
-        from cvdd.cost import show_cost
+    with _process_as_found():
+        if config.cost:
+            from cvdd.cost import show_cost
 
-        show_cost(config, prepare_process(config))
-        return None
-    with all_ranks(config) as world:
-        return work_as(world, config, invocation)
+            show_cost(config, prepare_process(config))
+            return None
+        with all_ranks(config) as world:
+            return work_as(world, config, invocation)
+
+
+@contextlib.contextmanager
+def _process_as_found() -> Iterator[None]:
+    """Leave nothing of a point of a multirun to the next one, which may run in the same process."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def work_as(world: World, config: RunConfig, invocation: Invocation) -> float | None:
@@ -84,7 +101,7 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     device = prepare_process(config, world.local_rank)
     output = config.paths.output
     output.mkdir(parents=True, exist_ok=True)
-    context = Context(config, Store(config.paths.store), device, world=world)
+    context = Context(config, Store(config.paths.store, machine_name(device)), device, world=world)
     check_before_work(context)
     if not world.main:
         # Rank 0 reports for all.

@@ -30,6 +30,7 @@ from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.runtime import Invocation, invocation_lines, run, run_id, run_name
 from cvdd.synthesis import NonFiniteLoss
+from cvdd.verbs.evaluate import SHOWN
 
 SMALL = (
     *TINY,
@@ -138,7 +139,11 @@ def test_wandb_is_told_everything_but_where_things_are(tmp_path: Path, monkeypat
     assert told.summary["error"] == ""
     (own,) = (row for row in told.history if "result/top1" in row)
     assert own["result/top1"] == final
-    seconds = metrics["results"][0]["image_seconds"]
+    # One student has no standard error.
+    result = {key: value for key, value in metrics["results"][0].items() if key in SHOWN and value is not None}
+    assert {key: own[f"result/{key}"] for key in result} == pytest.approx(result)
+    assert set(SHOWN) - set(result) == {"standard_error"}
+    seconds = result["image_seconds"]
     assert own["result/images_per_second"] == pytest.approx(2 * 10 / seconds)
     sent = [*output.glob("wandb/offline-run-*/run-*.wandb"), *output.glob("wandb/offline-run-*/files/**/*.*")]
     for secret in (str(tmp_path), "name-of-this-machine", sys.executable):

@@ -125,6 +125,15 @@ def test_refused_before_any_work(verb: str, overrides: tuple[str, ...], message:
     assert not list(config.paths.output.iterdir())
 
 
+def test_threads_are_those_of_one_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of a multirun may run in one process, and bits depend on the number of threads."""
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr("cvdd.runtime.check_before_work", lambda context: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("cvdd.runtime.VERBS", {"train": lambda context, lines: 1.0})
+    assert run(configure(tmp_path, *TINY, f"trainer.threads={before + 1}", verb="train"), Invocation(())) == 1.0
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
 PASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trained alone": ("train", (*WITHOUT, "+prior.values.extra=20")),
     "not drawn": ("distill", (*WITHOUT, *SILENT)),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +40,36 @@ def test_a_manifest_has_both(tmp_path: Path) -> None:
     def build(work: Path) -> Mapping[str, Any]:
         (work / FOLDER).mkdir()
         (work / FOLDER / "one.txt").write_text("100.000 1000.000")
-        (work / FOLDER / "two.txt").write_text("80.000 1050.000")
+        noted = {"began": 1050.0, "seconds": 80.0, "peak": 2**60, "machine": "NVIDIA H200"}
+        (work / FOLDER / "two.json").write_text(json.dumps(noted))
         return {}
 
-    cost = Store(tmp_path).make("things", "thing", {}, [], build).manifest["cost"]
+    cost = Store(tmp_path, "a processor").make("things", "thing", {}, [], build).manifest["cost"]
     # And the moment that it really took.
     assert cost["wall_seconds"] == pytest.approx(130, abs=10)
     assert cost["process_seconds"] == pytest.approx(180, abs=10)
     assert cost["sessions"] == 3
+    # Of the process that needed most, and on what each ran, where that was noted.
+    assert cost["peak_memory_bytes"] == 2**60
+    assert cost["machines"] == {"NVIDIA H200": 80.0, "a processor": pytest.approx(0, abs=10)}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others cannot begin anew with the highest size")
+def test_the_peak_of_an_artefact_is_its_own(tmp_path: Path) -> None:
+    """In a process of its own, which has held nothing yet."""
+    code = f"""
+from pathlib import Path
+from cvdd.artifact import Store
+store = Store(Path({str(tmp_path)!r}))
+peaks = []
+for name, size in (("large", 300_000_000), ("small", 1)):
+    made = store.make("things", name, {{"name": name}}, [], lambda work: {{"sum": sum(bytearray(size)[::4096])}})
+    peaks.append(made.manifest["cost"]["peak_memory_bytes"])
+print(*peaks)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    large, small = map(int, done.stdout.split())
+    assert large - small > 250_000_000
 
 
 def test_a_session_says_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,12 +59,3 @@ def _files(work: Path) -> list[Path]:
 def _entry(file: Path) -> dict[str, Any]:
     fsync(file)
     return {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process held so far, on the GPU if there is one."""
-    # A process that has not loaded it has used no GPU, and would wait seconds for nothing.
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

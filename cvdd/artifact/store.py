@@ -22,9 +22,10 @@ from cvdd.artifact.manifest import (
     sealed_as,
 )
 from cvdd.artifact.parts import Parts, Table, make_open_parts, reopen_missing
+from cvdd.artifact.peak import peak_memory
 from cvdd.artifact.places import built_in, lock_file, part_locks
-from cvdd.artifact.sealing import peak_memory, seal
-from cvdd.artifact.sessions import Session, process_seconds, read_sessions, wall_seconds
+from cvdd.artifact.sealing import seal
+from cvdd.artifact.sessions import Session, machine_seconds, process_seconds, read_sessions, wall_seconds
 from cvdd.artifact.uses import Uses
 from cvdd.provenance import code_version
 
@@ -38,10 +39,11 @@ class Store:
 
     Args:
         root: where it is; made on first use.
+        machine: what computes, as manifests will name it.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path, machine: str = "") -> None:
+        self.root, self.machine = Path(root), machine
         self.claims = claims_for(self.root)
         self._uses = Uses(self.root, self.claims)
         self._verified: dict[Path, Artifact] = {}
@@ -87,7 +89,7 @@ class Store:
             if (sealed := sealed_as(path)) is not None:
                 return self.open(sealed)
             work = self._begin(path)
-            session = Session(work)
+            session = Session(work, self.machine)
             try:
                 metrics = build(work)
             finally:
@@ -136,7 +138,7 @@ class Store:
                     if not Table(work).fits(len(parts.names)):
                         parts.prepare(work)
                         Table(work).create(len(parts.names))
-                session, watched = Session(work), True
+                session, watched = Session(work, self.machine), True
                 try:
                     make_open_parts(parts, work, self.claims, folder, session)
                 except FileNotFoundError:
@@ -221,6 +223,8 @@ class _Making:
                 "wall_seconds": round(wall_seconds(sessions), 3),
                 "process_seconds": round(process_seconds(sessions), 3),
                 "sessions": len(sessions),
-                "peak_memory_bytes": peak_memory(),
+                # Of the process that needed most.
+                "peak_memory_bytes": max((span.peak for span in sessions), default=0) or peak_memory(),
+                "machines": machine_seconds(sessions),
             },
         }

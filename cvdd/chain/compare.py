@@ -62,6 +62,7 @@ class Result:
         """Everything about it that belongs in a table, as JSON."""
         top1 = self.values()
         seconds = [float(student.manifest["cost"]["wall_seconds"]) for student in self.students]
+        made = self.images.manifest["cost"] if self.images else None
         return {
             "row": self.row,
             "student": self.student,
@@ -82,7 +83,9 @@ class Result:
             "labels": self.labels.place if self.labels else None,
             "students": [student.path.name for student in self.students],
             "student_seconds": statistics.fmean(seconds),
-            "image_seconds": float(self.images.manifest["cost"]["wall_seconds"]) if self.images else None,
+            "image_seconds": float(made["wall_seconds"]) if made else None,
+            "image_process_seconds": float(made["process_seconds"]) if made else None,
+            "image_peak_memory_bytes": made["peak_memory_bytes"] if made else None,
         }
 
 

@@ -17,7 +17,6 @@ from cvdd.cost.prediction import (
     StageCost,
     held_now,
     load_prediction,
-    machine_name,
     measured_seconds,
     needed_steps,
     predict,
@@ -26,6 +25,7 @@ from cvdd.cost.prediction import (
 from cvdd.cost.steps import Overhead, Step
 from cvdd.cost.table import print_costs
 from cvdd.cost.work import work_of
+from cvdd.hardware import machine_name
 from cvdd.schema import RunConfig
 
 __all__ = [

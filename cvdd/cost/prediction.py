@@ -136,14 +136,6 @@ def held_now(device: torch.device) -> int:
     return 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def machine_name(device: torch.device) -> str:
-    """Name what the times are of."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def prediction_path(config: RunConfig) -> Path:
     """Return where the prediction of a configuration lies, whatever machine and loggers it runs with."""
     return config.paths.store / FOLDER / f"{digest_of('prediction', what_is_made(config), [])}.json"

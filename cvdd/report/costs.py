@@ -23,7 +23,8 @@ class Cost:
         artifacts: number of artefacts.
         bytes: of all of them on disk.
         seconds: of all of them, one after another; processes that made one side by side count once.
-        peak_memory: of the process that made the largest.
+        process_seconds: of all processes together.
+        peak_memory: of the process that needed most.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class Cost:
     artifacts: int
     bytes: int
     seconds: float
+    process_seconds: float
     peak_memory: int
 
 
@@ -95,6 +97,17 @@ def all_artifacts(
     return list(found.values())
 
 
+def machine_seconds(artifacts: Iterable[Artifact]) -> dict[str, float]:
+    """Add up by processor or GPU what processes spent on artefacts; earlier versions did not note on what."""
+    found: dict[str, float] = {}
+    for artifact in artifacts:
+        cost = artifact.manifest["cost"]
+        noted = cost.get("machines") or {"machines that were not noted": cost["process_seconds"]}
+        for machine, seconds in noted.items():
+            found[machine] = found.get(machine, 0.0) + float(seconds)
+    return found
+
+
 def _cost(stage: str, what: str, artifacts: Iterable[Artifact]) -> Cost:
     made = list(artifacts)
     costs = [artifact.manifest["cost"] for artifact in made]
@@ -104,5 +117,6 @@ def _cost(stage: str, what: str, artifacts: Iterable[Artifact]) -> Cost:
         len(made),
         sum(artifact.bytes for artifact in made),
         sum(float(cost["wall_seconds"]) for cost in costs),
+        sum(float(cost["process_seconds"]) for cost in costs),
         max(int(cost["peak_memory_bytes"]) for cost in costs),
     )

@@ -16,7 +16,7 @@ from cvdd.portable import portable_config
 from cvdd.provenance import made_by_other_code
 from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report import headline, plots
-from cvdd.report.costs import all_artifacts, open_members, open_patches, stage_costs
+from cvdd.report.costs import all_artifacts, machine_seconds, open_members, open_patches, stage_costs
 from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
@@ -71,6 +71,7 @@ def render_page(
             term_plot=plots.term_curves(terms) if terms else None,
             votes=vote_table(summary["votes"], list(summary["members"])),
             costs=stage_costs(members, patches, distilled, results),
+            machines=machine_seconds(artifacts),
             predicted=predicted_costs(context),
             artifacts=artifacts,
             others=sum(made_by_other_code(artifact.manifest["code"]) for artifact in artifacts),

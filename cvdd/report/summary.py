@@ -32,6 +32,8 @@ COLUMNS = (
     "image_bytes",
     "label_bytes",
     "image_seconds",
+    "image_process_seconds",
+    "image_peak_memory_bytes",
     "student_seconds",
     "seeds",
     "images",

@@ -14,6 +14,20 @@ from cvdd.report.tables import print_ranking, print_results, print_verdict
 
 log = logging.getLogger(__name__)
 
+SHOWN = (
+    "top1",
+    "standard_error",
+    "n",
+    "best_top1",
+    "image_bytes",
+    "label_bytes",
+    "image_seconds",
+    "image_process_seconds",
+    "image_peak_memory_bytes",
+    "student_seconds",
+)
+"""What a dashboard compares over runs."""
+
 
 def evaluate(context: Context, commands: list[str]) -> float | None:
     """Measure all rows; return the mean top-1 accuracy of the row that the command is about, its first student's."""
@@ -43,7 +57,7 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
 def _of_shown_row(made: Distilled, result: Result) -> dict[str, float]:
     """What a dashboard compares over runs: of the row that a command is about, under keys that do not name it."""
     summary = result.summary()
-    values = {key: summary[key] for key in ("top1", "best_top1", "student_seconds", "image_seconds")}
+    values = {key: summary[key] for key in SHOWN}
     count, seconds = made.images.metrics.get("images"), summary["image_seconds"]
     values["images_per_second"] = count / seconds if count and seconds else None
     return {f"result/{key}": float(value) for key, value in values.items() if value is not None}
