@@ -53,6 +53,13 @@ def precision_of(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) 
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def precisions_of(wanted: Literal["auto", "fp32", "bf16"], kind: str) -> list[Literal["fp32", "bf16"]]:
+    """List what :func:`precision_of` may decide on devices of a kind."""
+    if wanted != "auto":
+        return [wanted]
+    return ["fp32", "bf16"] if kind == "cuda" else ["fp32"]
+
+
 def records(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
     """Decide whether steps are recorded as CUDA graphs: on a GPU, unless it is not wanted.
 

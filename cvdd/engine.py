@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cvdd.automatic import compiles, has_compiler, precision_of, records, uncompiled_seconds
+from cvdd.automatic import compiles, has_compiler, precision_of, precisions_of, records, uncompiled_seconds
 from cvdd.backbones import BackboneConfig
 from cvdd.copies import sharing_copy
 from cvdd.depthwise import without_strided_depthwise
@@ -133,15 +133,31 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
         )
     compiled = by_unit and not work.split and compiles(config.compile, lambda: work.seconds(device), device)
     precision = precision_of(config.precision, device)
-    units: int | None = None
-    if by_unit:
-        most = max(PIXELS_PER_PASS // (work.unit_images * work.size**2), 1)
-        if compiled and device.type == "cpu":
-            most = max(min(most, PIXELS_PER_COMPILED_PASS // (work.unit_images * work.size**2)), 1)
-        units = most if config.units_per_pass == "auto" else config.units_per_pass
-        units = None if units >= work.units else units
+    units = _units_per_pass(config, work, compiled, device.type) if by_unit else None
     recorded = records(config.cuda_graphs, device) and iteration_can_be_recorded(method, work.split)
     return Engine(compiled, precision, units, recorded)
+
+
+def engines_elsewhere(config: EngineConfig, method: MethodConfig, work: Work) -> list[Engine]:
+    """List what :func:`choose_engine` may decide on any kind of machine, but for what is recorded."""
+    by_unit = judges_by_unit(method)
+    compiled = (
+        ([False, True] if config.compile == "auto" else [config.compile]) if by_unit and not work.split else [False]
+    )
+    return [
+        Engine(one, precision, _units_per_pass(config, work, one, kind) if by_unit else None)
+        for kind in ("cpu", "cuda")
+        for precision in precisions_of(config.precision, kind)
+        for one in compiled
+    ]
+
+
+def _units_per_pass(config: EngineConfig, work: Work, compiled: bool, kind: str) -> int | None:
+    most = max(PIXELS_PER_PASS // (work.unit_images * work.size**2), 1)
+    if compiled and kind == "cpu":
+        most = max(min(most, PIXELS_PER_COMPILED_PASS // (work.unit_images * work.size**2)), 1)
+    units = most if config.units_per_pass == "auto" else config.units_per_pass
+    return None if units >= work.units else units
 
 
 @functools.cache

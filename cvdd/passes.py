@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -99,6 +99,17 @@ def passes_of_labels(
     compiled = compiles(wanted, lambda: uncompiled_seconds(backbones, samples, 1, classes, size, device), device)
     norms = compiled and on_cpu and label.bn_mode == "batch"
     return Passes(compiled and not norms, precision, records(config.cuda_graphs, device), norms)
+
+
+def label_passes_elsewhere(config: EngineConfig) -> list[Passes]:
+    """List what :func:`passes_of_labels` may decide on any kind of machine, but for what is recorded."""
+    precision = config.precision_labels
+    plain = Passes(precision=precision)
+    return (
+        [plain, replace(plain, compile=True), replace(plain, compile_norms=True)]
+        if config.compile_labels == "auto"
+        else []
+    )
 
 
 def passes_of_students(config: EngineConfig, device: torch.device) -> Passes:

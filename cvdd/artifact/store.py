@@ -161,6 +161,17 @@ class Store:
                 self._verified[sealed] = read_manifest(sealed)
         return self.open(sealed)
 
+    def sealed(self, kind: str, identity: Mapping[str, Any], parents: Sequence[Artifact]) -> Path | None:
+        """Return where the artefact with this identity is; None if it is not made.
+
+        Args:
+            kind: see :meth:`make`.
+            identity: likewise.
+            parents: likewise.
+        """
+        # Whatever its name is there.
+        return sealed_as(self.root / kind / f"any-{digest_of(kind, identity, parents)}")
+
     def open(self, path: Path, remedy: str = DELETE) -> Artifact:
         """Open a sealed artefact and verify the checksum of each of its files (once per process).
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.chain.elsewhere import as_it_was_made
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
@@ -23,7 +24,7 @@ from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.engine import Engine, Work, choose_engine
+from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
 from cvdd.units import Stack, Unit, plan_stacks, plan_units
@@ -59,8 +60,6 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         # Nothing is drawn of images that are given.
         "seed": None if method.keeps_given else method.seed,
     }
-    engine = _engine(context, stacks) if method.iterations else Engine()
-    identity |= engine.identity
     if method.iterations:
         # Members are known by their artefacts, the parents, in this order; their names are for people.
         identity["draws"] = [[voting.index(index) for index in vote.draw] for vote in votes]
@@ -73,6 +72,13 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         identity["ranks_of_a_unit"] = context.world.size
     parents = [members[index] for index in voting] + [recorded[index] for index in recorded]
     parents += [patches] if patches is not None else []
+    engine = Engine()
+    if method.iterations:
+        work = _work(context, stacks)
+        engine = choose_engine(config.engine, method, work, context.device)
+        others = [one.identity for one in engines_elsewhere(config.engine, method, work)]
+        typed = f"engine.compile={str(engine.compile).lower()} engine.precision={engine.precision}"
+        identity |= as_it_was_made(context, "images", identity, parents, engine.identity, others, typed)
 
     def prepare(work: Path) -> None:
         (work / UNITS).mkdir(exist_ok=True)
@@ -124,14 +130,14 @@ def _note_engine(work: Path, planned: Engine, used: Engine, stacks: Sequence[Sta
         remember(work, units_per_pass=used.units_per_pass or most, record=used.record)
 
 
-def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:
+def _work(context: Context, stacks: Sequence[Stack]) -> Work:
     config, data = context.config, context.data()
     members = list(config.committee.members.values())
     units = [unit for stack in stacks for unit in stack.units]
     backbones = tuple(members[index].backbone for index in sorted({index for stack in stacks for index in stack.draw}))
     voters = len(stacks[0].draw) if config.method.turns == "all" else 1
     images = sum(len(unit.targets) for unit in units)
-    work = Work(
+    return Work(
         backbones,
         config.method.iterations * images * voters // len(backbones),
         max(len(unit.targets) for unit in units),
@@ -140,7 +146,6 @@ def _engine(context: Context, stacks: Sequence[Stack]) -> Engine:
         len(data.classes),
         splits_units(context),
     )
-    return choose_engine(config.engine, config.method, work, context.device)
 
 
 def _join_stacks(context: Context, maker: Callable[[Path], AbstractContextManager[Maker]]) -> None:

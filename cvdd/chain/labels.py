@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.bn import require_batchnorm
+from cvdd.chain.elsewhere import as_it_was_made
 from cvdd.chain.fitting import fit_batches, forget, remember, remembered
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.unit_files import load_images
@@ -26,7 +27,7 @@ from cvdd.label_rows import check_top
 from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.memory import enough_memory
-from cvdd.passes import Passes, passes_of_labels
+from cvdd.passes import Passes, label_passes_elsewhere, passes_of_labels
 from cvdd.schema import LabelConfig, teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
@@ -105,8 +106,15 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
         "weights": "balanced" if label.weights == "balanced" and len(names) > 1 else weights,
         "seed": _seed(context),
     }
-    identity |= _passes(context, count).identity if names else {}
     parents = [images, *teachers.values()]
+    kept = {"parameters": label.parameters, "images": images.digest, "classes": list(data.classes)}
+    if names:
+        passes = _passes(context, count).identity
+        if label.store == "logits":
+            others = [one.identity for one in label_passes_elsewhere(config.engine)]
+            typed = f"engine.compile_labels={str(bool(passes.get('compiled'))).lower()}"
+            passes = as_it_was_made(context, "labels", identity | kept, parents, passes, others, typed)
+        identity |= passes
     artifact = None
     if label.store == "logits":
         layout = LabelLayout.of(label, count, len(data.classes))
@@ -156,8 +164,8 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
             maker,
             prepare,
         )
-        stored = identity | {"parameters": label.parameters, "images": images.digest, "classes": list(data.classes)}
-        artifact = context.store.make_parts("labels", f"{images.name}-{label.name}", stored, parents, parts, finish)
+        name = f"{images.name}-{label.name}"
+        artifact = context.store.make_parts("labels", name, identity | kept, parents, parts, finish)
     return Labels(identity, parents, artifact, context, images, weights, teachers)
 
 
