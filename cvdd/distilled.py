@@ -109,15 +109,24 @@ def load(path: str | Path) -> DistilledSet:
         ConfigError: the directory holds no images or labels, or its images are not in the store.
         DamagedArtifact: a file is missing or was changed.
     """
-    artifact = _whole(Path(path))
-    if artifact.kind not in ("images", "labels"):
-        raise ConfigError(f"{path} holds {artifact.kind}; name the directory of images or of labels")
-    images = artifact if artifact.kind == "images" else _images_of(artifact)
+    images, stored = open_set(Path(path))
     identity = images.manifest["identity"]
     pixels, labels = load_images(images)
     data, classes = identity["data"], tuple(identity["classes"])
-    soft = None if artifact is images else _stored(artifact, len(pixels), len(classes), pixels.shape[-1])
+    soft = None if stored is None else _stored(stored, len(pixels), len(classes), pixels.shape[-1])
     return DistilledSet(pixels, labels, classes, tuple(data["mean"]), tuple(data["std"]), soft)
+
+
+def open_set(path: Path) -> tuple[Artifact, Artifact | None]:
+    """Open a distilled set; see :func:`load`.
+
+    Returns:
+        its images, and its labels if the path is that of labels.
+    """
+    artifact = _whole(path)
+    if artifact.kind not in ("images", "labels"):
+        raise ConfigError(f"{path} holds {artifact.kind}; name the directory of images or of labels")
+    return (artifact, None) if artifact.kind == "images" else (_images_of(artifact), artifact)
 
 
 def _whole(path: Path) -> Artifact:

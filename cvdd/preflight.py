@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -52,7 +53,10 @@ def check_before_work(context: Context) -> None:
     members = {name: _members(name, row, networks) for name, row in rows.items()}
     if config.verb == "evaluate":
         for name, backbone in config.students.items():
-            networks.get(f"students.{name}", backbone, context)
+            network = networks.get(f"students.{name}", backbone, context)
+            for row_name, row in rows.items():
+                with _said_of(row_name):
+                    _check_last_batch(row, name, network)
     if config.verb == "train":
         return
     for name, row in rows.items():
@@ -177,6 +181,22 @@ def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Mo
             "its builder is given num_classes"
         )
     return network
+
+
+def _check_last_batch(row: Context, student: str, network: nn.Module) -> None:
+    """Refuse a batch of one image for a student whose BatchNorm has no second value to compare it with."""
+    label, side, count = row.config.label, row.config.dataset.image_size, _images(row)
+    alone = label.batch_size == 1 or count % label.batch_size == 1
+    if row.config.protocol.student != "protocol" or not alone:
+        return
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(network).train()(torch.zeros(1, 3, side, side))
+    except ValueError as error:
+        raise ConfigError(
+            f"label.batch_size={label.batch_size} leaves a batch of a single one of {count} images, which "
+            f"students.{student} cannot normalise while it learns; set another label.batch_size"
+        ) from error
 
 
 def _matched(config: RunConfig, classes: int) -> list[str]:

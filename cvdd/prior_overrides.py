@@ -33,6 +33,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "label.shuffle": 1,
         "label.randaugment": False,
         "label.mix": "cutmix",
+        "label.mix_alpha": 1.0,
         "label.store": "none",
         "label.given": None,
         "label.keep": 1.0,
@@ -73,4 +74,6 @@ def prior_overrides(config: RunConfig, member: str) -> dict[str, Any]:
     }
     if config.method.crop_scale is None:
         overrides["method.crop_scale"] = MethodConfig.model_fields["crop_scale"].default
+        # Where images are padded instead, whether they are mirrored is of that.
+        overrides["method.flip"] = config.dataset.mirror
     return overrides

@@ -7,9 +7,12 @@ import math
 
 import pytest
 import torch
+from conftest import Compose
 
+from cvdd.chain.votes import plan_votes
 from cvdd.committee import draw_members, turn_weights, vote_weights
 from cvdd.config_base import ConfigError
+from cvdd.units import plan_units
 
 NAMES = ("R18", "R50", "SV2", "MB2", "D121")
 PRIORS = {
@@ -167,3 +170,12 @@ def test_sampled_turns_are_an_unbiased_vote() -> None:
 def test_unknown_turns_name_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"method\.turns=first: choose all, in_turn or sampled"):
         turn_weights(torch.ones(1, 1), "first", 1, seed=0)
+
+
+@pytest.mark.parametrize(("turns", "weighed"), [("all", True), ("sampled", True), ("in_turn", False)])
+def test_members_that_judge_in_turn_have_no_weights(turns: str, weighed: bool, compose: Compose) -> None:
+    """Labels may need priors that the images do not, and must not change them."""
+    config = compose("evaluate", f"method.turns={turns}", "committee.voter=prior")
+    units = plan_units(2, 10, config.method)
+    known = dict(zip(config.committee.members, PRIORS["tiny"], strict=True))
+    assert (plan_votes(config, units, known) != plan_votes(config, units, {})) == weighed

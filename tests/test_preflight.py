@@ -108,6 +108,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("ipc.images_per_class=11",),
         r"class 0 has .* and offers 10 candidates for 11 patches",
     ),
+    "a batch of one image": (
+        "evaluate",
+        ("label.bn_mode=running", "label.batch_size=19", "students.tiny_resnet18.arguments.stem_stride=16"),
+        r"label.batch_size=19 leaves a batch of a single one of 20 images, which students.tiny_resnet18 cannot",
+    ),
     "few candidates for the measurement": (
         "distill",
         (*MEASURED, "prior.epochs=1", "prior.images_per_class=12"),

@@ -30,7 +30,14 @@ def measured(config: RunConfig, member: str = "resnet18") -> RunConfig:
         ("method=fadrm_plus", "label=committee"),
         ("method=sampled_residual", "label=hard", "protocol=hard"),
         ("method=cvdd", "label=hard", "protocol=hard"),
-        ("method=cvdd", "label=committee", "label.mix=mixup", "label.randaugment=true", "label.keep=0.5"),
+        (
+            "method=cvdd",
+            "label=committee",
+            "label.mix=mixup",
+            "label.mix_alpha=0.8",
+            "label.randaugment=true",
+            "label.keep=0.5",
+        ),
     ],
     ids=" ".join,
 )
@@ -41,11 +48,27 @@ def test_a_prior_is_measured_in_the_plain_loop_with_plain_labels(overrides: tupl
     found = measured(run)
     assert found.method.model_dump(exclude=STRENGTHS) == usual.method.model_dump(exclude=STRENGTHS)
     assert found.method.crop_scale is not None
-    label = {"bn_mode": "batch", "halves": True, "mix": "cutmix", "randaugment": False, "shuffle": 1, "keep": 1.0}
+    label = {
+        "bn_mode": "batch",
+        "halves": True,
+        "mix": "cutmix",
+        "mix_alpha": 1.0,
+        "randaugment": False,
+        "shuffle": 1,
+        "keep": 1.0,
+    }
     assert found.label.model_dump(include=set(label)) == label
     assert (found.label.teachers, found.protocol.loss) == (["resnet18"], "kl")
     assert found.compare == {}
     assert not needs_priors(found)
+
+
+@pytest.mark.parametrize(("dataset", "mirror"), [("cifar10", True), ("digits_photo", False)])
+def test_a_measurement_crops_and_mirrors_as_the_data_set_may(dataset: str, mirror: bool, compose: Compose) -> None:
+    """SRe2L on small images does neither."""
+    plain = ("method=sre2l", "method.crop_scale=null", "method.flip=false", "label=committee")
+    found = measured(compose("evaluate", f"dataset={dataset}", *plain, MEASURED))
+    assert (found.method.flip, found.method.crop_scale is None) == (mirror, False)
 
 
 def test_a_member_is_measured_alone(compose: Compose) -> None:

@@ -27,7 +27,7 @@ from cvdd.report.headline import headline, other_students, reference
 from cvdd.report.page import portable_yaml
 from cvdd.report.tables import print_results
 from cvdd.report.terms import member_terms
-from cvdd.report.votes import vote_table
+from cvdd.report.votes import vote_table, who_judges
 from cvdd.units import Unit
 from cvdd.validation import check
 
@@ -365,3 +365,24 @@ def test_images_of_a_unit_that_has_several_of_a_class(tmp_path: Path) -> None:
         shown = read_images(artifact, [1, 0], slots)
         for row, label in zip(shown, (1, 0), strict=True):
             assert torch.equal(row[:, 0, 0, 0], pixels[targets == label][:slots, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("temperature.vote=2.5",), "2 of 5 members vote on a slot, T = 2.5"),
+        (("committee.voter=equal",), "2 of 5 members vote on a slot, with equal weights"),
+        (("committee.size=1",), "one member judges a slot alone"),
+        (("method=sre2l_pp",), "resnet18 judges every slot alone"),
+        (("method=fadrm_plus",), "4 of 5 members judge a slot, one an iteration, in turn"),
+        (("method=gvbsm",), "all members judge a slot, one an iteration, in turn"),
+        (
+            ("method=sampled_residual", "temperature=5"),
+            "all members vote on a slot, one an iteration, drawn by its weight, T = 5",
+        ),
+        (("method=random_real",), None),
+        (("method=apm_tiny", "label=hard", "protocol=method", "students=convnet3_instance"), None),
+    ],
+)
+def test_a_page_says_who_judges(overrides: tuple[str, ...], said: str | None, compose: Compose) -> None:
+    assert who_judges(compose("evaluate", *overrides)) == said

@@ -89,7 +89,9 @@ def recover_stack(
         advance(1)
     if splits_units(context) and not context.world.main:
         return engine
-    pixels = denormalise(images, data.mean, data.std, truncate=method.jpeg_round_trip)
+    # What nobody has changed has 8 bits already, and would lose one of them here and there.
+    truncate = method.jpeg_round_trip and method.iterations > 0
+    pixels = denormalise(images, data.mean, data.std, truncate=truncate)
     if method.jpeg_round_trip:
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
     for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):

@@ -64,7 +64,8 @@ def plan_votes(config: RunConfig, units: Sequence[Unit], priors: Mapping[str, fl
     votes = []
     for unit, draw in zip(units, plan_draws(config, units, priors), strict=True):
         chosen = [alphas[index] for index in draw]
-        voter = committee.voter if len(draw) > 1 else "equal"
+        # In turn nobody has a weight, whatever priors are known for the labels.
+        voter = committee.voter if len(draw) > 1 and config.method.turns != "in_turn" else "equal"
         weights = vote_weights(chosen, config.temperature.vote, voter, seed=seed, slot=unit.slot)
         votes.append(Vote(draw, tuple(weights.tolist())))
     return votes

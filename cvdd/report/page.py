@@ -23,7 +23,7 @@ from cvdd.report.predicted import predicted_costs
 from cvdd.report.ranking import rank
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
-from cvdd.report.votes import vote_table
+from cvdd.report.votes import vote_table, who_judges
 from cvdd.schema import RunConfig, teachers_of
 from cvdd.surroundings import FULL_DATA_ROW
 
@@ -53,6 +53,7 @@ def render_page(
             config=config,
             summary=summary,
             main=main,
+            judges=who_judges(config),
             results=[_row(result) for result in results],
             one_student=len({result.student for result in results}) == 1,
             sentences=[

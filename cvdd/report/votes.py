@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cvdd.schema import RunConfig
+
 SLOTS = 50
 """Most columns that are shown."""
 NUMBERED = 12
@@ -27,6 +29,23 @@ class VoteTable:
     total: int
     rows: dict[str, tuple[float | None, ...]]
     numbered: bool
+
+
+def who_judges(config: RunConfig) -> str | None:
+    """Say in half a sentence which members decide on the images of a slot, and how; None where none do."""
+    method, committee = config.method, config.committee
+    if not method.recovers:
+        return None
+    listed = method.voters if isinstance(method.voters, list) else None
+    several = len(committee.members) if method.voters == "all" else len(listed) if listed else committee.size
+    if several == 1:
+        return f"{listed[0]} judges every slot alone" if listed else "one member judges a slot alone"
+    who = f"{several} of {len(committee.members)} members" if several < len(committee.members) else "all members"
+    if method.turns == "in_turn":
+        return f"{who} judge a slot, one an iteration, in turn"
+    how = {"prior": f"T = {config.temperature.vote:g}", "equal": "with equal weights", "random": "with random weights"}
+    drawn = "one an iteration, drawn by its weight, " if method.turns == "sampled" else ""
+    return f"{who} vote on a slot, {drawn}{how[committee.voter]}"
 
 
 def vote_table(votes: Sequence[Mapping[str, object]], members: Sequence[str]) -> VoteTable | None:

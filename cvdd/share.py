@@ -1,0 +1,203 @@
+"""A distilled set as one folder for other people: ``python -m cvdd.share store/labels/NAME-HASH FOLDER``.
+
+The folder is a small store with the images, their labels and a page that says what they are, in the form in which hubs
+of data sets show it. Whoever has it needs nothing else: checksums come with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+from cvdd.artifact import Artifact
+from cvdd.artifact.files import StoreError, store_errors
+from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest
+from cvdd.config_base import ConfigError
+from cvdd.distilled import DistilledSet, load, open_set
+from cvdd.outcome import told
+from cvdd.readable import with_error
+
+TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
+SHOWN = 10
+"""Classes of the preview, and images of each."""
+
+
+@dataclass
+class Students:
+    """Students of one kind that were trained on a set.
+
+    Attributes:
+        name: of the network.
+        epochs: of their training.
+        measured_on: ``test`` or ``train``.
+        seeds: of their initialisation.
+        top1: of each, in percent, after the last epoch.
+        best_top1: of each, at its best epoch.
+    """
+
+    name: str
+    epochs: int
+    measured_on: str
+    seeds: list[int] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    best_top1: list[float] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> str:
+        """Their mean with its standard error, if there are several."""
+        several = len(self.top1) > 1
+        error = statistics.stdev(self.top1) / len(self.top1) ** 0.5 if several else None
+        return with_error(statistics.fmean(self.top1), error, "+-")
+
+    @property
+    def best(self) -> float:
+        """Mean at the best epochs."""
+        return statistics.fmean(self.best_top1)
+
+
+def share(path: Path, folder: Path) -> DistilledSet:
+    """Write a distilled set into a folder of its own.
+
+    Args:
+        path: directory of its labels, whose images come with them, or of its images alone, in a store.
+        folder: is made.
+
+    Returns:
+        the set, as it can be read from the folder.
+
+    Raises:
+        ConfigError: there is something in the folder already, or ``path`` holds no distilled set.
+        DamagedArtifact: a file of the set is missing or was changed.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; name a folder that is not there yet")
+    images, labels = open_set(path)
+    made = [images] if labels is None else [images, labels]
+    with store_errors(folder):
+        for artifact in made:
+            shutil.copytree(artifact.path, folder / artifact.kind / artifact.path.name)
+        shared = load(folder / made[-1].kind / made[-1].path.name)
+        (folder / CARD).write_text(_card(images, labels, shared))
+        write_png(_preview(shared), str(folder / PREVIEW))
+    return shared
+
+
+def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:
+    made, store = [images] if labels is None else [images, labels], images.path.resolve().parent.parent
+    identity = images.manifest["identity"]
+    count, classes = len(shared.images), shared.classes
+    ipc = identity.get("ipc") or "as many as there are"
+    environment = Environment(
+        loader=PackageLoader("cvdd", "report"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+    )
+    text: str = environment.get_template(TEMPLATE).render(
+        title=made[-1].name,
+        artifacts=made,
+        labels=labels,
+        count=count,
+        classes=classes,
+        ipc=ipc,
+        size="x".join(str(side) for side in shared.images.shape[-2:]) + " pixels",
+        data=identity["data"],
+        epochs=shared.epochs,
+        students=students_of(store, images, labels),
+        members=_members(store, made),
+        code={"commit": None, **images.manifest["code"]},
+        command=_command(images, labels, shared),
+    )
+    return text
+
+
+def _command(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:
+    ipc = len(shared.images) // len(shared.classes)
+    given = f"python evaluate.py method=given method.given=images/{images.path.name} ipc={ipc}"
+    if labels is None:
+        return given
+    return f"{given} label=given label.given=labels/{labels.path.name} compare=none protocol.epochs={shared.epochs}"
+
+
+def students_of(store: Path, images: Artifact, labels: Artifact | None) -> list[Students]:
+    """List the students that a store has of a set, those that differ in the seed alone together.
+
+    Args:
+        store: its root.
+        images: that they were trained on.
+        labels: that they were trained with; None for all students of the images.
+    """
+    found: dict[str, Students] = {}
+    for student in _read(store / "students"):
+        identity = student.manifest["identity"]
+        if not _learnt_from(student, images, labels):
+            continue
+        key = json.dumps({name: value for name, value in identity.items() if name != "seed"}, sort_keys=True)
+        epochs, measured_on = identity["protocol"]["epochs"], identity["measured_on"]
+        group = found.setdefault(key, Students(identity["backbone"]["name"], epochs, measured_on))
+        group.seeds.append(identity["seed"])
+        group.top1.append(student.metrics["top1"])
+        group.best_top1.append(student.metrics["best_top1"])
+    return sorted(found.values(), key=lambda one: (one.name, one.epochs))
+
+
+def _learnt_from(student: Artifact, images: Artifact, labels: Artifact | None) -> bool:
+    if {"protocol", "labels", "measured_on"} - student.manifest["identity"].keys():
+        # Of a method that trains students in its own way, on labels of its own.
+        return False
+    parents = [parent["digest"] for parent in student.manifest["parents"]]
+    if parents[:1] != [images.digest]:
+        return False
+    if labels is None:
+        return True
+    said: Mapping[str, Any] = student.manifest["identity"]["labels"]
+    given: Mapping[str, Any] = labels.manifest["identity"]
+    teachers = [parent["digest"] for parent in labels.manifest["parents"]]
+    return parents == teachers and all(given.get(key) == value for key, value in said.items())
+
+
+def _members(store: Path, made: Sequence[Artifact]) -> dict[str, float | None]:
+    """Names of the members behind a set, and how well each does if the store still has it."""
+    parents = [parent for artifact in made for parent in artifact.manifest["parents"] if parent["kind"] == "members"]
+    known = {member.digest: member.metrics.get("test_top1") for member in _read(store / "members")}
+    prefix = f"{made[0].manifest['identity']['data']['name']}-"
+    return {parent["name"].removeprefix(prefix): known.get(parent["digest"]) for parent in parents}
+
+
+def _read(folder: Path) -> list[Artifact]:
+    found = []
+    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
+        try:
+            found.append(read_manifest(manifest.parent))
+        except (DamagedArtifact, StoreError) as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
+def _preview(shared: DistilledSet) -> Any:
+    rows = [shared.images[shared.labels == index][:SHOWN] for index in range(min(SHOWN, len(shared.classes)))]
+    columns = min(len(row) for row in rows)
+    return make_grid([image for row in rows for image in row[:columns]], nrow=columns, padding=1, pad_value=255)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write a distilled set, its labels and a page about them into a folder that can be given to others."""
+    parser = argparse.ArgumentParser(prog="python -m cvdd.share", description=main.__doc__)
+    parser.add_argument("path", metavar="STORE/labels/NAME-HASH", help="its labels, or STORE/images/NAME-HASH alone")
+    parser.add_argument("folder", metavar="FOLDER", help="where it goes; it is made")
+    given = parser.parse_args(arguments)
+    shared = share(Path(given.path), Path(given.folder))
+    print(f"{len(shared.images)} images and soft labels of {shared.epochs} epochs in {given.folder}; see {CARD} there")
+
+
+if __name__ == "__main__":
+    with told(sweeping=False):
+        main(sys.argv[1:])

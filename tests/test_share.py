@@ -1,0 +1,84 @@
+"""A distilled set as one folder for other people."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import ImageReadMode, decode_image
+
+import cvdd
+from cvdd.artifact import DamagedArtifact
+from cvdd.chain.compare import Distilled, Result
+from cvdd.config_base import ConfigError
+from cvdd.share import CARD, PREVIEW, main, students_of
+
+pytest_plugins = ["chain_fixtures"]
+
+
+def test_a_folder_has_all_that_others_need(
+    made: tuple[Distilled, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, result = made
+    labels = row.labels.artifact
+    assert labels is not None
+    main([str(labels.path), str(tmp_path / "set")])
+    assert "20 images and soft labels of 3 epochs in " in capsys.readouterr().out
+    # Wherever it is carried.
+    folder = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "set", folder)
+    theirs, ours = cvdd.load(folder / "labels" / labels.path.name), cvdd.load(labels.path)
+    assert torch.equal(theirs.images, ours.images)
+    for one, other in zip(theirs.batches(1), ours.batches(1), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    card = (folder / CARD).read_text()
+    measured = result.students[0].metrics
+    assert f"| 1 | 0 | {measured['top1']:.1f} | {measured['best_top1']:.1f} | test images |" in card
+    for artifact in (row.images, labels):
+        assert f"| {artifact.bytes} | `{artifact.manifest['checksum']}` |" in card
+    for teacher, artifact in row.labels.teachers.items():
+        assert f"| {teacher} | {artifact.metrics['test_top1']:.1f} |" in card
+    assert f"method.given=images/{row.images.path.name} ipc=2 label=given label.given=labels/{labels.path.name}" in card
+    assert str(row.images.path.parents[2]) not in card
+    preview = decode_image(str(folder / PREVIEW), ImageReadMode.RGB)
+    # Ten classes of two images, a pixel between them.
+    assert preview.shape == (3, 10 * 33 + 1, 2 * 33 + 1)
+    assert torch.equal(preview[:, 1:33, 1:33], ours.images[0])
+
+
+def test_students_of_other_labels_are_not_counted(made: tuple[Distilled, Result]) -> None:
+    row, result = made
+    labels, store = row.labels.artifact, row.context.store.root
+    assert labels is not None
+    (ours,) = students_of(store, row.images, labels)
+    assert (ours.seeds, ours.top1) == ([0], [result.students[0].metrics["top1"]])
+    assert students_of(store, labels, labels) == []
+    other = type(labels)(labels.path, {**labels.manifest, "identity": {**labels.manifest["identity"], "seed": 1}})
+    assert students_of(store, row.images, other) == []
+
+
+def test_images_alone(made: tuple[Distilled, Result], tmp_path: Path) -> None:
+    images = made[0].images
+    main([str(images.path), str(tmp_path)])
+    card = (tmp_path / CARD).read_text()
+    assert not (tmp_path / "labels").exists()
+    assert "soft-labels" not in card
+    assert "label.given" not in card
+    assert cvdd.load(tmp_path / "images" / images.path.name).epochs == 0
+
+
+def test_what_cannot_be_shared(made: tuple[Distilled, Result], tmp_path: Path) -> None:
+    images = made[0].images
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        main([str(images.path), str(tmp_path)])
+    with pytest.raises(ConfigError, match="holds members"):
+        main([str(next(iter(made[0].labels.teachers.values())).path), str(tmp_path / "new")])
+    copy = tmp_path / "images" / images.path.name
+    shutil.copytree(images.path, copy)
+    next(copy.glob("units/*.safetensors")).write_bytes(b"changed")
+    with pytest.raises(DamagedArtifact):
+        main([str(copy), str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
