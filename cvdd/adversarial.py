@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from cvdd.methods.apm import ImageTerms, Snapshots, chunked_gradient, is_refresh
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schema.apm import ApmConfig
-from cvdd.seeds import derive_seed, generator
+from cvdd.seeds import derive_seed, generator, seed_networks
 from cvdd.surrogate import Augment, fit_surrogate
 
 
@@ -216,14 +216,13 @@ class AdversarialModule(pl.LightningModule):
         self._teacher = int(torch.randint(len(self._teachers), (), generator=source))
         images = self.images.detach()[chosen]
         student = self._new_student(derive_seed(self.seed, "surrogate", iteration)).to(self.device)
-        states, fit = fit_surrogate(
-            student,
-            images,
-            teacher_logits(self._teachers[self._teacher], images, self.config.chunk),
-            self.config.surrogate,
-            self._augment,
-            generator(self.seed, "fit", iteration),
-        )
+        said = teacher_logits(self._teachers[self._teacher], images, self.config.chunk)
+        # What a network with dropout draws depends on the iteration alone, and nobody else's draws on it.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            seed_networks(derive_seed(self.seed, "surrogate dropout", iteration), self.device)
+            states, fit = fit_surrogate(
+                student, images, said, self.config.surrogate, self._augment, generator(self.seed, "fit", iteration)
+            )
         self._fit = float(fit)
         if not math.isfinite(self._fit):
             raise NonFiniteImages(

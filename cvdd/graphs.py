@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from cvdd.memory import is_out_of_memory
 
@@ -183,8 +184,10 @@ def side_by_side(calls: Sequence[Callable[[], Result]], streams: Sequence[torch.
 
 
 def draws_by_itself(network: nn.Module) -> bool:
-    """Whether a network in training mode draws random numbers: it has dropout of some kind."""
+    """Whether a network in training mode draws random numbers: it has dropout of some kind, or stochastic depth."""
     return any(
-        module.p > 0 if isinstance(module, nn.modules.dropout._DropoutNd) else "Drop" in type(module).__name__
+        module.p > 0
+        if isinstance(module, (nn.modules.dropout._DropoutNd, StochasticDepth))
+        else "Drop" in type(module).__name__
         for module in network.modules()
     )

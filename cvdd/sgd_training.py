@@ -53,6 +53,7 @@ class SgdRecipe:
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
         drop: divide the rate by 10 just past the middle, with a new optimiser.
+        counts_from_zero: whether the middle is that of the last epoch's number, as the release has it for students.
     """
 
     epochs: int
@@ -60,11 +61,12 @@ class SgdRecipe:
     momentum: float
     weight_decay: float
     drop: bool
+    counts_from_zero: bool = False
 
     @property
     def drop_epoch(self) -> int | None:
         """First epoch (counted from 0) with the lower rate, as released: 27 of 50, 502 of 1001; None for never."""
-        return self.epochs // 2 + 2 if self.drop else None
+        return (self.epochs - self.counts_from_zero) // 2 + 2 if self.drop else None
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0."""

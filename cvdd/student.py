@@ -99,7 +99,10 @@ class StudentModule(Classifier):
         forward = network or (self.network if self._compiled is None or len(shown) != self.part else self._compiled)
         with self._passes.around(shown.device):
             logits = forward(shown)
-        return self._loss_of_part(logits.float(), batch, part) / self.protocol.accumulation
+        loss = self._loss_of_part(logits.float(), batch, part)
+        if self.protocol.part_weights == "by_size":
+            return loss * (len(shown) / len(samples))
+        return loss / self.protocol.accumulation
 
     def _loss_of_part(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         protocol, plan = self.protocol, batch.replay

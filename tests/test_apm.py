@@ -243,6 +243,20 @@ def test_only_surrogates_see_augmented_images(tmp_path: Path) -> None:
     assert [row.iteration for row in module.rows] == [5]
 
 
+def test_dropout_of_surrogates_depends_on_the_iteration_alone() -> None:
+    """Not on what was drawn before, as where teachers were trained in the same process, nor on an interruption."""
+    states = []
+    for before in (0, 1):
+        torch.manual_seed(before)
+        module = module_of(Pace(1, 1, 1))
+        module._new_student = lambda seed: small_network(seed=seed % 1000, dropout=0.5)
+        untouched = torch.get_rng_state()
+        module._refresh(0, torch.arange(8))
+        assert torch.equal(torch.get_rng_state(), untouched)
+        states.append(module._fit)
+    assert states[0] == states[1]
+
+
 def test_learning_rate_of_the_images_falls_in_the_middle() -> None:
     module = module_of(Pace(2501, 1, 1))
     assert [module.lr_at(iteration) for iteration in (0, 1249, 1250, 2500)] == pytest.approx([1.0, 1.0, 0.3, 0.3])

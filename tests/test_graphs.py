@@ -25,6 +25,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.ops import StochasticDepth
 
 from cvdd.automatic import records
 from cvdd.classifier import Positions, ShuffledBatches
@@ -96,6 +97,7 @@ def test_recording_does_not_change_what_is_made() -> None:
 @pytest.mark.parametrize(("rate", "drawn"), [(0.0, False), (0.2, True)])
 def test_networks_with_dropout_draw(rate: float, drawn: bool) -> None:
     assert draws_by_itself(small_network(dropout=rate)) is drawn
+    assert draws_by_itself(nn.Sequential(StochasticDepth(rate, "row"))) is drawn
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

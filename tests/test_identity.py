@@ -197,6 +197,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "protocol.warmup=1",
             "protocol.ema=0.9",
             "protocol.accumulation=1",
+            "protocol.part_weights=by_size",
             "protocol.eval_every=3",
             "protocol.seeds=[1]",
             "protocol.seeds=[0,1]",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import method_config, quiet_trainer
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from cvdd.backbones.convnet import convnet
 from cvdd.config_base import ConfigError
@@ -239,6 +240,8 @@ def test_networks_that_are_more_than_their_parameters_are_refused() -> None:
         FlatNetwork(convnet(3, depth=1, width=2, norm="batch"))
     with pytest.raises(ConfigError, match="dropout"):
         FlatNetwork(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    with pytest.raises(ConfigError, match="stochastic depth"):
+        FlatNetwork(nn.Sequential(nn.Linear(2, 2), StochasticDepth(0.5, "row")))
 
 
 # --- the module -------------------------------------------------------------------------------------------------------

@@ -125,6 +125,20 @@ def test_parts_of_a_batch(count: int, batch: int, accumulation: int, parts: list
     assert [index for part in cut for index in range(count)[part]] == list(range(count))
 
 
+@pytest.mark.parametrize("count", [4, 12, 16])
+def test_parts_by_size_add_up_to_the_batch(count: int) -> None:
+    """Without BatchNorm, whose statistics are those of a part, a batch in parts has the loss of the whole."""
+    labels = soft_labels(count, 16)
+    item = SoftLabelDataset(labels)[0]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 4))
+    whole, parts, alike = (
+        float(student(network, labels, accumulation=accumulation, part_weights=weights).training_step(item, 0))
+        for accumulation, weights in ((1, "alike"), (2, "by_size"), (2, "alike"))
+    )
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert (alike == pytest.approx(whole, rel=1e-5)) == (count == 16)
+
+
 @pytest.mark.parametrize("batch", [0, 2])
 def test_a_step_is_the_sum_of_separate_parts(batch: int) -> None:
     """Each half has BatchNorm statistics of its own; both the full and the partial batch divide by two."""

@@ -257,7 +257,7 @@ def make_mtt_student(
         own_seed = derive_seed(seed, "student")
         title = f"student {name} seed {seed}"
         rate = made.step_size if student.lr is None else student.lr
-        sgd = SgdRecipe(student.epochs, rate, student.momentum, student.weight_decay, student.drop)
+        sgd = SgdRecipe(student.epochs, rate, student.momentum, student.weight_decay, student.drop, True)
         with context.progress(title, student.epochs) as advance:
             module = SgdModule(
                 sgd,

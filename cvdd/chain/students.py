@@ -16,8 +16,15 @@ from cvdd.label_batches import SoftLabelDataset
 from cvdd.memory import enough_memory
 from cvdd.passes import passes_of_students
 from cvdd.recorded_student import make_student_module
+from cvdd.schema import ProtocolConfig
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule
+
+
+def _ignored(protocol: ProtocolConfig) -> set[str]:
+    ignored = {"name", "seeds", "images", "full_data", "eval_batch"}
+    # All students had them alike before it could be said.
+    return ignored | ({"part_weights"} if protocol.part_weights == "alike" else set())
 
 
 def make_student(
@@ -43,7 +50,7 @@ def make_student(
     identity = {
         "data": data.identity,
         "labels": labels.identity,
-        "protocol": protocol.model_dump(mode="json", exclude={"name", "seeds", "images", "full_data", "eval_batch"}),
+        "protocol": protocol.model_dump(mode="json", exclude=_ignored(protocol)),
         "backbone": backbone.model_dump(mode="json"),
         "seed": seed,
         "measured_on": part,

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn.modules.dropout import _DropoutNd
 
 from cvdd.config_base import ConfigError
 from cvdd.dsa import SiameseAugmentation, augment, draw_augmentation
+from cvdd.graphs import draws_by_itself
 
 
 class FlatNetwork:
@@ -42,8 +42,10 @@ class FlatNetwork:
                 "hold; use a network without running statistics, e.g. a ConvNet with "
                 "method.mtt.experts.backbone.arguments.norm=instance"
             )
-        if any(isinstance(layer, _DropoutNd) and layer.p for layer in network.modules()):
-            raise ConfigError("method.mtt.experts.backbone has dropout, under which a step cannot be repeated")
+        if draws_by_itself(network):
+            raise ConfigError(
+                "method.mtt.experts.backbone has dropout or stochastic depth, under which a step cannot be repeated"
+            )
         self.network = network
         parameters = dict(network.named_parameters())
         self._names = list(parameters)

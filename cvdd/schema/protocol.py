@@ -50,6 +50,11 @@ class ProtocolConfig(CheckedConfig):
         None, gt=0, lt=1, description="decay of the moving average of the parameters that is measured; null for none"
     )
     accumulation: Positive = Field(2, description="parts of a batch that are forwarded separately")
+    part_weights: Literal["alike", "by_size"] = Field(
+        "alike",
+        description="of the parts of a batch in its loss: alike, 1 / accumulation each, as published, so that a last, "
+        "smaller batch with fewer parts counts less; or by_size, so that each sample of a batch counts the same",
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student for each seed")
     images: Literal["once", "per_seed"] = Field(
         "once", description="per_seed: each seed has its own distilled images too (method.seed), and its own baselines"

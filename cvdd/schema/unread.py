@@ -31,6 +31,7 @@ READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
         "protocol.warmup": _TRAINED,
         "protocol.ema": _TRAINED,
         "protocol.accumulation": _TRAINED,
+        "protocol.part_weights": _TRAINED,
         "label.halves": {"bn_mode": ("batch",)},
         "label.dropout": {"bn_mode": ("batch",)},
         "label.mix_alpha": {"mix": ("cutmix", "mixup")},
