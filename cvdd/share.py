@@ -195,7 +195,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="where it goes; it is made")
     given = parser.parse_args(arguments)
     shared = share(Path(given.path), Path(given.folder))
-    print(f"{len(shared.images)} images and soft labels of {shared.epochs} epochs in {given.folder}; see {CARD} there")
+    labels = f" and soft labels of {shared.epochs} epoch{'s' * (shared.epochs != 1)}" if shared.epochs else ""
+    print(f"{len(shared.images)} images{labels} in {given.folder}; see {CARD} there")
 
 
 if __name__ == "__main__":
