@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,14 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
-from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, has_batchnorm
+from cvdd.backbones import (
+    BackboneConfig,
+    batchnorm_layers,
+    build,
+    build_network,
+    has_batchnorm,
+    weights_chosen_by_timm,
+)
 from cvdd.backbones.config import packages_of_others
 from cvdd.config_base import ConfigError
 
@@ -280,6 +288,25 @@ def test_pretrained_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> Non
     pretrained = BackboneConfig(name="net", target="torchvision.models.shufflenet_v2_x0_5", pretrained=True)
     with pytest.raises(ConfigError, match=r"backbone\.pretrained=true.*no route"):
         build_network(pretrained, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "model_name", "pretrained", "tag"),
+    [
+        (build.TIMM_FACTORY, "resnet18", True, "of this version"),
+        (build.TIMM_FACTORY, "resnet18", False, None),
+        # Already said.
+        (build.TIMM_FACTORY, "resnet18.tv_in1k", True, None),
+        ("torchvision.models.resnet18", "resnet18", True, None),
+    ],
+)
+def test_weights_that_timm_chooses_are_named(
+    target: str, model_name: str, pretrained: bool, tag: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of timm may choose others under the same name."""
+    monkeypatch.setattr(build.timm, "get_pretrained_cfg", lambda name: SimpleNamespace(tag="of this version"))
+    asked = BackboneConfig(name="net", target=target, arguments={"model_name": model_name}, pretrained=pretrained)
+    assert weights_chosen_by_timm(asked) == tag
 
 
 def test_timm_yaml_takes_its_name_from_the_model() -> None:

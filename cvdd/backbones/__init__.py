@@ -8,7 +8,7 @@ from cvdd.lazy import exports
 
 if TYPE_CHECKING:
     from cvdd.backbones.batchnorm import batchnorm_layers, has_batchnorm
-    from cvdd.backbones.build import build_network
+    from cvdd.backbones.build import build_network, weights_chosen_by_timm
     from cvdd.backbones.config import BackboneConfig
     from cvdd.backbones.published import PublishedReport, load_published
 else:
@@ -21,6 +21,7 @@ else:
             "has_batchnorm": "cvdd.backbones.batchnorm",
             "load_published": "cvdd.backbones.published",
             "PublishedReport": "cvdd.backbones.published",
+            "weights_chosen_by_timm": "cvdd.backbones.build",
         },
     )
 
@@ -31,4 +32,5 @@ __all__ = [
     "build_network",
     "has_batchnorm",
     "load_published",
+    "weights_chosen_by_timm",
 ]

@@ -118,6 +118,18 @@ def _pretrained_arguments(config: BackboneConfig) -> dict[str, Any]:
     return {"weights": getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)}
 
 
+def weights_chosen_by_timm(config: BackboneConfig) -> str | None:
+    """Name the pretrained weights that this version of timm takes where the model's name leaves it to timm.
+
+    Another version may take others, so what is made of them needs this in its identity.
+    """
+    model_name = str(config.arguments.get("model_name", ""))
+    if not config.pretrained or config.target != TIMM_FACTORY or "." in model_name:
+        return None
+    found = timm.get_pretrained_cfg(model_name)
+    return None if found is None else str(found.tag)
+
+
 def _call(builder: Callable[..., Any], config: BackboneConfig, arguments: dict[str, Any]) -> nn.Module:
     """Call the builder and turn what it complains about into a message that names the override."""
     try:

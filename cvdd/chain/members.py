@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cvdd.artifact import Artifact, file_checksum
-from cvdd.backbones import BackboneConfig, batchnorm_layers, build_network, load_published
+from cvdd.backbones import (
+    BackboneConfig,
+    batchnorm_layers,
+    build_network,
+    load_published,
+    weights_chosen_by_timm,
+)
 from cvdd.batch_parts import part_size
 from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches
@@ -62,6 +68,9 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
         "seed": seed,
         **({} if ready else passes_of_members(context.config.engine, context.device).identity),
     }
+
+    if weights := weights_chosen_by_timm(backbone):
+        identity["weights"] = weights
 
     def train(work: Path) -> MemberModule:
         return _train(context, name, build_network(backbone, len(data.classes), seed), seed, work)
