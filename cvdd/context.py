@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from cvdd.distributed import World
 from cvdd.fit import fit
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -101,6 +104,11 @@ class Context:
             self._known[key] = find()
         found: T = self._known[key]
         return found
+
+    def tell(self, message: str) -> None:
+        """Say something that is true of the whole run, once and by one rank."""
+        if self.world.main:
+            self.once(("told", message), lambda: log.info("%s", message))
 
     def differing(
         self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None

@@ -5,14 +5,11 @@ Images distilled on a GPU, in half precision, are not distilled again because th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.context import Context
-
-log = logging.getLogger(__name__)
 
 
 def as_it_was_made(
@@ -39,9 +36,9 @@ def as_it_was_made(
         sealed = context.store.sealed(kind, {**identity, **way}, parents)
         if sealed is None:
             continue
-        if way != here and context.world.main:
-            log.info(
-                "%s/%s was made on another kind of machine; to make it as this one does: %s", kind, sealed.name, typed
+        if way != here:
+            context.tell(
+                f"{kind}/{sealed.name} was made on another kind of machine; to make it as this one does: {typed}"
             )
         return dict(way)
     return dict(here)

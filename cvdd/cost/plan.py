@@ -184,6 +184,9 @@ class Planning(Context):
                 self.notes[why] = None
         return self._loaded[key]
 
+    def tell(self, message: str) -> None:
+        """Say nothing: a walk is made for many configurations."""
+
     def _open_elsewhere(self, path: Path, kind: str) -> Artifact:
         # What is not computed with needs no checksums.
         return read_manifest(path, COPY)
