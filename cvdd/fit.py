@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from cvdd.distributed import World, ranks_of_trainer
 from cvdd.interruption import StopRequest
+from cvdd.pace import Ranges
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class EpochCheckpoint(Checkpoint):
             temporary.replace(self.path)
         self._saved = time.monotonic()
         if wanted > 1:
-            log.warning("%s: saved after epoch %d", signal.Signals(wanted).name, trainer.current_epoch + 1)
+            log.warning("%s: saved after %s", signal.Signals(wanted).name, _done(trainer))
             self.stop.obey(wanted)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -165,3 +166,9 @@ class EpochCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
         self.stop.release()
+
+
+def _done(trainer: pl.Trainer) -> str:
+    """What is finished at the end of an epoch, in the unit in which it was configured."""
+    batches = getattr(trainer.train_dataloader, "dataset", None)
+    return f"iteration {batches[-1][1]}" if isinstance(batches, Ranges) else f"epoch {trainer.current_epoch + 1}"

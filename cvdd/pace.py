@@ -11,6 +11,10 @@ from cvdd.config_base import ConfigError
 KEY = "checkpoint_every"
 
 
+class Ranges(list[tuple[int, int]]):
+    """The batches of an epoch that nobody but Lightning counts in epochs: from one iteration up to another."""
+
+
 def ranges_of_epoch(epoch: int, first: int, last: int, every: int, step: int) -> DataLoader[tuple[int, int]]:
     """Return the batches of an epoch of iterations: ranges up to the next log row.
 
@@ -23,7 +27,7 @@ def ranges_of_epoch(epoch: int, first: int, last: int, every: int, step: int) ->
     """
     first += epoch * every
     last = min(first + every, last)
-    ranges = [(begin, min(begin + step, last)) for begin in range(first, last, step)]
+    ranges = Ranges((begin, min(begin + step, last)) for begin in range(first, last, step))
     return DataLoader(ranges, batch_size=None)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
+from cvdd.report.summary import members_shown
 from cvdd.schema import RunConfig, teachers_of, votes_by_priors
 from cvdd.units import plan_units
 
@@ -41,6 +42,14 @@ def check_before_work(context: Context) -> None:
     records(config.engine.cuda_graphs, context.device)
     rows = _rows(context)
     measuring = _measuring(rows)
+    needed = {name: _needed(row.config, name in measuring) for name, row in rows.items()}
+    # Before anything asks for the data, which may have to be decoded.
+    for name, row in rows.items():
+        with _said_of(name):
+            for member in needed[name]:
+                _check_side(f"committee.members.{member}", row.config.committee.members[member].backbone, row.config)
+    for name, backbone in config.students.items() if config.verb == "evaluate" else ():
+        _check_side(f"students.{name}", backbone, config)
     labels = config.verb in ("relabel", "evaluate")
     for name, row in rows.items() if labels else ():
         with _said_of(name):
@@ -50,7 +59,7 @@ def check_before_work(context: Context) -> None:
         with _said_of(name):
             check_batches(_images(row), row.config.label, measures_prior=True)
     networks = _Networks()
-    members = {name: _members(name, row, networks) for name, row in rows.items()}
+    members = {name: _members(name, row, needed[name], networks) for name, row in rows.items()}
     if config.verb == "evaluate":
         for name, backbone in config.students.items():
             network = networks.get(f"students.{name}", backbone, context)
@@ -61,9 +70,9 @@ def check_before_work(context: Context) -> None:
         return
     for name, row in rows.items():
         with _said_of(name):
-            needed = [*_matched(row.config, _classes(row)), *(_replaced(row.config) if labels else ())]
-            needed += _measured(measuring[name].config) if name in measuring else []
-            for member in dict.fromkeys(needed):
+            normalising = [*_matched(row.config, _classes(row)), *(_replaced(row.config) if labels else ())]
+            normalising += _measured(measuring[name].config) if name in measuring else []
+            for member in dict.fromkeys(normalising):
                 require_batchnorm(members[name][member], member)
     for name, row in rows.items():
         with _said_of(name):
@@ -114,6 +123,29 @@ def _measuring(rows: Mapping[str, Context]) -> dict[str, Context]:
     return measuring
 
 
+def _needed(config: RunConfig, measures: bool) -> list[str]:
+    """Names of the members that the verb may train.
+
+    Args:
+        config: of a row.
+        measures: whether it measures priors.
+    """
+    if config.verb == "train":
+        return list(config.committee.members) if own_engine(config.method) is None else []
+    everyone = measures or config.method.init == "herding"
+    return list(config.committee.members) if everyone else members_shown(config)
+
+
+def _check_side(where: str, backbone: BackboneConfig, config: RunConfig) -> None:
+    """Refuse a network that is not made for such small images; ``where`` is the field that names it."""
+    side = config.dataset.image_size
+    if side < backbone.min_size:
+        raise ConfigError(
+            f"{where}: {backbone.name} is made for images of at least {backbone.min_size} pixels, and "
+            f"dataset.image_size={side}. Choose another backbone, or set its min_size if it works all the same"
+        )
+
+
 def _classes(context: Context) -> int:
     dataset = context.config.dataset
     return dataset.num_classes or len(dataset.classes) or len(context.data().classes)
@@ -149,21 +181,14 @@ class _Networks:
         return self._known[key]
 
 
-def _members(row: str, context: Context, networks: _Networks) -> dict[str, nn.Module]:
+def _members(row: str, context: Context, needed: Sequence[str], networks: _Networks) -> dict[str, nn.Module]:
+    members = context.config.committee.members
     with _said_of(row):
-        return {
-            name: networks.get(f"committee.members.{name}", member.backbone, context)
-            for name, member in context.config.committee.members.items()
-        }
+        return {name: networks.get(f"committee.members.{name}", members[name].backbone, context) for name in needed}
 
 
 def _try(where: str, backbone: BackboneConfig, classes: int, side: int) -> nn.Module:
     """Build a network without its pretrained weights and show it an image."""
-    if side < backbone.min_size:
-        raise ConfigError(
-            f"{where}: {backbone.name} is made for images of at least {backbone.min_size} pixels, and "
-            f"dataset.image_size={side}. Choose another backbone, or set its min_size if it works all the same"
-        )
     try:
         network = build_network(backbone.model_copy(update={"pretrained": False}), classes, 0).eval()
     except ConfigError as error:

@@ -35,7 +35,7 @@ CONF = Path(__file__).parents[1] / "conf" / "dataset"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def read_yaml(name: str, **changes: Any) -> DatasetConfig:
+def read_yaml(name: str, /, **changes: Any) -> DatasetConfig:
     content = OmegaConf.create({"paths": {"data": "/nowhere"}, "dataset": OmegaConf.load(CONF / f"{name}.yaml")})
     resolved = OmegaConf.to_container(content, resolve=True)
     assert isinstance(resolved, dict)
@@ -125,6 +125,13 @@ def test_yaml_constants(name: str, sizes: tuple[int, ...]) -> None:
         ),
         ("digits_photo", {"digits": {"crop_range": [64, 32]}}, "dataset.digits.crop_range"),
         ("digits_photo", {"digits": {"test_digits": 15}}, "dataset.digits.test_digits=15"),
+        (
+            "digits_photo",
+            {"name": "flowers", "root": "mine"},
+            r"dataset.root=mine: digits_photo reads no folder; choose dataset=image_folder \(or cifar10, .*root=null",
+        ),
+        ("digits_photo", {"download": True}, "dataset.download=true: digits_photo needs no download; .*download=false"),
+        ("digits_photo", {"name": "cifar10"}, "dataset.name=cifar10 .* choose dataset=cifar10"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:

@@ -302,11 +302,18 @@ def test_images_that_are_left_out_are_named(folder: Path, store: Store, caplog: 
     assert not warned()
     save(folder / "train" / "bee" / "moving.gif", 3)
     save(folder / "train" / "bee" / "deeper" / "MOVING.GIF", 3)
+    save(folder / "train" / "ant" / "still.jp2", 3)
     save(folder / "train" / ".hidden" / "0.png", 3)
     assert load_data(folder_config(folder), store).classes == ("ant", "bee", "cow")
     first, second = warned()
-    assert "2 files of class 'bee' are left out, because .gif is none of .jpg" in first
+    assert "train: 3 files are left out, because .gif, .jp2 is none of .jpg" in first
+    assert first.endswith("to have them read: ant/still.jp2, bee/deeper/MOVING.GIF, bee/moving.gif")
     assert "class folder .hidden is left out" in second
+    caplog.clear()
+    save(folder / "train" / "cow" / "0.gif", 3)
+    load_data(folder_config(folder), store)
+    assert "train: 4 files are left out" in warned()[0]
+    assert warned()[0].endswith("bee/moving.gif, ...")
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif"])
@@ -378,6 +385,32 @@ def test_damaged_image_is_named_while_packing(folder: Path, store: Store) -> Non
     (folder / "train" / "cow" / "2.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"cow/2.png is truncated, corrupt"):
         load_data(folder_config(folder), store)
+    assert sealed(store.root) == []
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_all_damaged_images_of_a_part_are_known_at_once(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """Also those of later chunks, and of images that are measured alone."""
+    monkeypatch.setattr("cvdd.data.packing._CHUNK", 5)
+    if not in_memory:
+        monkeypatch.setattr(image_folder, "LARGEST_IN_MEMORY", 1)
+    for path in (folder / "train" / "ant").glob("*.png"):
+        path.write_bytes(b"")
+    Image.new("I;16", (9, 9)).save(folder / "train" / "cow" / "3.png")
+    with pytest.raises(ConfigError) as caught:
+        load_data(folder_config(folder), store)
+    first, *named = str(caught.value).splitlines()
+    assert first == "5 of 12 image files cannot be used:"
+    assert [line.split("train/")[1].split()[0] for line in named] == [f"ant/{i}.png" for i in range(4)] + ["cow/3.png"]
+    assert named[-1].endswith("replace it by an 8-bit copy")
+    for path in (folder / "train").glob("*/?.png"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ConfigError) as caught:
+        load_data(folder_config(folder), store)
+    first, *named = str(caught.value).splitlines()
+    assert (first, len(named), named[-1]) == ("12 of 12 image files cannot be used:", 11, "and 2 more")
     assert sealed(store.root) == []
 
 

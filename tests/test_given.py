@@ -20,6 +20,7 @@ from cvdd.chain.compare import Distilled, compare, distil
 from cvdd.chain.unit_files import PATCHES, load_images
 from cvdd.config_base import ConfigError
 from cvdd.cost import plan_pieces, planning
+from cvdd.data.given_folder import class_folder, scan_given
 from cvdd.preflight import check_before_work
 from cvdd.report.gallery import data_uri, make_gallery
 
@@ -53,6 +54,28 @@ def test_what_files_hold_decides_and_not_their_names(files: Path, tmp_path: Path
     picture.putpixel((0, 0), (1, 2, 3))
     picture.save(files / "new003" / "0000.png")
     assert images() != first
+
+
+def test_folders_as_they_are_written_are_read_whatever_classes_are_called(tmp_path: Path) -> None:
+    classes = [
+        "  lead",
+        "-ant",
+        "?",
+        "_",
+        "3",
+        "7 up",
+        "a?b",
+        "\N{LATIN SMALL LETTER E WITH ACUTE}t\N{BULLET}e",
+        "zoo ",
+    ]
+    folders = [class_folder(index, name, len(classes)) for index, name in enumerate(classes)]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    source = scan_given(tmp_path, classes, "method.given")
+    assert [source.path(index).parent.name for index in range(len(source))] == folders
+    with pytest.raises(ConfigError, match=r"folder 0_  lead should be of class 0 of dataset\.classes, which is -ant"):
+        scan_given(tmp_path, ["-ant", "  lead", *classes[2:]], "method.given")
 
 
 def test_seeds_change_nothing(files: Path, tmp_path: Path) -> None:

@@ -152,6 +152,13 @@ PASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "running statistics": ("relabel", (*WITHOUT, *VOTES, "method.r_bn=0", "label.bn_mode=running")),
     "running statistics of small batches": ("relabel", ("label.batch_size=9", "label.bn_mode=running")),
     "labels are not made": ("distill", ("label.batch_size=9",)),
+    "small images for members that nothing needs": (
+        "evaluate",
+        (
+            *("method=random_real", "method.iterations=0", "label=hard", "protocol.loss=cross_entropy"),
+            "committee.members.resnet18.backbone.min_size=64",
+        ),
+    ),
     "smaller images on request": ("evaluate", ("students.tiny_resnet18.min_size=32",)),
 }
 
@@ -166,6 +173,25 @@ def test_classes_known_from_the_configuration_need_no_data(tmp_path: Path, monke
     monkeypatch.setattr(type(context), "data", lambda self: pytest.fail("the data were loaded"))
     with pytest.raises(ConfigError, match=r"label\.batch_size=9"):
         check_before_work(context)
+
+
+FOLDER = ("dataset=image_folder", "dataset.name=mine", "dataset.root=nowhere", "dataset.image_size=16")
+NOBODY = ("compare=none", "method=random_real", "label=hard", "protocol=hard_tiny")
+
+
+@pytest.mark.parametrize("verb", ["train", "distill", "relabel", "evaluate"])
+def test_images_too_small_for_a_network_are_refused_before_the_data_are_read(verb: str, tmp_path: Path) -> None:
+    """The classes of a folder are known only once it is read."""
+    config = configure(tmp_path, *FOLDER, verb=verb)
+    with pytest.raises(ConfigError, match=r"^committee\.members\.\w+: .* 32 pixels, and dataset\.image_size=16"):
+        run(config, Invocation(()))
+
+
+def test_images_too_small_for_a_student_are_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    """No member is needed for real images with labels of their own, whatever images it is made for."""
+    config = configure(tmp_path, *FOLDER, *NOBODY, verb="evaluate")
+    with pytest.raises(ConfigError, match=r"^students\.\w+: .* 32 pixels, and dataset\.image_size=16"):
+        run(config, Invocation(()))
 
 
 def row_with(root: Path, *row: str) -> Context:

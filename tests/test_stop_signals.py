@@ -67,6 +67,7 @@ def test_a_student_is_saved_at_the_end_of_the_epoch_of_the_signal(
     made: tuple[Distilled, Result],
     again: Callable[..., Context],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Three epochs, no checkpoint by the clock; even the last one is saved, as its result is not in the store yet."""
     context = again("students")
@@ -75,6 +76,7 @@ def test_a_student_is_saved_at_the_end_of_the_epoch_of_the_signal(
         begun = epochs_begun(patched)
         with pytest.raises(Requeued):
             student(context, made)
+    assert f"SIGUSR2: saved after epoch {epoch}" in caplog.messages
     assert begun == list(range(epoch))
     assert handled == [signal.SIGUSR2]
     begun = epochs_begun(monkeypatch)
@@ -83,13 +85,19 @@ def test_a_student_is_saved_at_the_end_of_the_epoch_of_the_signal(
 
 
 def test_images_are_saved_at_the_end_of_the_epoch_of_the_signal(
-    handled: list[int], made: tuple[Distilled, Result], again: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+    handled: list[int],
+    made: tuple[Distilled, Result],
+    again: Callable[..., Context],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Lightning's epochs are no one's: what is said is the iteration."""
     context = again("images", "labels", "students")
     with monkeypatch.context() as patched:
         send_at(patched, cvdd.chain.recover, "_log_row", 4, signal.SIGUSR2)
         with pytest.raises(Requeued):
             make_images(context, PRIORS)
+    assert "SIGUSR2: saved after iteration 2" in caplog.messages
     rows = rows_logged(monkeypatch)
     assert same_files(make_images(context, PRIORS), made[0].images)
     assert rows == [(1, 4), (1, 6)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -99,15 +99,29 @@ class DatasetConfig(CheckedConfig):
         yield from self._problems_of_classes()
         yield from self._problems_of_normalisation()
         yield from self._problems_of_sizes()
-        if self.source != "digits_photo" and not self.root:
+        if self.source == "digits_photo":
+            yield from self._problems_of_digits()
+            return
+        if not self.root:
             yield f"dataset.root=FOLDER is needed: {self.source} reads its images from that folder"
-        if self.source != "digits_photo" and self.digits is not None:
+        if self.digits is not None:
             yield f"dataset.digits is only for dataset.source=digits_photo, not {self.source}"
         if self.download and self.source in NOT_DOWNLOADED:
             yield (
                 f"dataset.download=true: {self.source} cannot be downloaded; set dataset.download=false and "
                 "dataset.root=FOLDER to a folder that holds it"
             )
+
+    def _problems_of_digits(self) -> Iterator[str]:
+        """What is typed for other data, and would give the digits that name without a word."""
+        others = [name for name in get_args(SourceName) if name != "digits_photo"]
+        choice = f"choose dataset=image_folder (or {', '.join(name for name in others if name != 'image_folder')})"
+        if self.root:
+            yield f"dataset.root={self.root}: digits_photo reads no folder; {choice}, or dataset.root=null"
+        if self.download:
+            yield f"dataset.download=true: digits_photo needs no download; {choice}, or dataset.download=false"
+        if self.name in others:
+            yield f"dataset.name={self.name} would be the name of digits_photo; choose dataset={self.name}"
 
     def _problems_of_classes(self) -> Iterator[str]:
         if not self.classes:

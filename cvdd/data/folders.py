@@ -53,22 +53,23 @@ def warn_of_left_out(part: Path, classes: Sequence[str]) -> None:
     """
     Image.init()
     others = {suffix for suffix in Image.registered_extensions() if suffix not in IMG_EXTENSIONS} | {".heic", ".heif"}
-    for name in classes:
-        found = [
-            path
-            for _, _, files in os.walk(part / name, followlinks=True)
-            for path in map(Path, files)
-            if path.suffix.lower() in others and path.name[0] != "."
-        ]
-        if found:
-            log.warning(
-                "%s: %d files of class %r are left out, because %s is none of %s; convert them to have them read",
-                part,
-                len(found),
-                name,
-                ", ".join(sorted({path.suffix.lower() for path in found})),
-                ", ".join(IMG_EXTENSIONS),
-            )
+    found = sorted(
+        Path(folder, file).relative_to(part)
+        for name in classes
+        for folder, _, files in os.walk(part / name, followlinks=True)
+        for file in files
+        if Path(file).suffix.lower() in others and file[0] != "."
+    )
+    if found:
+        log.warning(
+            "%s: %d files are left out, because %s is none of %s; convert them to have them read: %s%s",
+            part,
+            len(found),
+            ", ".join(sorted({path.suffix.lower() for path in found})),
+            ", ".join(IMG_EXTENSIONS),
+            ", ".join(path.as_posix() for path in found[:3]),
+            ", ..." * (len(found) > 3),
+        )
     for entry in sorted(part.iterdir()):
         hidden = entry.name.startswith(".") and entry.is_dir()
         if hidden and any(path.name.lower().endswith(IMG_EXTENSIONS) for path in entry.iterdir()):

@@ -18,6 +18,8 @@ from cvdd.data.source import FileSource
 
 _OF_NO_FILE = re.compile(r"[^\w. -]")
 """What the name of a class may have and that of a folder should not."""
+_BETWEEN = "_ -"
+"""What may stand between the number and the name of a class."""
 
 
 def class_folder(index: int, name: str, classes: int) -> str:
@@ -67,9 +69,10 @@ def _in_order(folder: Path, classes: Sequence[str], field: str) -> list[str]:
         )
     names = [numbered[index] for index in range(len(classes))]
     for index, name in enumerate(names):
-        said = re.sub(r"^\D*\d+[_ -]*", "", name)
-        # The order of the classes is the likeliest mistake, and shows in nothing else.
-        if said and said != _in_a_path(classes[index]):
+        said = re.sub(r"^\D*\d+", "", name).lstrip(_BETWEEN)
+        # The order of the classes is the likeliest mistake, and shows in nothing else. A class, too, may begin with
+        # what stands between it and its number.
+        if said and said != _in_a_path(classes[index]).lstrip(_BETWEEN):
             raise ConfigError(
                 f"{field}={folder}: folder {name} should be of class {index} of dataset.classes, which is "
                 f"{classes[index]}; is the set of other classes, or of another order? If it is not, name the folder "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cvdd.data.resize import resize_and_crop
-from cvdd.data.source import ImageSource, TensorSource
+from cvdd.data.source import DamagedImage, ImageSource, TensorSource
 
 if TYPE_CHECKING:
     from cvdd.artifact import Artifact, Store
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ARTIFACT_KIND = "data"
 _FILE = "images.safetensors"
 _CHUNK = 512
+_NAMED = 10
+"""Damaged files that an error names; it counts the others."""
 
 
 def channel_statistics(total: Tensor, squares: Tensor, pixels: int) -> tuple[list[float], list[float]]:
@@ -89,7 +91,7 @@ def pack(
         keep: store the pixels; otherwise only measure (metrics ``mean`` and ``std``).
 
     Raises:
-        ValueError: a file is damaged (it is named).
+        DamagedImage: files are damaged (the first of them are named), which is known once all were looked at.
     """
     full_identity = {
         **identity,
@@ -102,21 +104,43 @@ def pack(
     def build(directory: Path) -> Mapping[str, Any]:
         kept = torch.empty((len(source) if keep else 0, 3, image_size, image_size), dtype=torch.uint8)
         total, squares = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-        # Threads help because the decoder works outside the interpreter lock; one chunk at a time bounds memory and
-        # lets a damaged file stop the work at once.
+        damaged: list[str] = []
+
+        def view(index: int) -> Tensor | str:
+            try:
+                return resize_and_crop(source.image(index), image_size, shorter_side)
+            except DamagedImage as error:
+                return str(error)  # the error itself would keep the image that was decoded
+
+        # Threads help because the decoder works outside the interpreter lock; one chunk at a time bounds memory.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(source), _CHUNK):
                 indices = range(start, min(start + _CHUNK, len(source)))
-                views = pool.map(lambda index: resize_and_crop(source.image(index), image_size, shorter_side), indices)
-                chunk = torch.stack(list(views))
+                views = list(pool.map(view, indices))
+                # Whoever mends one file wants to know of the others, so that the rest is looked at all the same.
+                damaged += [found for found in views if isinstance(found, str)]
+                if damaged:
+                    continue
+                chunk = torch.stack([found for found in views if isinstance(found, Tensor)])
                 if keep:
                     kept[start : start + len(chunk)] = chunk
                 else:
                     chunk_total, chunk_squares = channel_sums(chunk)
                     total, squares = total + chunk_total, squares + chunk_squares
+        if damaged:
+            raise DamagedImage(_all_of(damaged, len(source)))
         if keep:
             return write_images(directory, kept, source.labels, source.groups)
         mean, std = channel_statistics(total, squares, len(source) * image_size**2)
         return {"images": len(source), "mean": mean, "std": std}
 
     return store.make(ARTIFACT_KIND, name, full_identity, [], build)
+
+
+def _all_of(damaged: Sequence[str], images: int) -> str:
+    if len(damaged) == 1:
+        return damaged[0]
+    lines = [f"{len(damaged)} of {images} image files cannot be used:", *damaged[:_NAMED]]
+    if len(damaged) > _NAMED:
+        lines.append(f"and {len(damaged) - _NAMED} more")
+    return "\n".join(lines)

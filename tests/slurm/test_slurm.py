@@ -176,7 +176,7 @@ def test_a_preempted_job_goes_on_by_itself(slurm: Cluster, local_images: Path, t
     out, errors = launcher.communicate(timeout=PATIENCE)
     finished(subprocess.CompletedProcess(launcher.args, launcher.returncode, out, errors), tmp_path)
     log = job_log(tmp_path)
-    assert "SIGUSR2: saved after epoch" in log
+    assert "SIGUSR2: saved after iteration" in log
     assert "this job is preempted" in log
     assert f"Requeued job {job[0]}" in log
     assert artefacts(tmp_path) == artefacts(local_images)
