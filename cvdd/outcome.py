@@ -129,7 +129,8 @@ def told(sweeping: bool) -> Iterator[None]:
             log.exception("this point of the sweep failed")
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code in (0, None):
+        # Whoever leaves because of what was typed, like argparse, has said so.
+        if isinstance(stop, SystemExit) and stop.code in (0, None, USER_ERROR):
             raise
         _say_interrupted()
 

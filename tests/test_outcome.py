@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -57,6 +58,14 @@ def test_a_copy_is_refused_where_it_goes(tmp_path: Path) -> None:
         raise full
     with pytest.raises(OSError, match="No space left"), store_errors(tmp_path / "other"):
         raise full
+
+
+def test_wrong_arguments_are_no_interruption(caplog: pytest.LogCaptureFixture) -> None:
+    """As argparse ends a process, having said what is wrong."""
+    with pytest.raises(SystemExit) as stopped, told(sweeping=False):
+        argparse.ArgumentParser().parse_args(["--nothing"])
+    assert stopped.value.code == USER_ERROR
+    assert not caplog.messages
 
 
 def full(*arguments: object, **options: object) -> int:
