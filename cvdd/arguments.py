@@ -20,6 +20,8 @@ _HOW = frozenset({"engine", "dataset", "experiment", "debug", "sweep", "point"})
 """How it is computed, where the data lie, and choices that stand for a whole command."""
 _PLAIN = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 _COMPLETION = frozenset({"-sc", "--shell-completion"})
+_NO_DIRECTORY = re.compile(r"\+*(hydra\.(?:run|sweep)\.dir)=\s*(['\"]?)\s*\2\s*")
+"""As the shell writes it where a variable is not set."""
 _MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
 
 
@@ -52,8 +54,8 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
         directory: of the configuration.
 
     Raises:
-        ArgumentError: a number has no file, a group is given no choice, a group, choice or field is not there, or a
-            file of one's own has the name of another.
+        ArgumentError: a number has no file, a group is given no choice, Hydra is given no directory, a group, choice
+            or field is not there, or a file of one's own has the name of another.
     """
     for folder in own_directories(arguments):
         _refuse_hidden(folder, directory)
@@ -62,6 +64,8 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
         if value == "null" and (directory / group).is_dir():
             choices = _listed(_choices(directory, group))
             raise ArgumentError(f"{argument}: choose {choices}; ~{group} leaves the group out")
+        if match := _NO_DIRECTORY.fullmatch(argument):
+            raise ArgumentError(f"{match[1]}=: names no directory; type {match[1]}=DIR, or leave it out")
     certain = is_certain(arguments)
     for argument in arguments if not _COMPLETION & set(arguments) else ():
         _refuse_unknown(argument, directory, certain)

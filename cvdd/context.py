@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
-from torchvision.io import write_png
 
 from cvdd.artifact import Artifact, DamagedArtifact, Store
 from cvdd.artifact.manifest import COPY, read_whole
@@ -21,6 +20,7 @@ from cvdd.config_base import ConfigError
 from cvdd.data import Data, load_data
 from cvdd.distributed import World
 from cvdd.fit import fit
+from cvdd.pictures import write_png
 from cvdd.progress import Advance, progress
 from cvdd.schema import RunConfig, with_overrides
 
@@ -147,8 +147,12 @@ class Context:
     def save_picture(self, name: str, image: torch.Tensor) -> None:
         """Write an image [3, h, w] uint8 into the run's directory, over its predecessor, to be watched meanwhile."""
         folder = self.config.paths.output / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(folder / f"{self.label + ' ' if self.label else ''}{name}.png"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(image, folder / f"{self.label + ' ' if self.label else ''}{name}.png")
+        except OSError as error:
+            # Losing a picture of what is half made must not lose work.
+            log.warning("a picture of the work so far is left out: %s", error)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:

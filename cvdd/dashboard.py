@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvdd.config_base import ConfigError
 from cvdd.outcome import USER_ERROR
+from cvdd.refusals import place_errors
 from cvdd.schema.surroundings import LoggerConfig
 
 if TYPE_CHECKING:
@@ -231,23 +232,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command; return the exit code, which is 2 if it was to be sent and was not."""
     options = _parser().parse_args(arguments)
     try:
         workspace = build(options.entity, options.project, options.group, tuple(options.axes))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR
-    file, reason = options.spec, ""
-    if file is None:
+        if options.spec is not None:
+            _write(workspace, options.spec)
+            print(f"The spec is in {options.spec}")
+            return 0
         try:
             print(send(workspace))
             return 0
         except Offline as error:
-            file, reason = Path(SPEC), f"not sent ({error}); repeat the command to send it. "
-    file.write_text(json.dumps(spec_of(workspace), indent=1) + "\n")
-    print(f"{reason}The spec is in {file}")
-    return 0
+            print(f"not sent ({error}); repeat the command to send it.", file=sys.stderr)
+            _write(workspace, Path(SPEC))
+            print(f"The spec is in {SPEC}", file=sys.stderr)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    return USER_ERROR
+
+
+def _write(workspace: ws.Workspace, file: Path) -> None:
+    with place_errors(file, "another place with --spec FILE"):
+        file.write_text(json.dumps(spec_of(workspace), indent=1) + "\n")
 
 
 if __name__ == "__main__":

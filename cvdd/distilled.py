@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torchvision.io import write_png
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import COPY, MANIFEST, read_whole
@@ -22,6 +21,8 @@ from cvdd.config_base import ConfigError
 from cvdd.data.given_folder import class_folder
 from cvdd.label_store import LabelLayout, StoredLabels
 from cvdd.outcome import told
+from cvdd.pictures import write_png
+from cvdd.refusals import place_errors
 from cvdd.replay import batch_bounds, replay
 from cvdd.schema import LabelConfig
 from cvdd.schema.unread import without_unread
@@ -86,16 +87,17 @@ class DistilledSet:
             folder: is made.
 
         Raises:
-            ConfigError: there is something in it already.
+            ConfigError: there is something in it already, or it cannot be written.
         """
         target = Path(folder)
         if target.is_dir() and any(target.iterdir()):
             raise ConfigError(f"{target} is not empty; name a folder that is not there yet")
-        for index, name in enumerate(self.classes):
-            place = target / class_folder(index, name, len(self.classes))
-            place.mkdir(parents=True)
-            for number, image in enumerate(self.images[self.labels == index]):
-                write_png(image, str(place / f"{number:04d}.png"))
+        with place_errors(target, "another folder"):
+            for index, name in enumerate(self.classes):
+                place = target / class_folder(index, name, len(self.classes))
+                place.mkdir(parents=True)
+                for number, image in enumerate(self.images[self.labels == index]):
+                    write_png(image, place / f"{number:04d}.png")
 
 
 def load(path: str | Path) -> DistilledSet:

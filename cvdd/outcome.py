@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import signal
@@ -18,6 +17,7 @@ from hydra.errors import CompactHydraException
 
 from cvdd.config_base import ConfigError
 from cvdd.memory import is_out_of_memory
+from cvdd.refusals import NO_SPACE, refused_by
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ def is_for_users(error: BaseException) -> bool:
 
 def advice_on(error: BaseException) -> str | None:
     """Say what to do about an error that the machine reports in its own words; None if nothing is known of it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        name = error.filename2 or error.filename
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        name = refused_by(error)
         place = f" for {name}" if name else ""
         return f"no space left{place}. Free some, or choose other places: paths.output=DIR, paths.store=DIR. {_KEPT}"
     if is_out_of_memory(error):
@@ -129,7 +129,8 @@ def told(sweeping: bool) -> Iterator[None]:
             log.exception("this point of the sweep failed")
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code in (0, None):
+        # Whoever leaves because of what was typed, like argparse, has said so.
+        if isinstance(stop, SystemExit) and stop.code in (0, None, USER_ERROR):
             raise
         _say_interrupted()
 

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from cvdd.children import begin_child, started
 from cvdd.config_base import ConfigError
 from cvdd.distributed import FAILED, LOOPBACK, SECONDS_BETWEEN_LOOKS, World, given_world, lost
+from cvdd.refusals import require_writable
 from cvdd.schema import SILENT, RunConfig, with_overrides
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _joined(world: World, store: TCPStore | None, config: RunConfig) -> Iterator
 def _others(config: RunConfig, world: World) -> Iterator[None]:
     """Run the other ranks while the body runs."""
     output = config.paths.output
-    output.mkdir(parents=True, exist_ok=True)
+    require_writable(output, "another place with paths.output=DIR")
     with contextlib.ExitStack() as running:
         processes = []
         for rank in range(1, world.size):

@@ -27,6 +27,7 @@ from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
 from cvdd.provenance import made_by_other_code
 from cvdd.ranks import all_ranks, in_silence
+from cvdd.refusals import require_writable
 from cvdd.schema import RunConfig, with_overrides
 from cvdd.unread_overrides import Alternative, warn_of_unread
 from cvdd.verbs import VERBS
@@ -100,7 +101,7 @@ def work_as(world: World, config: RunConfig, invocation: Invocation) -> float | 
 def _work(world: World, config: RunConfig, invocation: Invocation) -> float | None:
     device = prepare_process(config, world.local_rank)
     output = config.paths.output
-    output.mkdir(parents=True, exist_ok=True)
+    require_writable(output, "another place with paths.output=DIR")
     context = Context(config, Store(config.paths.store, machine_name(device)), device, world=world)
     check_before_work(context)
     if not world.main:

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.files import StoreError, store_errors
+from cvdd.artifact.files import StoreError
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest
 from cvdd.config_base import ConfigError
 from cvdd.distilled import DistilledSet, load, open_set
 from cvdd.outcome import told
+from cvdd.pictures import write_png
 from cvdd.readable import with_error
+from cvdd.refusals import place_errors
 
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
 SHOWN = 10
@@ -77,20 +78,28 @@ def share(path: Path, folder: Path) -> DistilledSet:
         the set, as it can be read from the folder.
 
     Raises:
-        ConfigError: there is something in the folder already, or ``path`` holds no distilled set.
+        ConfigError: there is something in the folder already, it cannot be written, or ``path`` holds no distilled set.
         DamagedArtifact: a file of the set is missing or was changed.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; name a folder that is not there yet")
     images, labels = open_set(path)
     made = [images] if labels is None else [images, labels]
-    with store_errors(folder):
+    with place_errors(folder, "another folder"):
         for artifact in made:
-            shutil.copytree(artifact.path, folder / artifact.kind / artifact.path.name)
+            _copy(artifact.path, folder / artifact.kind / artifact.path.name)
         shared = load(folder / made[-1].kind / made[-1].path.name)
         (folder / CARD).write_text(_card(images, labels, shared))
-        write_png(_preview(shared), str(folder / PREVIEW))
+        write_png(_preview(shared), folder / PREVIEW)
     return shared
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a directory; shutil would gather the system's refusals in an error that has no number."""
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        copy = target / file.relative_to(path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
 
 
 def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:

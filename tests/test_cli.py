@@ -118,6 +118,14 @@ def test_what_is_there_or_new_is_left_to_hydra(typed: str) -> None:
     assert prepare([typed], CONF) == [typed]
 
 
+@pytest.mark.parametrize("value", ["", "''", '""', "' '"])
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_directory_without_a_name_is_refused(key: str, value: str) -> None:
+    """It would be the current one, and every run would write over the last."""
+    with pytest.raises(ArgumentError, match=f"{key}=: names no directory; type {key}=DIR"):
+        prepare(["seed=1", f"{key}={value}"], CONF)
+
+
 def test_files_of_ones_own_are_not_hidden_by_ours(tmp_path: Path) -> None:
     """Hydra would take ours, without a word."""
     (tmp_path / "protocol").mkdir()
@@ -288,6 +296,12 @@ def test_completion_works_in_a_shell(tmp_path: Path) -> None:
         (["committee.size=9"], USER_ERROR, ["committee.size=9", "choose 1 to 5"]),
         (["dataset=mnist"], USER_ERROR, ["dataset=mnist: choose cifar10", "digits_photo"]),
         (["method.speed=3"], USER_ERROR, ["method.speed=3: there is no such field", "did you mean method.seed?"]),
+        (["hydra.run.dir=/proc/x"], USER_ERROR, ["/proc/x cannot be written (No such", "place with hydra.run.dir=DIR"]),
+        (
+            ["-m", "hydra.sweep.dir=/dev/null/x"],
+            USER_ERROR,
+            ["(Not a directory)", "another place with hydra.sweep.dir=DIR"],
+        ),
         (["--multirun", "committee.size=8,9"], 1, ["committee.size=8 is", "committee.size=9 is", "choose 1 to 5"]),
     ],
 )
@@ -301,6 +315,7 @@ def test_wrong_input_ends_with_a_short_message(
     assert len(told_user.splitlines()) < 25
     for part in expected:
         assert part in told_user
+    assert code != USER_ERROR or len(told_user.splitlines()) == 1
     assert not (tmp_path / "store").exists()
 
 

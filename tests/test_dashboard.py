@@ -108,6 +108,8 @@ def test_offline_the_spec_is_written(
     expected = spec_of(build("me", "cvdd", None, AXES))
     assert main(["--entity", "me", "--spec", "asked.json"]) == 0
     assert json.loads((tmp_path / "asked.json").read_text()) == expected
+    assert main(["--spec", "asked.json/spec"]) == 2
+    assert "asked.json/spec cannot be written (Not a directory)" in capsys.readouterr().err
     for name, value, reason in (
         ("WANDB_MODE", "offline", "WANDB_MODE=offline"),
         ("WANDB_BASE_URL", "http://127.0.0.1:9", "refused"),
@@ -116,8 +118,9 @@ def test_offline_the_spec_is_written(
             patched.setenv(name, value)
             wandb.teardown()
             capsys.readouterr()
-            assert main(["--entity", "me"]) == 0
-        said = capsys.readouterr().out
+            # For whoever waits for the workspace it is a failure.
+            assert main(["--entity", "me"]) == 2
+        said = capsys.readouterr().err
         assert reason in said
         assert "The spec is in dashboard.json" in said
         assert json.loads((tmp_path / "dashboard.json").read_text()) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,23 @@ def test_files_have_the_same_classes(row: Distilled, tmp_path: Path, capsys: pyt
     assert (torch.tensor(list(found[5][0].getdata())).T.reshape(3, 32, 32) == images[5]).all()
     with pytest.raises(ConfigError, match="is not empty"):
         main([str(row.images.path), str(tmp_path / "files")])
+
+
+@pytest.mark.parametrize("place", ["/proc/x/y", "file", "file/x"])
+def test_a_folder_that_cannot_be_made(row: Distilled, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another folder"):
+        main([str(row.images.path), str(tmp_path / place)])
+
+
+def test_a_full_disk_is_told(row: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match="no space left for .*; free some, or choose another folder"):
+        main([str(row.images.path), str(tmp_path / "files")])
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_settings_that_earlier_versions_allowed_are_left_out() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -82,3 +84,23 @@ def test_what_cannot_be_shared(made: tuple[Distilled, Result], tmp_path: Path) -
     with pytest.raises(DamagedArtifact):
         main([str(copy), str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/x/y", "file", "file/x"])
+def test_a_folder_that_cannot_be_made(made: tuple[Distilled, Result], place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another folder"):
+        main([str(made[0].images.path), str(tmp_path / place)])
+
+
+@pytest.mark.parametrize("method", ["sendfile", "write_bytes"])
+def test_a_full_disk_is_told(
+    made: tuple[Distilled, Result], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # The first copies files, the second writes the preview.
+    monkeypatch.setattr(Path if method == "write_bytes" else os, method, full)
+    with pytest.raises(ConfigError, match="no space left for .*; free some, or choose another folder"):
+        main([str(made[0].images.path), str(tmp_path / "set")])

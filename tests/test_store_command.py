@@ -311,3 +311,45 @@ def test_an_artefact_is_no_longer_one_before_its_files_go(
     assert {artifact.kind for artifact in sealed(root)} == {"images", "labels"}
     with pytest.raises(DamagedArtifact):
         Store(root).open(chain[2].path)
+
+
+LONG = "cifar100-" + "resnet18-" * 6 + "end"
+
+
+@pytest.fixture
+def long_names(root: Path) -> list[Artifact]:
+    images = Store(root).make("images", LONG, {}, [], build)
+    return [images, Store(root).make("labels", LONG, {}, [images], build)]
+
+
+def test_in_a_pipe_no_name_is_folded(
+    root: Path, long_names: list[Artifact], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    assert main(["list", "--store", str(root)]) == 0
+    images, labels = (f"{artifact.kind}/{artifact.path.name}" for artifact in long_names)
+    output = capsys.readouterr().out
+    assert all(part in row_of(output, images) for part in (images, "1.5 kB", labels))
+    assert images in row_of(output, labels)
+    assert f"{root}: 2 artefacts\n" in output
+    assert main(["gc", "--unused", "labels", "--store", str(root)]) == 0
+    row = row_of(capsys.readouterr().out, labels)
+    assert row.rstrip().endswith(("yes", "no: a running process uses it"))
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_in_a_terminal_other_columns_are_folded(
+    columns: str,
+    root: Path,
+    long_names: list[Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    assert main(["list", "--store", str(root)]) == 0
+    output = capsys.readouterr().out
+    images, labels = (f"{artifact.kind}/{artifact.path.name}" for artifact in long_names)
+    assert "1.5 kB" in row_of(output, images)
+    assert labels not in row_of(output, images)

@@ -23,6 +23,8 @@ from cvdd.readable import readable_bytes
 
 VARIABLE = "CVDD_STORE"
 DAMAGED = 1
+NARROWEST, WIDEST = 14, 10**6
+"""Characters of a column beside a name, and of a table in a pipe."""
 
 
 def list_artifacts(root: Path) -> int:
@@ -30,7 +32,7 @@ def list_artifacts(root: Path) -> int:
     artifacts, damaged = _read(root)
     names = {artifact.digest: f"{artifact.kind}/{artifact.path.name}" for artifact in artifacts}
     made_from = children(artifacts)
-    table = _table(f"{root}: {len(artifacts)} artefacts", "artefact", "size", "made from", "used by")
+    table = _table("artefact", "size", "made from", "used by")
     for artifact in artifacts:
         parents = [names.get(p["digest"], f"{p['kind']}/{p['name']} (gone)") for p in artifact.manifest["parents"]]
         users = [names[child.digest] for child in made_from[artifact.digest]]
@@ -41,7 +43,7 @@ def list_artifacts(root: Path) -> int:
             escape("\n".join(users)) or "-",
         )
     console = Console()
-    console.print(table)
+    _print(console, f"{root}: {len(artifacts)} artefacts", table)
     paths = unfinished(root)
     used = in_use(root, claims_for(root), paths)
     for path in paths:
@@ -86,7 +88,7 @@ def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
     if not found:
         _say(console, f"{root}: nothing to remove")
         return 0
-    table = _table(str(root), "directory", "size", "what", "removed" if delete else "would be removed")
+    table = _table("directory", "size", "what", "removed" if delete else "would be removed")
     freed = 0
     if delete:
         outcomes = list(remove(root, claims, found))
@@ -97,7 +99,7 @@ def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
         freed += item.bytes if goes else 0
         place = escape(str(item.path.relative_to(root)))
         table.add_row(place, readable_bytes(item.bytes), item.why, "yes" if goes else "no: a running process uses it")
-    console.print(table)
+    _print(console, str(root), table)
     if delete:
         _say(console, f"{readable_bytes(freed)} freed")
     else:
@@ -111,13 +113,27 @@ def _read(root: Path) -> tuple[list[Artifact], list[DamagedArtifact]]:
     return artifacts, [error for error in found if isinstance(error, DamagedArtifact)]
 
 
-def _table(title: str, first: str, size: str, *others: str) -> Table:
-    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.add_column(first, overflow="fold")
+def _table(first: str, size: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
     table.add_column(size, justify="right", no_wrap=True)
     for column in others:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    """Print a table whose names can be copied; in a pipe, where they are searched for, no line is folded at all."""
+    _say(console, title)
+    if console.is_terminal:
+        name = max(console.measure(cell).maximum for cell in table.columns[0].cells)
+        # The terminal itself breaks what is wider, and copies it as one line.
+        width = max(console.width, name + NARROWEST * (len(table.columns) - 1))
+    else:
+        width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    # The width alone is not heeded in a terminal that says it is dumb.
+    console.size = (width, console.height)
+    console.print(table)
 
 
 def _say(console: Console, sentence: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cvdd.config_base import ConfigError
+from cvdd.refusals import NO_SPACE, is_about, refused_by
 
 
 class StoreError(ConfigError):
@@ -76,20 +77,20 @@ def store_errors(root: Path) -> Iterator[None]:
         with _safetensors_errors():
             yield
     except OSError as error:
-        # Where a file is copied, the second name is that of the copy, which is what is refused.
-        refused = error.filename if error.filename2 is None else error.filename2
-        known = isinstance(refused, str | os.PathLike)
-        if known and not Path(refused).is_relative_to(root):
+        refused = refused_by(error)
+        if refused is not None and not is_about(refused, root):
             raise
         # A write into an open file names none, and logs and pictures are written while an artefact is made.
-        place, choice = (root, "") if known else (f"{root} or the run's output", "paths.output=DIR or ")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place, choice = (f"{root} or the run's output", "paths.output=DIR or ") if refused is None else (root, "")
+        if error.errno in NO_SPACE:
             raise StoreError(
                 f"no space left for {place}. Free some or choose another place with {choice}paths.store=DIR; "
                 "finished units are kept and the same command goes on."
             ) from error
+        # Where there is a store, anything else, such as a file that is missing, is no matter of its place.
+        impossible = error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR) or not root.is_dir()
         # Permission is asked for by name; without one it is of something else, e.g. a device or a socket.
-        if error.errno == errno.EROFS or (known and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR)):
+        if error.errno == errno.EROFS or (refused is not None and impossible):
             raise StoreError(
                 f"{place} cannot be written ({error.strerror}). Choose another place: {choice}paths.store=DIR."
             ) from error

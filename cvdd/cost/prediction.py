@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cvdd.artifact import digest_of, write_atomically
+from cvdd.artifact.files import store_errors
 from cvdd.cost.fakes import scale_of
 from cvdd.cost.plan import STAGES, Piece
 from cvdd.cost.steps import Network, Step, TrainStep
@@ -144,9 +145,10 @@ def prediction_path(config: RunConfig) -> Path:
 def save_prediction(config: RunConfig, stages: Sequence[StageCost], machine: str, notes: Sequence[str]) -> Path:
     """Write a prediction where :func:`load_prediction` finds it; return where that is."""
     path = prediction_path(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "notes": list(notes), "stages": [asdict(stage) for stage in stages]}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    with store_errors(config.paths.store):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 
 

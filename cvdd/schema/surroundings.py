@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
@@ -65,3 +65,14 @@ class PathsConfig(StrictConfig):
     data: Path = Field(description="raw data sets")
     store: Path = Field(description="artefacts")
     output: Path = Field(description="this run's table, metrics, page and logs")
+
+    @field_validator("data", "store", "output", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic takes it for the current directory, which a shell's variable that is not set would fill.
+        if isinstance(value, str) and not value.strip():
+            key = f"paths.{info.field_name}"
+            variable = {"paths.data": "CVDD_DATA", "paths.store": "CVDD_STORE"}.get(key)
+            otherwise = f", and unset {variable} if that is empty" if variable else ""
+            raise ValueError(f"{key}=: names no directory; type {key}=DIR, or leave it out{otherwise}")
+        return value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torchvision.io import write_png
-
 from cvdd.chain.own_engines import make_distilled
 from cvdd.chain.priors import find_priors
 from cvdd.context import Context
 from cvdd.grids import ENLARGED, image_grid
+from cvdd.pictures import write_png
 from cvdd.report.gallery import choose_images, read_images
 from cvdd.report.tables import print_artifact
 
@@ -21,7 +20,7 @@ def distill(context: Context, commands: list[str]) -> float | None:
     choice = choose_images(images, PIXELS // max(context.config.dataset.image_size, ENLARGED) ** 2)
     picture = context.config.paths.output / "images.png"
     shown = read_images(images, choice.labels, choice.slots).flatten(0, 1)
-    write_png(image_grid(shown, choice.slots), str(picture))
+    write_png(image_grid(shown, choice.slots), picture)
     context.log_artifacts({f"{context.config.method.name}/images": images})
     print_artifact(images, {"picture": f"{picture} ({choice.left_out})" if choice.left_out else str(picture)})
     return None
