@@ -187,7 +187,11 @@ def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
     if problem["type"] == "missing" and key.endswith("]"):
         return [f"{key.partition('[')[0]}={_typed(problem['input'])}: too few values{about}"]
     if problem["type"] == "missing":
-        return [f"{key}: a value is missing; set {key}=VALUE{about}"]
+        first = key.partition(".")[0]
+        # All of a section is in the files of its group, and nobody can type it.
+        if model_at(key.split(".")) is not None and first != "expected":
+            return [f"{key} is missing, which is in the files of {first}; choose {first}=NAME without ~{key}"]
+        return [f"{key}: a value is missing; set +{key}=VALUE{about}"]
     # The alternatives of a union fail one by one; any of them would do.
     wanted = " or ".join(dict.fromkeys(_requirement(problem) for problem in problems))
     return [f"{key}={_typed(problem['input'])}: {wanted}{about}"]
