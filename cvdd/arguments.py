@@ -68,7 +68,7 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
     """
     if _COMPLETION & set(arguments):
         return list(arguments)
-    options, overrides = _apart(arguments)
+    options, overrides = apart(arguments)
     folders = [directory, *own_directories(options)]
     for folder in folders[1:]:
         _refuse_hidden(folder, directory)
@@ -79,7 +79,7 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
     return quote_numbers([*options, *overrides], directory)
 
 
-def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return options and overrides: Hydra's parser takes no override after an option that follows others."""
     options: list[str] = []
     overrides: list[str] = []
@@ -171,8 +171,9 @@ def _refuse_pointless(override: str, folders: Sequence[Path]) -> None:
     from cvdd.fields import is_dictionary, is_required, model_at
 
     if not empty:
-        leave = "" if is_required(group) else f"; ~{group} leaves the group out"
-        raise ArgumentError(f"{override}: choose {_listed(_choices(folders, group))}{leave}")
+        if not is_required(group):
+            raise ArgumentError(f"{override}: choose {group}=NAME; ~{group} leaves the group out")
+        raise ArgumentError(f"{override}: choose {_listed(_choices(folders, group))}")
     path = empty[1].split(".")
     if model_at(path) is not None:
         leave = f", or leave out what you do not want: ~{empty[1]}.NAME" if is_dictionary(path) else ""
@@ -190,7 +191,7 @@ def _refuse_unknown(override: str, folders: Sequence[Path], certain: bool) -> No
     key, values = match[1], match[2].split(",")
     if any((folder / key).is_dir() for folder in folders):
         choices = _choices(folders, key)
-        wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in (*choices, "null")]
+        wrong = [value for value in values if re.fullmatch(r"[\w-]+", value) and value not in (*choices, "null")]
         if certain and wrong and key not in FIELDS:
             raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{closest(wrong[0], choices, '')}")
     elif "." in key or certain:

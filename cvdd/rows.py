@@ -57,7 +57,7 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
         base = _tree(composed)
     except OmegaConfBaseException as error:
         # Of the command itself and of no row.
-        raise ConfigError(_reason(error)) from error
+        raise ConfigError(reason(error)) from error
     # Labels are made for as many epochs as students train unless a row asks for more.
     if _TRAINED in limits:
         limits = {**limits, _LABELLED: limits[_TRAINED]}
@@ -93,7 +93,7 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
                 if beyond:
                     tree = _tree(compose([*overrides, *(f"{key}={limits[key]}" for key in beyond)]))
             except NOT_COMPOSED as error:
-                raise ConfigError(f"{where}: {_reason(error)}") from error
+                raise ConfigError(f"{where}: {reason(error)}") from error
             unknown = tree.keys() - base.keys()
             if unknown:
                 raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
@@ -129,7 +129,7 @@ def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | N
     return node if isinstance(node, (int, float)) else None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say in one line why a row cannot be composed, and what would be valid."""
     first = str(error).splitlines()[0]
     if said := said_by_resolver(first):

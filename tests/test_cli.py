@@ -186,7 +186,7 @@ def test_options_may_follow_overrides(typed: list[str], meant: list[str]) -> Non
         ),
         ("protocol={}", "hold nothing; choose protocol=NAME"),
         ("students=null", "small_paper, tiny, tiny_all or tiny_convnet3_instance"),
-        ("compare=null", "none or random_real; ~compare leaves the group out"),
+        ("compare=null", "compare=null: choose compare=NAME; ~compare leaves the group out"),
         ("verb=relabel", "each verb is a command of its own; type python relabel.py instead"),
         ("++verb=make", "type python train.py, python distill.py, python relabel.py or python evaluate.py instead"),
         ("smoke", "smoke: write KEY=VALUE, +KEY=VALUE for what is not there yet, or ~KEY to leave it out"),
