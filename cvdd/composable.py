@@ -16,10 +16,11 @@ from yaml import MarkedYAMLError, YAMLError
 from cvdd.arguments import ArgumentError, apart, is_certain, own_directories
 from cvdd.closest import closest
 
-_ASKS_ELSE = frozenset(
-    "--help -h --hydra-help --version --info --config-name -cn --experimental-rerun --shell-completion -sc".split()
-)
-"""Options of commands that compose nothing, or something else."""
+_ASKS_ELSE = frozenset(("--help", "-h", "--hydra-help", "--version", "--info", "--shell-completion", "-sc"))
+"""Options of commands that compose nothing."""
+
+_OTHER_CONFIG = frozenset(("--config-name", "-cn", "--experimental-rerun"))
+"""Options with which Hydra composes something else."""
 
 _NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(.+)'")
 _THERE = re.compile(r"Could not append to config\. An item is already at '(.+)'|Multiple values for (.+)\. To override")
@@ -39,7 +40,7 @@ def require_composable(verb: str, arguments: Sequence[str], directory: Path) -> 
         ArgumentError: a line for each override that does not fit.
     """
     options, overrides = apart(arguments)
-    if not is_certain(arguments) or any(option.partition("=")[0] in _ASKS_ELSE for option in options):
+    if not is_certain(arguments) or any(option.partition("=")[0] in _ASKS_ELSE | _OTHER_CONFIG for option in options):
         return
     try:
         pairs = {override: _first(override) for override in overrides}

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cvdd.arguments import ArgumentError, key_of
 from cvdd.closest import closest
 from cvdd.config_base import ConfigError
-from cvdd.fields import fields
+from cvdd.fields import fields, is_known, model_at
 from cvdd.schema import RunConfig, with_overrides
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
 from cvdd.validation import said_by_resolver, shared_by_rows
@@ -138,6 +138,10 @@ def reason(error: Exception) -> str:
         group, _, wrong = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={wrong}: choose {', '.join(error.options)}{closest(wrong, error.options, '')}"
     unknown = re.fullmatch(r"Could not override '(.+)'\.", first)
+    if unknown and is_known(unknown[1]):
+        path = unknown[1].split(".")
+        instead = f"choose {path[0]}=NAME that has it" if model_at(path[:-1]) else f"write +{unknown[1]}=VALUE"
+        return f"{unknown[1]}: there is none in this row; {instead}"
     if unknown:
         return f"{unknown[1]}: there is no such field or group{_nearest(unknown[1])}"
     return first

@@ -151,6 +151,11 @@ def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
         ("method=cvdd_tniy", "method=cvdd_tniy: choose apm, .*, tesla; did you mean cvdd_tiny?"),
         ("method.lrr=1", "method.lrr: there is no such field or group; did you mean method.lr?"),
         ("+foo=1", "foo: there is no such field"),
+        ("method.apm.ce=2", "method.apm.ce: there is none in this row; choose method=NAME that has it"),
+        (
+            "prior.values.resnet18=5",
+            "prior.values.resnet18: there is none in this row; write +prior.values.resnet18=VALUE",
+        ),
         ("lable=tiny", "lable: there is no such field or group; did you mean label?"),
     ],
 )
