@@ -7,11 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from cvdd.closest import closest
 from cvdd.surroundings import SURROUNDINGS, is_shared_by_rows
 
 FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
 """The field behind each of these groups, for numbers that have no file."""
+
+_VERBS = ("train", "distill", "relabel", "evaluate")
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
@@ -22,7 +27,13 @@ _PLAIN = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 _COMPLETION = frozenset({"-sc", "--shell-completion"})
 _NO_DIRECTORY = re.compile(r"\+*(hydra\.(?:run|sweep)\.dir)=\s*(['\"]?)\s*\2\s*")
 """As the shell writes it where a variable is not set."""
-_MORE_DIRECTORIES = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+_ELSEWHERE = ("--config-path", "-cp", "hydra.searchpath")
+_EMPTY = re.compile(r"\+*([A-Za-z_][\w.]*)=\{\s*\}")
+_VERB = re.compile(r"[+~]*verb(?:=(.*))?")
+_VALUED = ("--config-dir", "--config-path", "--config-name", "--package", "--cfg", "--experimental-rerun", "--info")
+_VALUED_SHORT = ("-cd", "-cp", "-cn", "-p", "-c", "-i")
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""What Hydra's option --info may be followed by."""
 
 
 class ArgumentError(ValueError):
@@ -55,51 +66,146 @@ def prepare(arguments: Sequence[str], directory: Path) -> list[str]:
 
     Raises:
         ArgumentError: a number has no file, a group is given no choice, Hydra is given no directory, a group, choice
-            or field is not there, or a file of one's own has the name of another.
+            or field is not there, an override cannot be read or would change nothing, or a file of one's own has the
+            name of another.
     """
-    for folder in own_directories(arguments):
+    if _COMPLETION & set(arguments):
+        return list(arguments)
+    options, overrides = apart(arguments)
+    folders = [directory, *own_directories(options)]
+    for folder in folders[1:]:
         _refuse_hidden(folder, directory)
-    for argument in arguments:
-        group, _, value = argument.partition("=")
-        if value == "null" and (directory / group).is_dir():
-            choices = _listed(_choices(directory, group))
-            raise ArgumentError(f"{argument}: choose {choices}; ~{group} leaves the group out")
-        if match := _NO_DIRECTORY.fullmatch(argument):
+    for override in overrides:
+        if match := _NO_DIRECTORY.fullmatch(override):
             raise ArgumentError(f"{match[1]}=: names no directory; type {match[1]}=DIR, or leave it out")
-    certain = is_certain(arguments)
-    for argument in arguments if not _COMPLETION & set(arguments) else ():
-        _refuse_unknown(argument, directory, certain)
-    return quote_numbers(arguments, directory)
+        _refuse_unreadable(override)
+        _refuse_pointless(override, folders)
+        _refuse_unknown(override, folders, is_certain(arguments))
+    return quote_numbers([*options, *overrides], directory)
 
 
-def _choices(directory: Path, group: str) -> list[str]:
-    return sorted(path.stem for path in (directory / group).glob("*.yaml"))
+def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return options and overrides: Hydra's parser takes no override after an option that follows others."""
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        # As Hydra, which takes a beginning of an option for the whole.
+        longer = [name for name in _VALUED if argument[2:] and name.startswith(argument)]
+        if argument == "-i" or longer == ["--info"]:
+            options.append(f"--info={rest.pop(0) if rest[:1] and rest[0] in _INFO else 'all'}")
+            continue
+        options.append(argument)
+        if (argument in _VALUED_SHORT or longer) and rest:
+            options.append(rest.pop(0))
+    return options, overrides
+
+
+def _choices(folders: Sequence[Path], group: str) -> list[str]:
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def is_certain(arguments: Sequence[str]) -> bool:
-    """Whether our files are all there are: somebody's own folder may have more, and then Hydra decides."""
-    return not any(argument.lstrip("+~").startswith(_MORE_DIRECTORIES) for argument in arguments)
+    """Whether all files are known: somebody may have more elsewhere, and then Hydra decides."""
+    return not any(argument.lstrip("+~").startswith(_ELSEWHERE) for argument in arguments)
 
 
-def _refuse_unknown(argument: str, directory: Path, certain: bool) -> None:
+def _is_readable(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _refuse_unreadable(override: str) -> None:
+    """Refuse what Hydra cannot read, and say how to write it."""
+    if _is_readable(override):
+        return
+    key, sign, value = override.partition("=")
+    if not sign or not re.fullmatch(r"[+~]*\w[\w./@-]*", key):
+        raise ArgumentError(
+            f"{override}: write KEY=VALUE, +KEY=VALUE for what is not there yet, or ~KEY to leave it out"
+        )
+    if value.startswith("~/"):
+        raise ArgumentError(f"{override}: ~ means something else to Hydra; type {key}=$HOME{value[1:]}")
+    if value.startswith("["):
+        written = f"[{','.join(map(_quoted, _items(value[1:-1])))}]"
+    elif value.startswith("{"):
+        written = value.replace("=", ": ")
+    else:
+        written = _quoted(value)
+    if not _is_readable(f"{key}={written}"):
+        raise ArgumentError(f"{override}: Hydra cannot read this value; see whether brackets and quotes are closed")
+    raise ArgumentError(f'{override}: Hydra cannot read this value; type "{key}={written}"')
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra reads it, in quotes if it needs them."""
+    return value if _is_readable(f"x=[{value}]") else "'{}'".format(value.replace("'", "\\'"))
+
+
+def _items(text: str) -> list[str]:
+    """Split at the commas that are not inside brackets."""
+    depth, items = 0, [""]
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items]
+
+
+def _refuse_pointless(override: str, folders: Sequence[Path]) -> None:
+    """Refuse what Hydra takes without a word and that cannot mean what it seems to."""
+    if verb := _VERB.fullmatch(override):
+        known = [verb[1]] if verb[1] in _VERBS else _VERBS
+        scripts = _listed([f"python {name}.py" for name in known])
+        raise ArgumentError(f"{override}: each verb is a command of its own; type {scripts} instead")
+    group, _, value = override.partition("=")
+    empty = _EMPTY.fullmatch(override)
+    is_group = any((folder / group).is_dir() for folder in folders)
+    if not empty and not (value == "null" and is_group):
+        return
+    # The schema takes half a second to read, which a run needs anyway.
+    from cvdd.fields import is_dictionary, is_required, model_at
+
+    if not empty:
+        if not is_required(group):
+            raise ArgumentError(f"{override}: choose {group}=NAME; ~{group} leaves the group out")
+        raise ArgumentError(f"{override}: choose {_listed(_choices(folders, group))}")
+    path = empty[1].split(".")
+    if model_at(path) is not None:
+        leave = f", or leave out what you do not want: ~{empty[1]}.NAME" if is_dictionary(path) else ""
+        raise ArgumentError(
+            f"{override}: what braces hold is added to what is there, and these hold nothing; choose "
+            f"{path[0]}=NAME{leave}"
+        )
+
+
+def _refuse_unknown(override: str, folders: Sequence[Path], certain: bool) -> None:
     """Refuse a group, a choice or a field that is not there, for which Hydra would not say what was meant."""
-    match = _PLAIN.fullmatch(argument)
+    match = _PLAIN.fullmatch(override)
     if match is None or match[1].partition(".")[0] in ("hydra", "point", "local"):
         return
     key, values = match[1], match[2].split(",")
-    if (directory / key).is_dir():
-        choices = _choices(directory, key)
-        wrong = [value for value in values if re.fullmatch(r"[A-Za-z_]\w*", value) and value not in (*choices, "null")]
+    if any((folder / key).is_dir() for folder in folders):
+        choices = _choices(folders, key)
+        wrong = [value for value in values if re.fullmatch(r"[\w-]+", value) and value not in (*choices, "null")]
         if certain and wrong and key not in FIELDS:
             raise ArgumentError(f"{key}={wrong[0]}: choose {_listed(choices)}{closest(wrong[0], choices, '')}")
     elif "." in key or certain:
-        # The schema takes half a second to read, which a run needs anyway.
         from cvdd.fields import fields, is_known
 
         if not is_known(key):
-            groups = [path.name for path in directory.iterdir() if path.is_dir()]
+            groups = [path.name for folder in folders for path in folder.iterdir() if path.is_dir()]
             known = [*groups, *(field.key for field in fields())]
-            raise ArgumentError(f"{argument}: there is no such field or group{closest(key, known)}")
+            raise ArgumentError(f"{override}: there is no such field or group{closest(key, known)}")
 
 
 def own_directories(arguments: Sequence[str]) -> Iterator[Path]:
@@ -111,7 +217,9 @@ def own_directories(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _refuse_hidden(folder: Path, directory: Path) -> None:
-    """Refuse files that Hydra would never read, because it looks for a name in our directory first."""
+    """Refuse a folder that is not there, or files in it that Hydra would never read: it looks into ours first."""
+    if not folder.is_dir():
+        raise ArgumentError(f"--config-dir {folder}: there is no such directory")
     if folder.resolve() == directory.resolve():
         return
     for ours in sorted(directory.glob("**/*.yaml")):
@@ -137,6 +245,7 @@ def quote_numbers(arguments: Sequence[str], directory: Path, certain: bool = Tru
         ArgumentError: a number has no file; the message says which have one and what to type instead.
     """
     certain = certain and is_certain(arguments)
+    folders = [directory, *own_directories(arguments)]
     quoted = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
@@ -144,7 +253,7 @@ def quote_numbers(arguments: Sequence[str], directory: Path, certain: bool = Tru
             quoted.append(argument)
             continue
         group, values = match[1], match[2].split(",")
-        names = preset_numbers(directory, group)
+        names = preset_numbers(folders, group)
         found = [_same_number(value, names) for value in values]
         if certain and None in found:
             raise ArgumentError(_advice(group, values, found, names))
@@ -158,9 +267,9 @@ def unquoted(override: str) -> str:
     return override.replace("'", "") if _OVERRIDE.fullmatch(override.replace("'", "")) else override
 
 
-def preset_numbers(directory: Path, group: str) -> list[str]:
-    """Return the numbers that have a file in a group, in order."""
-    names = [path.stem for path in (directory / group).glob("*.yaml") if re.fullmatch(_NUMBER, path.stem)]
+def preset_numbers(folders: Sequence[Path], group: str) -> list[str]:
+    """Return the numbers that have a file in a group of these directories, in order."""
+    names = [name for name in _choices(folders, group) if re.fullmatch(_NUMBER, name)]
     return sorted(names, key=float)
 
 

@@ -14,8 +14,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from cvdd.arguments import ArgumentError, prepare, quote_numbers, says_what_is_made, unquoted
+from cvdd.composable import require_composable, said_of_yaml
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
     check_launcher,
@@ -54,8 +56,9 @@ def _command(verb: str) -> None:
     try:
         require_launcher(sys.argv[1:])
         sys.argv[1:] = with_points(prepare(sys.argv[1:], config_directory()), config_directory())
-    except ArgumentError as error:
-        print(error, file=sys.stderr)
+        require_composable(verb, sys.argv[1:], config_directory())
+    except (ArgumentError, YAMLError) as error:
+        print(said_of_yaml(error) if isinstance(error, YAMLError) else error, file=sys.stderr)
         sys.exit(USER_ERROR)
     OmegaConf.register_new_resolver("cvdd_help", _help, replace=True)
     try:

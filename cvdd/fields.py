@@ -61,6 +61,19 @@ def is_known(key: str) -> bool:
     return any(_agree(field.key.split("."), key.split(".")) for field in fields())
 
 
+def is_required(name: str) -> bool:
+    """Whether a configuration must have a section: what it may be without has a default."""
+    info = RunConfig.model_fields.get(name)
+    return info is not None and info.is_required()
+
+
+def is_dictionary(path: Sequence[str]) -> bool:
+    """Whether there is a field that holds sections by name at a dotted path."""
+    parent = model_at(path[:-1])
+    info = None if parent is None else parent.model_fields.get(path[-1])
+    return info is not None and get_origin(info.annotation) is dict
+
+
 def _agree(names: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether the key of a field and another one are the same as far as the shorter one goes."""
     return all(a in (b, "NAME") for a, b in zip(names, parts, strict=False))

@@ -255,10 +255,17 @@ def _check_real_images(context: Context, field: str) -> None:
     config, data, patches = context.config, context.data(), context.config.patches
     ipc = config.ipc.images_per_class
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+    per_class = config.dataset.train_per_class
     for name, count in zip(data.classes, counts, strict=True):
-        if config.method.init == "real":
-            require_real_images(name, count, ipc, field=field)
-        elif config.method.init == "herding":
-            require_real_images(name, count, ipc, patches.candidates, field)
-        elif config.method.init == "patches":
-            require_candidates(name, count, patches, field)
+        try:
+            if config.method.init == "real":
+                require_real_images(name, count, ipc, field=field)
+            elif config.method.init == "herding":
+                require_real_images(name, count, ipc, patches.candidates, field)
+            elif config.method.init == "patches":
+                require_candidates(name, count, patches, field)
+        except ConfigError as error:
+            # More candidates than there are images are of no use.
+            if count != per_class or count >= (patches.candidates if config.method.init != "real" else ipc):
+                raise
+            raise ConfigError(f"{error}. Or raise dataset.train_per_class={per_class}, which leaves no more") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -14,14 +15,18 @@ from omegaconf.errors import OmegaConfBaseException
 from cvdd.arguments import ArgumentError, key_of
 from cvdd.closest import closest
 from cvdd.config_base import ConfigError
-from cvdd.fields import fields
+from cvdd.fields import fields, is_known, model_at
 from cvdd.schema import RunConfig, with_overrides
 from cvdd.surroundings import FULL_DATA, is_shared_by_rows
 from cvdd.validation import said_by_resolver, shared_by_rows
 
+log = logging.getLogger(__name__)
+
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ArgumentError)
 """What is raised where a command cannot be composed."""
+
+_TRAINED, _LABELLED = "protocol.epochs", "label.epochs"
 
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
@@ -52,31 +57,53 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
         base = _tree(composed)
     except OmegaConfBaseException as error:
         # Of the command itself and of no row.
-        raise ConfigError(_reason(error)) from error
+        raise ConfigError(reason(error)) from error
+    # Labels are made for as many epochs as students train unless a row asks for more.
+    if _TRAINED in limits:
+        limits = {**limits, _LABELLED: limits[_TRAINED]}
     # What was typed beside debug=smoke holds for all rows.
     limits = {key: max(limit, _number(base, key) or limit) for key, limit in limits.items()}
+    cut: dict[str, list[str]] = {}
     expanded = composed.copy()
     with open_dict(expanded):
-        for row in expanded.compare.values():
+        for name, row in expanded.compare.items():
             if isinstance(row, DictConfig):
                 beyond = [key for key, limit in limits.items() if (_number(row, key, whole=True) or 0) > limit]
+                for key in beyond:
+                    cut.setdefault(f"{key}={row[key]} becomes {limits[key]}", []).append(f"compare.{name}")
                 row.update({key: limits[key] for key in beyond})
         for name, row in written.items():
             overrides = [str(override) for override in row]
             where = f"compare.{name}=[{','.join(overrides)}]"
-            for key in map(key_of, overrides):
+            named = [key_of(override) for override in overrides]
+            for key in named:
                 if is_shared_by_rows(key):
                     raise ConfigError(f"{where}: {shared_by_rows(key)}")
             try:
                 tree = _tree(compose(overrides))
-                if held := [f"{key}={limit}" for key, limit in limits.items() if (_number(tree, key) or 0) > limit]:
-                    tree = _tree(compose([*overrides, *held]))
+                # Labels that are given have the epochs they have.
+                beyond = [
+                    key
+                    for key, limit in limits.items()
+                    if (_number(tree, key) or 0) > limit and (key != _LABELLED or key in named)
+                ]
+                # A group that was chosen has numbers for a real run, which nobody expects of a moment.
+                for key in (key for key in beyond if key in named):
+                    cut.setdefault(f"{key}={_number(tree, key)} becomes {limits[key]}", []).append(f"compare.{name}")
+                if beyond:
+                    tree = _tree(compose([*overrides, *(f"{key}={limits[key]}" for key in beyond)]))
             except NOT_COMPOSED as error:
-                raise ConfigError(f"{where}: {_reason(error)}") from error
+                raise ConfigError(f"{where}: {reason(error)}") from error
             unknown = tree.keys() - base.keys()
             if unknown:
                 raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
             expanded.compare[name] = {key: value for key, value in differences(base, tree).items() if key != FULL_DATA}
+    if cut:
+        log.warning(
+            "debug cuts what rows say: %s. A row may have as much as the command itself: type such a number beside "
+            "the rows, too",
+            "; ".join(f"{what} in {', '.join(rows)}" for what, rows in cut.items()),
+        )
     return expanded
 
 
@@ -102,7 +129,7 @@ def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | N
     return node if isinstance(node, (int, float)) else None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say in one line why a row cannot be composed, and what would be valid."""
     first = str(error).splitlines()[0]
     if said := said_by_resolver(first):
@@ -111,6 +138,10 @@ def _reason(error: Exception) -> str:
         group, _, wrong = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={wrong}: choose {', '.join(error.options)}{closest(wrong, error.options, '')}"
     unknown = re.fullmatch(r"Could not override '(.+)'\.", first)
+    if unknown and is_known(unknown[1]):
+        path = unknown[1].split(".")
+        instead = f"choose {path[0]}=NAME that has it" if model_at(path[:-1]) else f"write +{unknown[1]}=VALUE"
+        return f"{unknown[1]}: there is none in this row; {instead}"
     if unknown:
         return f"{unknown[1]}: there is no such field or group{_nearest(unknown[1])}"
     return first

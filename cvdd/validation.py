@@ -47,6 +47,9 @@ REQUIREMENTS: Mapping[str, str] = MappingProxyType(
 )
 """What is asked of a value, by pydantic's type of error."""
 
+_WHOLE = ("experiment", "debug", "local", "sweep")
+"""Groups whose files are of the whole configuration."""
+
 _BRANCH = re.compile(
     r"(list|tuple|dict|literal|constrained|function|is-instance|nullable)\b.*[\[(-]|(int|float|str|bool)$"
 )
@@ -180,6 +183,11 @@ def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
         # Written by this project, a line for each problem; most of these name their fields themselves.
         return [message if not key or message.startswith(key) else f"{key}: {message}" for message in own]
     problem = problems[0]
+    if problem["type"] == "extra_forbidden" and key in _WHOLE:
+        return [
+            f"{key}: the chosen file of {key} is empty, or its first line is not '# @package _global_', which it must "
+            f"be for {key} to set what stands beside it"
+        ]
     if problem["type"] == "extra_forbidden":
         return [f"{key}={_typed(problem['input'])}: there is no such field{_siblings(key)}"]
     field = field_at(key)
@@ -187,7 +195,11 @@ def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
     if problem["type"] == "missing" and key.endswith("]"):
         return [f"{key.partition('[')[0]}={_typed(problem['input'])}: too few values{about}"]
     if problem["type"] == "missing":
-        return [f"{key}: a value is missing; set {key}=VALUE{about}"]
+        first = key.partition(".")[0]
+        # All of a section is in the files of its group, and nobody can type it.
+        if model_at(key.split(".")) is not None and first != "expected":
+            return [f"{key} is missing, which is in the files of {first}; choose {first}=NAME without ~{key}"]
+        return [f"{key}: a value is missing; set +{key}=VALUE{about}"]
     # The alternatives of a union fail one by one; any of them would do.
     wanted = " or ".join(dict.fromkeys(_requirement(problem) for problem in problems))
     return [f"{key}={_typed(problem['input'])}: {wanted}{about}"]

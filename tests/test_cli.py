@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_numbers_become_names_of_files(typed: str, meant: str) -> None:
         ("ipc=0", "set ipc.images_per_class to a whole number of at least 1"),
         ("temperature=3", "there is no preset 3; choose 0.5, 1, 2, 5 or 10, or set temperature.vote=3"),
         ("temperature=-1", "set temperature.vote to a number greater than 0"),
-        ("ipc=null", "ipc=null: choose 1, 10 or 50; ~ipc leaves the group out"),
+        ("ipc=null", "ipc=null: choose 1, 10 or 50"),
     ],
 )
 def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:
@@ -112,6 +113,9 @@ def test_what_is_not_there_is_answered(typed: str, answer: str) -> None:
         "compare.row={method.lr: 1}",
         "--cfg=job",
         "debug=null,smoke",
+        "prior.values={}",
+        "students.mine.arguments={}",
+        "compare={}",
     ],
 )
 def test_what_is_there_or_new_is_left_to_hydra(typed: str) -> None:
@@ -144,12 +148,73 @@ def test_files_of_ones_own_are_not_hidden_by_ours(tmp_path: Path) -> None:
     assert prepare(["--config-dir"], CONF) == ["--config-dir"]
 
 
-def test_a_folder_of_ones_own_may_have_other_numbers() -> None:
-    assert prepare(["ipc=7", "--config-dir", "mine"], CONF) == ["ipc='7'", "--config-dir", "mine"]
+def test_a_folder_of_ones_own_may_have_other_choices(tmp_path: Path) -> None:
+    for name in ("ipc/7", "method/mine", "extra/some"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").touch()
+    folder = ["--config-dir", str(tmp_path)]
+    assert prepare(["ipc=7", *folder], CONF) == [*folder, "ipc='7'"]
+    assert prepare([*folder, "method=mine", "+extra=some"], CONF) == [*folder, "method=mine", "+extra=some"]
+    for typed, answer in {
+        "ipc=8": "there is no preset 8; choose 1, 7, 10 or 50",
+        "method=minne": "did you mean mine?",
+        "dataset=cifar": "did you mean cifar10?",
+        "extr=some": "did you mean extra?",
+    }.items():
+        with pytest.raises(ArgumentError, match=re.escape(answer)):
+            prepare([*folder, typed], CONF)
+    with pytest.raises(ArgumentError, match=r"^--config-dir .*nowhere: there is no such directory$"):
+        prepare(["--config-dir", str(tmp_path / "nowhere")], CONF)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["seed=0,1", "-m"], ["-m", "seed=0,1"]),
+        (["ipc=1", "--multirun", "seed=0,1"], ["--multirun", "ipc='1'", "seed=0,1"]),
+        (["seed=1", "-c", "job", "ipc=1", "--resolve"], ["-c", "job", "--resolve", "seed=1", "ipc='1'"]),
+        (["seed=1", "--pack", "_group_", "ipc=1"], ["--pack", "_group_", "seed=1", "ipc='1'"]),
+        (["seed=1", "--cfg=job", "ipc=1"], ["--cfg=job", "seed=1", "ipc='1'"]),
+        (["seed=1", "--info", "ipc=1"], ["--info=all", "seed=1", "ipc='1'"]),
+        (["seed=1", "-i", "defaults", "ipc=1"], ["--info=defaults", "seed=1", "ipc='1'"]),
+    ],
+)
+def test_options_may_follow_overrides(typed: list[str], meant: list[str]) -> None:
+    """Hydra's parser knows no override after an option that follows others."""
+    assert prepare(typed, CONF) == meant
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("students={}", "; choose students=NAME, or leave out what you do not want: ~students.NAME"),
+        (
+            "committee.members={ }",
+            "; choose committee=NAME, or leave out what you do not want: ~committee.members.NAME",
+        ),
+        ("protocol={}", "hold nothing; choose protocol=NAME"),
+        ("students=null", "small_paper, tiny, tiny_all or tiny_convnet3_instance"),
+        ("compare=null", "compare=null: choose compare=NAME; ~compare leaves the group out"),
+        ("verb=relabel", "each verb is a command of its own; type python relabel.py instead"),
+        ("++verb=make", "type python train.py, python distill.py, python relabel.py or python evaluate.py instead"),
+        ("smoke", "smoke: write KEY=VALUE, +KEY=VALUE for what is not there yet, or ~KEY to leave it out"),
+        ("dataset.root=/a/b=1,2", "cannot read this value; type \"dataset.root='/a/b=1,2'\""),
+        ("dataset.root=~/x", "~ means something else to Hydra; type dataset.root=$HOME/x"),
+        ("+compare.foo=[method=nope, label.mix=mixup]", "type \"+compare.foo=['method=nope','label.mix=mixup']\""),
+        ("+compare.a=[method.betas=[0,1],x]", "type \"+compare.a=['method.betas=[0,1]',x]\""),
+        ("+compare.foo={method.lr=1}", 'type "+compare.foo={method.lr: 1}"'),
+        ("prior.values={a: 1", "see whether brackets and quotes are closed"),
+    ],
+)
+def test_what_hydra_does_not_read_or_takes_without_a_word_is_answered(typed: str, answer: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        prepare([typed], CONF)
+    assert str(caught.value).startswith(typed)
+    assert str(caught.value).endswith(answer)
 
 
 def test_presets_are_listed_by_their_value() -> None:
-    assert preset_numbers(CONF, "temperature") == ["0.5", "1", "2", "5", "10"]
+    assert preset_numbers([CONF], "temperature") == ["0.5", "1", "2", "5", "10"]
 
 
 # --- how a job ends ---------------------------------------------------------------------------------------------------

@@ -178,7 +178,10 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("committee.members.resnet18.backbone.target=os.system",),
         ("committee.members.resnet18.backbone.target", "os.system", "torchvision.models"),
     ),
-    "missing section": (("~temperature",), ("temperature", "missing")),
+    "missing section": (("~temperature",), ("temperature is missing", "choose temperature=NAME without ~temperature")),
+    "missing students": (("~students",), ("students is missing", "choose students=NAME without ~students")),
+    "missing members": (("~committee.members",), ("choose committee=NAME without ~committee.members",)),
+    "missing number": (("~committee.size",), ("committee.size: a value is missing; set +committee.size=VALUE",)),
     "missing value": (
         ("+backbone@students.other=timm",),
         ("students.other", "model_name", "set students.other.arguments.model_name=VALUE"),
@@ -195,7 +198,11 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown teacher": (("label.teachers=[alexnet]",), ("label.teachers", "alexnet", "resnet18", "or committee")),
     "unknown observer": (("patches.observer=alexnet",), ("patches.observer=alexnet", "choose from resnet18")),
     "unknown prior observer": (("prior.observer=alexnet",), ("prior.observer=alexnet", "choose from resnet18")),
-    "fixed draw without a list": (("committee.draw=fixed",), ("committee.fixed", "committee.draw=fixed")),
+    "fixed draw without a list": (
+        ("committee.draw=fixed",),
+        ("committee.draw=fixed", "'committee.fixed=[[resnet18,resnet50]]', or committee.draw=in_turn"),
+    ),
+    "list without a fixed draw": (("committee.fixed=[[resnet18,resnet50]]",), ("type committee.draw=fixed, or leave",)),
     "stranger in a fixed draw": (
         ("committee.draw=fixed", "committee.fixed=[[resnet18,alexnet]]"),
         ("committee.fixed names alexnet", "resnet18"),
@@ -204,7 +211,14 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("committee.draw=fixed", "committee.fixed=[[resnet18]]"),
         ("committee.fixed", "committee.size=2"),
     ),
-    "given priors without numbers": (("prior.source=given",), ("prior.values", "prior.source=given")),
+    "given priors without numbers": (
+        ("prior.source=given",),
+        ("type 'prior.values={resnet18: PERCENT, ...}', or prior=measured", "prior.source=given"),
+    ),
+    "numbers that are measured": (
+        ("+prior.values.resnet18=50",),
+        ("type prior.source=given, or leave out prior.values",),
+    ),
     "a member without prior": (
         ("prior=cifar10", "~prior.values.densenet121"),
         ("prior.values has no number for densenet121", "+prior.values.densenet121=PERCENT", "prior=measured"),

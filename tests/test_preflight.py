@@ -88,6 +88,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("method.init=real", "ipc.images_per_class=31"),
         r"class 0 has 30 images; ipc\.images_per_class=31 needs as many",
     ),
+    "few images because few were asked for": (
+        "distill",
+        ("dataset.train_per_class=3", "dataset.test_per_class=3", "ipc.images_per_class=10"),
+        r"class 0 has 3 images and offers 3 candidates for 10 patches.* Or raise dataset\.train_per_class=3, which",
+    ),
     "few real images of a row": (
         "evaluate",
         ("+compare.real={method.init: real, ipc.images_per_class: 31, method.iterations: 0}",),

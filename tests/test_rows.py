@@ -96,6 +96,30 @@ def test_smoke_is_for_a_moment_whatever_rows_say(tmp_path: Path) -> None:
     assert config.compare["row"] == {"method.iterations": 4}
 
 
+@pytest.mark.parametrize(
+    ("row", "typed", "told"),
+    [
+        ("['protocol.epochs=3']", (), "protocol.epochs=3 becomes 1 in compare.row"),
+        ("{protocol.epochs: 3}", (), "protocol.epochs=3 becomes 1 in compare.row"),
+        ("['label.epochs=5','protocol.epochs=3']", ("protocol.epochs=3",), "label.epochs=5 becomes 3 in compare.row"),
+        ("['protocol.epochs=3']", ("protocol.epochs=3",), None),
+        # Of a file: a moment is what was asked for.
+        ("['protocol=paper']", (), None),
+    ],
+)
+def test_what_smoke_cuts_is_told(
+    row: str, typed: tuple[str, ...], told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = check(compose_raw(tmp_path, "evaluate", "compare=none", "debug=smoke", f"+compare.row={row}", *typed))
+    made = with_overrides(config, {**config.compare["row"], "compare": {}})
+    assert made.label.epochs == made.protocol.epochs == config.protocol.epochs
+    if told is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert f": {told}. A row may have as much as the command itself: type such a number beside" in message
+
+
 def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
     context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
     assert list(context.config.compare) == ["random_real"]
@@ -127,6 +151,11 @@ def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
         ("method=cvdd_tniy", "method=cvdd_tniy: choose apm, .*, tesla; did you mean cvdd_tiny?"),
         ("method.lrr=1", "method.lrr: there is no such field or group; did you mean method.lr?"),
         ("+foo=1", "foo: there is no such field"),
+        ("method.apm.ce=2", "method.apm.ce: there is none in this row; choose method=NAME that has it"),
+        (
+            "prior.values.resnet18=5",
+            "prior.values.resnet18: there is none in this row; write +prior.values.resnet18=VALUE",
+        ),
         ("lable=tiny", "lable: there is no such field or group; did you mean label?"),
     ],
 )

@@ -15,6 +15,7 @@ from processes import in_process, wait_for
 from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, digest_of
 from cvdd.artifact.__main__ import main
 from cvdd.artifact.cleaning import sealed
+from cvdd.readable import readable_bytes
 
 
 def build(work: Path) -> Mapping[str, Any]:
@@ -54,6 +55,11 @@ def partial(root: Path, chain: Any) -> Path:
     return path
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of a directory: what a build wrote, and the notes of its session."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def row_of(output: str, what: str) -> str:
     # A cell of several lines continues further to the right.
     (line,) = (line for line in output.splitlines() if line.startswith((what, f" {what}")))
@@ -69,8 +75,8 @@ def test_list_shows_sizes_parents_and_users(
     row = row_of(output, f"labels/{labels.path.name}")
     assert "1.5 kB" in row
     assert row.index(f"images/{images.path.name}") < row.index(f"students/{student.path.name}")
-    # The file itself, and the twenty characters of how long the session was and when it began.
-    assert f"half made: images/.partial/{partial.name}, 720 B (interrupted; the same command goes on)" in output
+    held = readable_bytes(size_of(partial))
+    assert f"half made: images/.partial/{partial.name}, {held} (interrupted; the same command goes on)" in output
     assert "4.5 kB in 3 artefacts, 1 half made" in output
 
 
@@ -184,7 +190,8 @@ def test_gc_only_shows_unless_told_otherwise(root: Path, partial: Path, capsys: 
     assert main(["gc", "--store", str(root)]) == 0
     output = capsys.readouterr().out
     assert row_of(output, f"images/.partial/{partial.name}").split()[-1] == "yes"
-    assert "720 B would be freed; nothing was removed. Add --delete to do it." in output
+    held = readable_bytes(size_of(partial))
+    assert f"{held} would be freed; nothing was removed. Add --delete to do it." in output
     assert (partial / "half.bin").exists()
 
 
@@ -192,8 +199,9 @@ def test_gc_removes_what_is_half(
     root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (chain[2].path / MANIFEST).unlink()
+    held = readable_bytes(size_of(partial) + size_of(chain[2].path))
     assert main(["gc", "--store", str(root), "--delete"]) == 0
-    assert "2.2 kB freed" in capsys.readouterr().out
+    assert f"{held} freed" in capsys.readouterr().out
     assert not partial.exists()
     assert not chain[2].path.exists()
     assert {artifact.digest for artifact in sealed(root)} == {chain[0].digest, chain[1].digest}

@@ -44,7 +44,17 @@ class CommitteeConfig(CheckedConfig):
                 f"choose 1 to {len(names)}"
             )
         if (self.draw == "fixed") != bool(self.fixed):
-            yield "committee.fixed is a list of lists of members exactly when committee.draw=fixed"
+            if self.draw == "fixed":
+                example = f"[[{','.join(names[: self.size])}]]"
+                yield (
+                    f"committee.draw=fixed takes its members from committee.fixed, which is empty; type "
+                    f"'committee.fixed={example}', or committee.draw=in_turn"
+                )
+            else:
+                yield (
+                    f"committee.fixed is read where committee.draw=fixed, and it is {self.draw}; type "
+                    "committee.draw=fixed, or leave out committee.fixed"
+                )
         for group in self.fixed:
             for name in group:
                 if name not in self.members:
@@ -70,7 +80,15 @@ class PriorConfig(StrictConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.source == "given") != bool(self.values):
-            raise ValueError("prior.values holds a number for each member exactly when prior.source=given")
+            if self.values:
+                raise ValueError(
+                    "prior.values are read where prior.source=given, and it is measured; type prior.source=given, or "
+                    "leave out prior.values"
+                )
+            raise ValueError(
+                "prior.source=given takes a number for each member from prior.values, which is empty; type "
+                f"'prior.values={{{self.observer}: PERCENT, ...}}', or prior=measured"
+            )
         return self
 
 
