@@ -77,7 +77,7 @@ class Made:
 
 
 METRICS = ("top1", "best_top1", "top5", "loss")
-COST = {"wall_seconds": 1.0}
+COST = {"wall_seconds": 1.0, "process_seconds": 2.0, "peak_memory_bytes": 10**9}
 REAL = ("method=random_real", "method.iterations=0")
 HARD = ("label=hard", "protocol=hard_tiny", "protocol.epochs=3", "protocol.eval_every=1")
 PLAIN = ("label.crop_scale=[1.0,1.0]", "label.flip=false", "label.mix=none")

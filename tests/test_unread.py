@@ -88,6 +88,7 @@ UNREAD = (
     (f"{OWN} protocol.student=method", "protocol.warmup=2"),
     (f"{OWN} protocol.student=method", "protocol.ema=0.9"),
     (f"{OWN} protocol.student=method", "protocol.accumulation=1"),
+    (f"{OWN} protocol.student=method", "protocol.part_weights=by_size"),
     (f"{OWN} protocol.student=method", "protocol.betas=[0.8,0.9]"),
     ("label.bn_mode=running", "label.halves=false"),
     ("label.bn_mode=running", "label.dropout=true"),
