@@ -75,7 +75,9 @@ def artefacts(home: Path) -> dict[str, Any]:
 
 def results(home: Path, point: int) -> list[dict[str, Any]]:
     metrics = json.loads((home / "sweep" / str(point) / "metrics.json").read_text())
-    return [{key: value for key, value in one.items() if not key.endswith("seconds")} for one in metrics["results"]]
+    # What it cost is another matter.
+    costs = ("seconds", "peak_memory_bytes")
+    return [{key: value for key, value in one.items() if not key.endswith(costs)} for one in metrics["results"]]
 
 
 def wait_for(condition: Callable[[], Any], launcher: subprocess.Popen[str], what: str) -> None:
