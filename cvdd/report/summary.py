@@ -14,31 +14,12 @@ from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.members import make_member
 from cvdd.context import Context
 from cvdd.provenance import code_version
+from cvdd.report.columns import RESULT
 from cvdd.report.ranking import rank
 from cvdd.report.verdict import hold_against
 from cvdd.schema import RunConfig, teachers_of
 
-COLUMNS = (
-    "row",
-    "student",
-    "protocol",
-    "n",
-    "top1",
-    "std",
-    "standard_error",
-    "best_top1",
-    "top5",
-    "loss",
-    "image_bytes",
-    "label_bytes",
-    "image_seconds",
-    "image_process_seconds",
-    "image_peak_memory_bytes",
-    "student_seconds",
-    "seeds",
-    "images",
-    "labels",
-)
+COLUMNS = (*RESULT, "images", "labels")
 
 
 def summarise(

@@ -18,6 +18,7 @@ from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override, portable_text, portable_values
 from cvdd.readable import readable_bytes, with_error
+from cvdd.report.columns import RESULT
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
 from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, replace_file, without_cost
@@ -31,26 +32,7 @@ LOOKS = 10
 
 Status = Literal["done", "failed", "not finished", "missing"]
 
-COLUMNS = (
-    "row",
-    "student",
-    "protocol",
-    "n",
-    "top1",
-    "std",
-    "standard_error",
-    "best_top1",
-    "top5",
-    "loss",
-    "image_bytes",
-    "label_bytes",
-    "image_seconds",
-    "image_process_seconds",
-    "image_peak_memory_bytes",
-    "student_seconds",
-    "seeds",
-    "top1_by_seed",
-)
+COLUMNS = (*RESULT, "top1_by_seed")
 
 SHOWN = ("row", "student", "protocol", "n", "top-1", "best epoch", "top-5", "images", "labels")
 """Columns of the tables for people; the best epoch was chosen on the images that it is measured on."""

@@ -9,23 +9,13 @@ from cvdd.assistants import assist, assisted
 from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.context import Context
 from cvdd.launching import share_of_work
+from cvdd.report.columns import SIZES_AND_COSTS
 from cvdd.report.summary import summarise, write_results
 from cvdd.report.tables import print_ranking, print_results, print_verdict
 
 log = logging.getLogger(__name__)
 
-SHOWN = (
-    "top1",
-    "standard_error",
-    "n",
-    "best_top1",
-    "image_bytes",
-    "label_bytes",
-    "image_seconds",
-    "image_process_seconds",
-    "image_peak_memory_bytes",
-    "student_seconds",
-)
+SHOWN = ("top1", "standard_error", "n", "best_top1", *SIZES_AND_COSTS)
 """What a dashboard compares over runs."""
 
 
