@@ -132,7 +132,7 @@ def test_parts_by_size_add_up_to_the_batch(count: int) -> None:
     item = SoftLabelDataset(labels)[0]
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 4))
     whole, parts, alike = (
-        float(student(network, labels, accumulation=accumulation, part_weights=weights).training_step(item, 0))
+        student(network, labels, accumulation=accumulation, part_weights=weights).training_step(item, 0).item()
         for accumulation, weights in ((1, "alike"), (2, "by_size"), (2, "alike"))
     )
     assert parts == pytest.approx(whole, rel=1e-5)
