@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from cvdd.methods.apm import ImageTerms, Snapshots, chunked_gradient, is_refresh
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schema.apm import ApmConfig
-from cvdd.seeds import derive_seed, generator, seed_networks
+from cvdd.seeds import derive_seed, generator, own_draws
 from cvdd.surrogate import Augment, fit_surrogate
 
 
@@ -217,9 +217,7 @@ class AdversarialModule(pl.LightningModule):
         images = self.images.detach()[chosen]
         student = self._new_student(derive_seed(self.seed, "surrogate", iteration)).to(self.device)
         said = teacher_logits(self._teachers[self._teacher], images, self.config.chunk)
-        # What a network with dropout draws depends on the iteration alone, and nobody else's draws on it.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            seed_networks(derive_seed(self.seed, "surrogate dropout", iteration), self.device)
+        with own_draws(derive_seed(self.seed, "surrogate dropout", iteration), self.device):
             states, fit = fit_surrogate(
                 student, images, said, self.config.surrogate, self._augment, generator(self.seed, "fit", iteration)
             )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -15,8 +16,6 @@ from cvdd.surroundings import SURROUNDINGS, is_shared_by_rows
 
 FIELDS: Mapping[str, str] = MappingProxyType({"ipc": "ipc.images_per_class", "temperature": "temperature.vote"})
 """The field behind each of these groups, for numbers that have no file."""
-
-_VERBS = ("train", "distill", "relabel", "evaluate")
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _OVERRIDE = re.compile(rf"({'|'.join(FIELDS)})=['\"]?({_NUMBER}(?:,{_NUMBER})*)['\"]?")
@@ -164,7 +163,9 @@ def _items(text: str) -> list[str]:
 def _refuse_pointless(override: str, folders: Sequence[Path]) -> None:
     """Refuse what Hydra takes without a word and that cannot mean what it seems to."""
     if verb := _VERB.fullmatch(override):
-        known = [verb[1]] if verb[1] in _VERBS else _VERBS
+        from cvdd.schema.types import Verb
+
+        known = [verb[1]] if verb[1] in get_args(Verb) else get_args(Verb)
         scripts = _listed([f"python {name}.py" for name in known])
         raise ArgumentError(f"{override}: each verb is a command of its own; type {scripts} instead")
     group, _, value = override.partition("=")

@@ -17,7 +17,7 @@ from cvdd.label_rows import shortened
 from cvdd.memory import is_out_of_memory
 from cvdd.replay import Replay, draw_epoch, replay
 from cvdd.schema import LabelConfig
-from cvdd.seeds import derive_seed, seed_networks
+from cvdd.seeds import derive_seed, own_draws
 from cvdd.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,7 @@ class ComputedLabels:
         if not self.label.dropout:
             yield
             return
-        device = self.images.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            seed_networks(derive_seed(self.seed, "dropout", first), device)
+        with own_draws(derive_seed(self.seed, "dropout", first), self.images.device):
             yield
 
     def _launch_what_fits(self, plans: Sequence[Replay], first: int) -> list[list[Tensor]]:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None of a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
 
 def with_error(mean: float, error: float | None, sign: str = "\u00b1", digits: int = 1) -> str:
     """Write a number with its standard error, if there is one.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -20,6 +22,14 @@ def derive_seed(seed: int, *names: str | int) -> int:
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator seeded with :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+@contextlib.contextmanager
+def own_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Let what networks draw by themselves inside depend on a seed alone, and nobody else's draws on it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed_networks(seed, device)
+        yield
 
 
 def seed_networks(seed: int, device: torch.device) -> None:

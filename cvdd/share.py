@@ -20,13 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torchvision.utils import make_grid
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.files import StoreError
-from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifest
+from cvdd.artifact.manifest import DamagedArtifact, read_manifests_of
 from cvdd.config_base import ConfigError
 from cvdd.distilled import DistilledSet, load, open_set
 from cvdd.outcome import told
 from cvdd.pictures import write_png
-from cvdd.readable import with_error
+from cvdd.readable import standard_error, with_error
 from cvdd.refusals import place_errors
 
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
@@ -57,9 +56,7 @@ class Students:
     @property
     def accuracy(self) -> str:
         """Their mean with its standard error, if there are several."""
-        several = len(self.top1) > 1
-        error = statistics.stdev(self.top1) / len(self.top1) ** 0.5 if several else None
-        return with_error(statistics.fmean(self.top1), error, "+-")
+        return with_error(statistics.fmean(self.top1), standard_error(self.top1), "+-")
 
     @property
     def best(self) -> float:
@@ -181,13 +178,13 @@ def _members(store: Path, made: Sequence[Artifact]) -> dict[str, float | None]:
     return {parent["name"].removeprefix(prefix): known.get(parent["digest"]) for parent in parents}
 
 
-def _read(folder: Path) -> list[Artifact]:
+def _read(kind: Path) -> list[Artifact]:
     found = []
-    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-        try:
-            found.append(read_manifest(manifest.parent))
-        except (DamagedArtifact, StoreError) as error:
-            print(f"left out: {error}", file=sys.stderr)
+    for artifact in read_manifests_of(kind):
+        if isinstance(artifact, DamagedArtifact):
+            print(f"left out: {artifact}", file=sys.stderr)
+        else:
+            found.append(artifact)
     return found
 
 

@@ -143,7 +143,13 @@ def kinds(root: Path) -> list[Path]:
 
 def read_manifests(root: Path) -> Iterator[Artifact | DamagedArtifact]:
     """Yield every sealed artefact of a store, or why its manifest cannot be used."""
-    for manifest in (manifest for kind in kinds(root) for manifest in sorted(kind.glob(f"*/{MANIFEST}"))):
+    for kind in kinds(root):
+        yield from read_manifests_of(kind)
+
+
+def read_manifests_of(kind: Path) -> Iterator[Artifact | DamagedArtifact]:
+    """Yield every sealed artefact of a directory of :func:`kinds`, or why its manifest cannot be used."""
+    for manifest in sorted(kind.glob(f"*/{MANIFEST}")):
         try:
             yield read_manifest(manifest.parent)
         except DamagedArtifact as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from cvdd.chain.space import WHITENING
 from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
+from cvdd.readable import standard_error
 from cvdd.seeds import derive_seed
 from cvdd.surroundings import FULL_DATA_ROW
 
@@ -55,8 +55,7 @@ class Result:
 
     def standard_error(self, metric: str = "top1") -> float | None:
         """Of the mean over seeds; None with a single one."""
-        values = self.values(metric)
-        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return standard_error(self.values(metric))
 
     def summary(self) -> dict[str, Any]:
         """Everything about it that belongs in a table, as JSON."""

@@ -68,6 +68,11 @@ class Point:
     asked: bool = True
     settings: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """All results that were measured there, its own first."""
+        return (*self.results, *self.beside)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -249,7 +254,7 @@ def csv_table(sweep: Sweep) -> str:
     writer.writerow(("point", *columns, "status", *COLUMNS, "agreement", "error"))
     for point in sweep.points:
         known = {**dict(zip(sweep.axes, point.at, strict=True)), **point.settings}
-        for result in (*point.results, *point.beside) or ({},):
+        for result in point.rows or ({},):
             writer.writerow(
                 (
                     *(point.name, *(known.get(place) for place in places), point.status),
@@ -266,9 +271,7 @@ def markdown_table(sweep: Sweep) -> str:
     rows = [header, ["---"] * len(header)]
     for point in sweep.points:
         place = [at or "" for at in point.at]
-        rows += [
-            [point.name, *place, *shown(result).values(), point.status] for result in (*point.results, *point.beside)
-        ]
+        rows += [[point.name, *place, *shown(result), point.status] for result in point.rows]
         if not point.results:
             nothing = [""] * len(SHOWN)
             rows.append([point.name, *place, *nothing, ": ".join(filter(None, (point.status, point.error)))])
@@ -276,9 +279,9 @@ def markdown_table(sweep: Sweep) -> str:
     return "\n".join([f"# {sweep.title}", "", progress(sweep), "", *lines, ""])
 
 
-def shown(result: Mapping[str, Any]) -> dict[str, str]:
+def shown(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Write a result for people, by the columns of :data:`SHOWN`."""
-    cells = (
+    return (
         result["row"],
         result["student"],
         result["protocol"],
@@ -289,7 +292,6 @@ def shown(result: Mapping[str, Any]) -> dict[str, str]:
         readable_bytes(result.get("image_bytes")),
         readable_bytes(result.get("label_bytes")),
     )
-    return dict(zip(SHOWN, cells, strict=True))
 
 
 def progress(sweep: Sweep) -> str:
