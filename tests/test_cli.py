@@ -59,6 +59,13 @@ def test_numbers_become_names_of_files(typed: str, meant: str) -> None:
     assert prepare([typed], CONF) == [meant]
 
 
+def said_to(typed: str) -> str:
+    """The answer to an argument that is refused."""
+    with pytest.raises(ArgumentError) as caught:
+        prepare([typed], CONF)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
@@ -72,9 +79,7 @@ def test_numbers_become_names_of_files(typed: str, meant: str) -> None:
     ],
 )
 def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        prepare([typed], CONF)
-    assert str(caught.value).endswith(answer)
+    assert said_to(typed).endswith(answer)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +95,7 @@ def test_numbers_without_a_file_are_answered(typed: str, answer: str) -> None:
     ],
 )
 def test_what_is_not_there_is_answered(typed: str, answer: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        prepare([typed], CONF)
-    assert str(caught.value).endswith(answer)
+    assert said_to(typed).endswith(answer)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +210,9 @@ def test_options_may_follow_overrides(typed: list[str], meant: list[str]) -> Non
     ],
 )
 def test_what_hydra_does_not_read_or_takes_without_a_word_is_answered(typed: str, answer: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        prepare([typed], CONF)
-    assert str(caught.value).startswith(typed)
-    assert str(caught.value).endswith(answer)
+    said = said_to(typed)
+    assert said.startswith(typed)
+    assert said.endswith(answer)
 
 
 def test_presets_are_listed_by_their_value() -> None:
