@@ -25,8 +25,7 @@ from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
-from cvdd.report.summary import members_shown
-from cvdd.schema import RunConfig, teachers_of, votes_by_priors
+from cvdd.schema import RunConfig, members_used, teachers_of, votes_by_priors
 from cvdd.units import plan_units
 
 
@@ -133,7 +132,7 @@ def _needed(config: RunConfig, measures: bool) -> list[str]:
     if config.verb == "train":
         return list(config.committee.members) if own_engine(config.method) is None else []
     everyone = measures or config.method.init == "herding"
-    return list(config.committee.members) if everyone else members_shown(config)
+    return list(config.committee.members) if everyone else members_used(config)
 
 
 def _check_side(where: str, backbone: BackboneConfig, config: RunConfig) -> None:

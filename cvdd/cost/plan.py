@@ -22,8 +22,7 @@ from cvdd.chain.priors import find_priors
 from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
-from cvdd.report.summary import members_shown
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, members_used
 
 STAGES = ("members", "patches", "priors", "images", "labels", "students")
 """In the order of the page."""
@@ -270,7 +269,7 @@ def _relabel(context: Planning) -> None:
 
 def _evaluate(context: Planning) -> None:
     compare(context)
-    _members(context, members_shown(context.config))
+    _members(context, members_used(context.config))
 
 
 def _members(context: Planning, names: Mapping[str, Any] | Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from cvdd.provenance import code_version
 from cvdd.report.columns import RESULT
 from cvdd.report.ranking import rank
 from cvdd.report.verdict import hold_against
-from cvdd.schema import RunConfig, teachers_of
+from cvdd.schema import RunConfig, members_used
 
 COLUMNS = (*RESULT, "images", "labels")
 
@@ -28,7 +28,7 @@ def summarise(
     """Collect everything about a run that is worth keeping, as JSON."""
     config = context.config
     main = distilled[0]
-    members = {name: make_member(context, name) for name in members_shown(config)}
+    members = {name: make_member(context, name) for name in members_used(config)}
     return {
         "commands": list(commands),
         "code": code_version(),
@@ -58,15 +58,6 @@ def _verdict(config: RunConfig, results: Sequence[Result]) -> dict[str, Any] | N
 
     changed = () if config.expected is None else changed_fields(config.model_dump(mode="json"))
     return hold_against(config.expected, results, changed)
-
-
-def members_shown(config: RunConfig) -> list[str]:
-    """Names of the members that a run shows: who may vote, who labels, and who chooses the patches."""
-    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
-    if config.method.recovers:
-        voters = config.method.voters
-        used |= set(config.committee.members if isinstance(voters, str) else voters)
-    return [name for name in config.committee.members if name in used]
 
 
 def write_results(

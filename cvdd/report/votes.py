@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, voters_of_a_slot
 
 SLOTS = 50
 """Most columns that are shown."""
@@ -36,11 +36,11 @@ def who_judges(config: RunConfig) -> str | None:
     method, committee = config.method, config.committee
     if not method.recovers:
         return None
-    listed = method.voters if isinstance(method.voters, list) else None
-    several = len(committee.members) if method.voters == "all" else len(listed) if listed else committee.size
-    if several == 1:
-        return f"{listed[0]} judges every slot alone" if listed else "one member judges a slot alone"
-    who = f"{several} of {len(committee.members)} members" if several < len(committee.members) else "all members"
+    count, everyone = voters_of_a_slot(config), len(committee.members)
+    if count == 1:
+        listed = isinstance(method.voters, list)
+        return f"{method.voters[0]} judges every slot alone" if listed else "one member judges a slot alone"
+    who = f"{count} of {everyone} members" if count < everyone else "all members"
     if method.turns == "in_turn":
         return f"{who} judge a slot, one an iteration, in turn"
     how = {"prior": f"T = {config.temperature.vote:g}", "equal": "with equal weights", "random": "with random weights"}

@@ -10,7 +10,15 @@ from cvdd.schema.label import LabelConfig
 from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig, StatisticsConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
-from cvdd.schema.run import RunConfig, needs_priors, teachers_of, votes_by_priors, with_overrides
+from cvdd.schema.run import (
+    RunConfig,
+    members_used,
+    needs_priors,
+    teachers_of,
+    voters_of_a_slot,
+    votes_by_priors,
+    with_overrides,
+)
 from cvdd.schema.surroundings import SILENT, LoggerConfig, PathsConfig, TrainerConfig
 from cvdd.schema.types import Verb
 
@@ -34,8 +42,10 @@ __all__ = [
     "TemperatureConfig",
     "TrainerConfig",
     "Verb",
+    "members_used",
     "needs_priors",
     "teachers_of",
+    "voters_of_a_slot",
     "votes_by_priors",
     "with_overrides",
 ]

@@ -119,6 +119,23 @@ def teachers_of(config: RunConfig) -> list[str]:
     return [name for name in config.committee.members if name in config.label.teachers]
 
 
+def members_used(config: RunConfig) -> list[str]:
+    """Names of the members that may vote, that label, or that choose the patches, in committee order."""
+    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
+    if config.method.recovers:
+        voters = config.method.voters
+        used |= set(config.committee.members if isinstance(voters, str) else voters)
+    return [name for name in config.committee.members if name in used]
+
+
+def voters_of_a_slot(config: RunConfig) -> int:
+    """Count the members that judge the images of a slot, all together or in turn."""
+    method, committee = config.method, config.committee
+    if isinstance(method.voters, str):
+        return {"drawn": committee.size, "all": len(committee.members)}[method.voters]
+    return len(method.voters)
+
+
 def needs_priors(config: RunConfig) -> bool:
     """Whether anything in this configuration depends on the members' prior performance."""
     return votes_by_priors(config) or (config.label.weights == "prior" and len(teachers_of(config)) > 1)
@@ -127,9 +144,7 @@ def needs_priors(config: RunConfig) -> bool:
 def votes_by_priors(config: RunConfig) -> bool:
     """Whether the images depend on the members' prior performance."""
     method, committee = config.method, config.committee
-    voters = {"drawn": committee.size, "all": len(committee.members)}
-    several = (voters[method.voters] if isinstance(method.voters, str) else len(method.voters)) > 1
-    weighed = several and committee.voter == "prior" and method.turns != "in_turn"
+    weighed = voters_of_a_slot(config) > 1 and committee.voter == "prior" and method.turns != "in_turn"
     return method.recovers and ((method.voters == "drawn" and committee.draw == "best") or weighed)
 
 
