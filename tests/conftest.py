@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
+from simulated_gpu import simulated_gpu
 
 from cvdd.arguments import prepare
 from cvdd.cli import _again, config_directory, debug_limits
@@ -28,6 +30,16 @@ def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     # Nothing that a test starts may talk to a tracking server.
     monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def gpu_or_stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests for a GPU have one."""
+    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        yield
+    else:
+        with simulated_gpu():
+            yield
 
 
 def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:

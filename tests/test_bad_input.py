@@ -242,7 +242,15 @@ def test_ctrl_c_keeps_what_is_finished(chain_home: Path, made: Made, again: Call
     command = [sys.executable, str(ROOT / "distill.py"), f"paths.store={store}", *overrides]
     folder = store.parent / "run"
     folder.mkdir()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that runs the tests in the background ignores Ctrl-C for all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (units := list(store.glob("images/.partial/*/units/*.safetensors"))):
         assert process.poll() is None, process.communicate()[0]

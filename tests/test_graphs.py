@@ -1,6 +1,6 @@
 """Steps that are recorded as CUDA graphs do what the same steps do without.
 
-What is recorded is tested everywhere, called as it is; that a GPU replays it, where there is one.
+What is recorded is tested everywhere, called as it is; that a GPU replays it, on a simulated one where there is none.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from cvdd.teachers import Teachers
 from cvdd.units import Stage, Unit, unit_views
 
 CPU = torch.device("cpu")
-with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=with_gpu)]
+with_real_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,7 @@ def test_a_recorded_iteration_is_an_iteration(device: str, views: bool) -> None:
     assert torch.equal(other.images, plain.images)
 
 
-@with_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("views", [True, False])
 def test_a_gpu_replays_iterations(views: bool, caplog: pytest.LogCaptureFixture) -> None:
     plain = distilled(DistillModule, "cuda", views=views)
@@ -158,7 +158,7 @@ def test_a_gpu_replays_iterations(views: bool, caplog: pytest.LogCaptureFixture)
     assert torch.equal(replayed.images, plain.images)
 
 
-@with_gpu
+@with_real_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_replays_compiled_iterations(precision: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain = distilled(DistillModule, "cuda")
@@ -301,7 +301,7 @@ def test_a_student_that_goes_on_recorded_or_not_learns_the_same(device: str, fir
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
-@with_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_replays_students(
@@ -343,7 +343,7 @@ def test_a_recorded_step_of_a_member_is_a_step(device: str, crop: str, accumulat
     same(other, plain)
 
 
-@with_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_gpu_replays_members(
@@ -360,7 +360,7 @@ def test_a_gpu_replays_members(
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-@with_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("bn_mode", ["batch", "running"])
 def test_a_gpu_replays_labels(bn_mode: str, caplog: pytest.LogCaptureFixture) -> None:
     label = label_config(batch_size=8, dtype="float32", epochs=6, bn_mode=bn_mode)

@@ -16,10 +16,9 @@ from torch import Tensor
 from cvdd.graphs import WARM_UP_CALLS, Recorded, _abandon
 
 CPU = torch.device("cpu")
-with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@with_gpu
+@pytest.mark.gpu
 def test_every_call_has_its_effects_once() -> None:
     total = torch.zeros(3, device="cuda")
 
@@ -109,7 +108,7 @@ def test_memory_of_an_ended_recording_is_left_to_its_graph(monkeypatch: pytest.M
     _abandon(torch.device("cuda", 0), (0, 1))
 
 
-@with_gpu
+@pytest.mark.gpu
 def test_what_waits_for_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     total = torch.zeros((), device="cuda")
 
