@@ -169,3 +169,20 @@ def test_more_classes_per_unit_than_classes(folder: Path, store: Store) -> None:
 def test_fewer_images_than_asked(folder: Path, store: Store) -> None:
     with pytest.raises(ConfigError, match="dataset.train_per_class=5: class 'ant' has only 4"):
         load_data(folder_config(folder, train_per_class=5), store)
+
+
+def test_a_channel_that_is_the_same_everywhere_is_refused(tmp_path: Path, store: Store) -> None:
+    for name in ("ant", "bee"):
+        for index in range(3):
+            pixels = numpy.random.default_rng(index).integers(0, 255, (20, 20, 3), dtype=numpy.uint8)
+            pixels[:, :, 1] = 51
+            for part in ("train", "test"):
+                (tmp_path / "raw" / part / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "raw" / part / name / f"{index}.png")
+    with pytest.raises(ConfigError, match=r"green is the same in all pixels.*dataset\.mean=\[0\.\d+,0\.2,.*,1,") as found:
+        load_data(folder_config(tmp_path / "raw"), store)
+    given = {
+        field: [float(value) for value in str(found.value).split(f"dataset.{field}=[")[1].split("]")[0].split(",")]
+        for field in ("mean", "std")
+    }
+    assert load_data(folder_config(tmp_path / "raw", **given), store).std[1] == 1

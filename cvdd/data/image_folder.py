@@ -27,7 +27,8 @@ def read(config: DatasetConfig, store: Store) -> RawData:
     Channel statistics are measured over the whole training folder, once, and kept in the store.
 
     Raises:
-        ConfigError: a folder is missing or empty, or the classes are not those of ``dataset.classes``.
+        ConfigError: a folder is missing or empty, the classes are not those of ``dataset.classes``, or a channel is the
+            same in all images, so that nothing can be measured to normalise it by.
         ValueError: an image is damaged (it is named).
     """
     root = data_root(config)
@@ -42,6 +43,7 @@ def read(config: DatasetConfig, store: Store) -> RawData:
         packed = _pack(config, store, "train", classes, files, None)
         if not mean:
             mean, std = tuple(packed.metrics["mean"]), tuple(packed.metrics["std"])
+            _refuse_constant_channels(config, mean, std)
         train = read_images(packed) if _fits(config, files) else files
 
     def test() -> ImageSource:
@@ -59,6 +61,17 @@ def read(config: DatasetConfig, store: Store) -> RawData:
         return read_images(_pack(config, store, "test", classes, found, config.test_resize))
 
     return RawData(classes, train, test, mean, std)
+
+
+def _refuse_constant_channels(config: DatasetConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    constant = [name for name, spread in zip(("red", "green", "blue"), std, strict=True) if spread == 0]
+    if constant:
+        middle = ",".join(f"{value:.4g}" for value in mean)
+        raise ConfigError(
+            f"dataset.root={config.root}: {' and '.join(constant)} is the same in all pixels of the training images, so "
+            f"it cannot be normalised by its spread. If that is meant, set dataset.mean=[{middle}] and "
+            f"dataset.std=[{','.join(f'{spread or 1:.4g}' for spread in std)}]"
+        )
 
 
 def count_images(config: DatasetConfig) -> tuple[int, int, int] | None:
