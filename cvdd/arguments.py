@@ -263,6 +263,17 @@ def quote_numbers(arguments: Sequence[str], directory: Path, certain: bool = Tru
     return quoted
 
 
+def prepare_row(row: Sequence[str], directory: Path, certain: bool = True) -> list[str]:
+    """Return the overrides of a row of a comparison as Hydra wants them; see :func:`quote_numbers`.
+
+    Raises:
+        ArgumentError: a number has no file, or an override would change nothing.
+    """
+    for override in row:
+        _refuse_pointless(override, [directory])
+    return quote_numbers(row, directory, certain)
+
+
 def unquoted(override: str) -> str:
     """Return an override as it was typed before :func:`quote_numbers`."""
     return override.replace("'", "") if _OVERRIDE.fullmatch(override.replace("'", "")) else override

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from cvdd.arguments import ArgumentError, prepare, quote_numbers, says_what_is_made, unquoted
+from cvdd.arguments import ArgumentError, prepare, prepare_row, says_what_is_made, unquoted
 from cvdd.composable import require_composable, said_of_yaml
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
@@ -72,7 +72,7 @@ def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
     from hydra import compose
 
     # What was typed is quoted already, and may choose a file of somebody's own.
-    return compose(verb, [*task, *quote_numbers(row, config_directory(), certain=not _more_sources())])
+    return compose(verb, [*task, *prepare_row(row, config_directory(), certain=not _more_sources())])
 
 
 def _more_sources() -> list[Any]:

@@ -157,6 +157,8 @@ def test_rows_of_fields_are_left_alone(tmp_path: Path) -> None:
             "prior.values.resnet18: there is none in this row; write +prior.values.resnet18=VALUE",
         ),
         ("lable=tiny", "lable: there is no such field or group; did you mean label?"),
+        ("committee.members={}", "committee.members={}: what braces hold is added to what is there"),
+        ("prior=null", "prior=null: choose .*"),
     ],
 )
 def test_a_row_that_cannot_be_composed_is_answered(tmp_path: Path, row: str, advice: str) -> None:

@@ -68,8 +68,8 @@ def _refuse_constant_channels(config: DatasetConfig, mean: tuple[float, ...], st
     if constant:
         middle = ",".join(f"{value:.4g}" for value in mean)
         raise ConfigError(
-            f"dataset.root={config.root}: {' and '.join(constant)} is the same in all pixels of the training images, so "
-            f"it cannot be normalised by its spread. If that is meant, set dataset.mean=[{middle}] and "
+            f"dataset.root={config.root}: {' and '.join(constant)} is the same in all pixels of the training images "
+            f"and cannot be normalised by its spread. If that is meant, set dataset.mean=[{middle}] and "
             f"dataset.std=[{','.join(f'{spread or 1:.4g}' for spread in std)}]"
         )
 
