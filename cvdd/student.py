@@ -148,11 +148,28 @@ class StudentModule(Classifier):
         protocol = self.protocol
         if protocol.optimizer == "sgd":
             return torch.optim.SGD(self._parameter_groups(), lr=protocol.lr, momentum=protocol.momentum)
+        if protocol.optimizer == "muon":
+            return self._muon()
         return self._adamw(protocol.lr)
 
     def _adamw(self, rate: float | Tensor, **options: Any) -> torch.optim.AdamW:
         betas = self.protocol.betas
         return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=betas, fused=True, **options)
+
+    def _muon(self) -> torch.optim.Optimizer:
+        from timm.optim.muon import Muon
+
+        protocol = self.protocol
+        parameters = list(self.network.parameters())
+        of_vectors = protocol.weight_decay if protocol.decay == "all" else 0.0
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": protocol.weight_decay, "nesterov": True},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": of_vectors, "use_fallback": True},
+        ]
+        # At the size of AdamW's steps, so that its rates hold.
+        size = "match_rms_adamw"
+        kept = [group for group in groups if group["params"]]
+        return Muon(kept, protocol.lr, momentum=protocol.momentum, betas=protocol.betas, adjust_lr_fn=size)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol

@@ -186,6 +186,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "protocol.loss=gift",
             "protocol.loss=gift protocol.hard_label_weight=0.1",
             "protocol.optimizer=sgd",
+            "protocol.optimizer=muon",
             "protocol.lr=0.01",
             "protocol.betas=[0.8,0.999]",
             "protocol.betas=[0.9,0.99]",

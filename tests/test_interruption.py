@@ -175,6 +175,22 @@ def test_a_student_goes_on_after_an_epoch(
     assert student.metrics == made[1].students[0].metrics
 
 
+def test_a_student_of_muon_goes_on_after_an_epoch(
+    made: tuple[Distilled, Result], again: Callable[..., Context], chain_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    muon = "protocol.optimizer=muon"
+    contexts = [tiny_context(chain_home, muon, store=store) for store in (None, again("students").store.root)]
+    arguments = (made[0].labels, "tiny_resnet18", contexts[0].config.students["tiny_resnet18"], 0)
+    whole = make_student(contexts[0], *arguments)
+    with monkeypatch.context() as patched:
+        stop_at(patched, Classifier, "on_train_epoch_start", 3, PulledPlug)
+        with pytest.raises(PulledPlug):
+            make_student(contexts[1], *arguments)
+    begun = epochs_begun(monkeypatch)
+    assert same_files(make_student(contexts[1], *arguments), whole)
+    assert begun == [2]
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
 def test_a_member_goes_on_after_an_epoch(schedule: str, chain_home: Path, tmp_path: Path, monkeypatch: Any) -> None:
     options = ("recipe.epochs=4", f"recipe.schedule={schedule}")

@@ -285,6 +285,27 @@ def test_betas_of_the_protocol() -> None:
     assert [group["betas"] for group in optimizer.param_groups] == [(0.7, 0.95)] * 2
 
 
+def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adamw() -> None:
+    """Matrices: 0.2 sqrt(longer side) times a matrix whose singular values are near 1; vectors: AdamW's step."""
+    settings = {"lr": 0.1, "weight_decay": 0.5, "betas": (0.8, 0.9)}
+    module = student(trainable(), soft_labels(), optimizer="muon", momentum=0.9, **settings)
+    plain = student(trainable(), soft_labels(), **settings)
+    vector, kernel = module.network[1].bias, module.network[3].weight
+    weights = kernel.detach().clone()
+    draws = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(parameter.shape, generator=draws) for parameter in module.network.parameters()]
+    for one in (module, plain):
+        optimizer = one.configure_optimizers()
+        for parameter, gradient in zip(one.network.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(vector, plain.network[1].bias)
+    step = (weights * (1 - 0.1 * 0.5) - kernel.detach()).flatten(1) / (0.1 * 0.2 * max(kernel.flatten(1).shape) ** 0.5)
+    values = torch.linalg.svdvals(step)
+    assert len(values) == 12
+    assert 0.7 < values.min() < values.max() < 1.3
+
+
 def test_a_step_of_sgd_with_momentum() -> None:
     """Two steps with the gradients 1 and 1: w - lr g, then w - lr (m g + g); vectors do not decay."""
     module = student(trainable(), soft_labels(), optimizer="sgd", lr=0.1, momentum=0.875, weight_decay=0.5)

@@ -33,10 +33,14 @@ class ProtocolConfig(CheckedConfig):
         description="of the classes beside the teachers: of the unmixed image's cross-entropy in loss=mse, of the "
         "smoothed label in loss=gift",
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw decouples weight decay, sgd does not")
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="adamw decouples weight decay, sgd does not; muon makes the steps of matrices orthogonal, at the "
+        "size of adamw's, and is adamw for vectors",
+    )
     lr: float = Field(gt=0, description="highest learning rate")
-    betas: Betas = Field((0.9, 0.999), description="of adamw")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    betas: Betas = Field((0.9, 0.999), description="of adamw, and of muon's vectors")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, and of muon's matrices")
     weight_decay: float = Field(0.01, ge=0, description="of the optimiser")
     decay: Literal["matrices", "all"] = Field(
         "matrices", description="what decays: parameters with two or more axes, or all"
