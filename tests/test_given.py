@@ -56,6 +56,14 @@ def test_what_files_hold_decides_and_not_their_names(files: Path, tmp_path: Path
     assert images() != first
 
 
+def test_all_damaged_files_are_named(files: Path, tmp_path: Path) -> None:
+    for broken in (files / "2_2" / "0001.png", files / "7_7" / "0000.png"):
+        broken.write_bytes(broken.read_bytes()[:-200])
+    with pytest.raises(ConfigError, match="2 of 20 image files cannot be used") as found:
+        distil(tiny_context(tmp_path, *given(files), *HARD), "")
+    assert [name in str(found.value) for name in ("2_2/0001.png", "7_7/0000.png")] == [True, True]
+
+
 def test_folders_as_they_are_written_are_read_whatever_classes_are_called(tmp_path: Path) -> None:
     classes = [
         "  lead",

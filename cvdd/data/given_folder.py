@@ -14,7 +14,7 @@ from torch import Tensor
 from cvdd.artifact.manifest import file_checksum
 from cvdd.config_base import ConfigError
 from cvdd.data.folders import class_folders, scan, warn_of_left_out
-from cvdd.data.source import FileSource
+from cvdd.data.source import DamagedImage, FileSource
 
 _OF_NO_FILE = re.compile(r"[^\w. -]")
 """What the name of a class may have and that of a folder should not."""
@@ -124,9 +124,14 @@ def read_given(source: FileSource, classes: int, side: int) -> Tensor:
         [classes, images of each, 3, side, side] uint8.
 
     Raises:
-        DamagedImage: a file cannot be decoded.
+        DamagedImage: files cannot be decoded, all of which were looked at.
     """
-    pixels = torch.empty(len(source), 3, side, side, dtype=torch.uint8)
+    pixels, damaged = torch.empty(len(source), 3, side, side, dtype=torch.uint8), list[str]()
     for index, image in enumerate(pixels):
-        image.copy_(source.image(index))
+        try:
+            image.copy_(source.image(index))
+        except DamagedImage as error:
+            damaged.append(str(error))
+    if damaged:
+        raise DamagedImage.of_all(damaged, len(source))
     return pixels.view(classes, -1, 3, side, side)

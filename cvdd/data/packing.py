@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 ARTIFACT_KIND = "data"
 _FILE = "images.safetensors"
 _CHUNK = 512
-_NAMED = 10
-"""Damaged files that an error names; it counts the others."""
 
 
 def channel_statistics(total: Tensor, squares: Tensor, pixels: int) -> tuple[list[float], list[float]]:
@@ -117,7 +115,7 @@ def pack(
             for start in range(0, len(source), _CHUNK):
                 indices = range(start, min(start + _CHUNK, len(source)))
                 views = list(pool.map(view, indices))
-                # Whoever mends one file wants to know of the others, so that the rest is looked at all the same.
+                # The rest is looked at all the same, to tell of all that are damaged.
                 damaged += [found for found in views if isinstance(found, str)]
                 if damaged:
                     continue
@@ -128,19 +126,10 @@ def pack(
                     chunk_total, chunk_squares = channel_sums(chunk)
                     total, squares = total + chunk_total, squares + chunk_squares
         if damaged:
-            raise DamagedImage(_all_of(damaged, len(source)))
+            raise DamagedImage.of_all(damaged, len(source))
         if keep:
             return write_images(directory, kept, source.labels, source.groups)
         mean, std = channel_statistics(total, squares, len(source) * image_size**2)
         return {"images": len(source), "mean": mean, "std": std}
 
     return store.make(ARTIFACT_KIND, name, full_identity, [], build)
-
-
-def _all_of(damaged: Sequence[str], images: int) -> str:
-    if len(damaged) == 1:
-        return damaged[0]
-    lines = [f"{len(damaged)} of {images} image files cannot be used:", *damaged[:_NAMED]]
-    if len(damaged) > _NAMED:
-        lines.append(f"and {len(damaged) - _NAMED} more")
-    return "\n".join(lines)

@@ -22,8 +22,27 @@ _UNCOMPRESSED = (b".bmp", b".pgm", b".ppm", b".tif", b".tiff")
 """Formats whose files are of one size if their pictures are, so that the size says nothing of what they show."""
 
 
+_NAMED = 10
+"""Damaged files that an error names; it counts the others."""
+
+
 class DamagedImage(ConfigError):
     """An image file cannot be used; the message names it and says what to do."""
+
+    @classmethod
+    def of_all(cls, found: Sequence[str], images: int) -> DamagedImage:
+        """Make one of several: whoever mends one file wants to know of the others.
+
+        Args:
+            found: what is said of each; at least one.
+            images: that were looked at.
+        """
+        if len(found) == 1:
+            return cls(found[0])
+        lines = [f"{len(found)} of {images} image files cannot be used:", *found[:_NAMED]]
+        if len(found) > _NAMED:
+            lines.append(f"and {len(found) - _NAMED} more")
+        return cls("\n".join(lines))
 
 
 @runtime_checkable
