@@ -105,7 +105,8 @@ class Device:
         self.launches += 1
         if asked is not None and asked.type != "cuda":
             return out
-        needed = max((values.nbytes for values in tree_leaves(out) if isinstance(values, Tensor)), default=0)
+        made = [values for values in tree_leaves(out) if isinstance(values, Tensor)]
+        needed = max((values.untyped_storage().nbytes() for values in made), default=0)
         if self.room is not None and needed > self.room:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {needed} bytes")
         self.largest = max(self.largest, needed)
@@ -117,6 +118,7 @@ class Device:
             for values in given
             if isinstance(values, Tensor)
         }
+        assert all(known[id(values)].shape == values.shape for values in made if id(values) in known), function
         return tree_map_only(
             Tensor, lambda values: known[id(values)] if id(values) in known else OnGpu(values, self), out
         )
