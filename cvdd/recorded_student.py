@@ -40,9 +40,9 @@ class RecordedStudent(StudentModule):
         self._step: Any = self._optimise
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW of the protocol, whose rate lies where a recorded step reads it."""
+        """Optimiser of the protocol, whose rate lies where a recorded step reads it."""
         on_gpu, rate = self.device.type == "cuda", self.protocol.lr
-        return self._adamw(torch.tensor(rate, device=self.device) if on_gpu else rate, capturable=on_gpu)
+        return self._optimizer(torch.tensor(rate, device=self.device) if on_gpu else rate, capturable=on_gpu)
 
     def _set_rate(self, rate: float) -> None:
         set_rate(optimizer_of(self), rate, self.device)
@@ -117,7 +117,7 @@ def steps_can_be_recorded(protocol: ProtocolConfig, looks: bool, network: nn.Mod
         passes: how it computes.
     """
     drawn = protocol.accumulation > 1 and draws_by_itself(network)
-    return passes.record and not passes.compile and protocol.optimizer == "adamw" and not looks and not drawn
+    return passes.record and not passes.compile and protocol.optimizer != "sgd" and not looks and not drawn
 
 
 def make_student_module(

@@ -145,18 +145,17 @@ class StudentModule(Classifier):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimiser of the protocol, with decay on what it says; :meth:`on_train_epoch_start` sets its rate."""
+        return self._optimizer(self.protocol.lr)
+
+    def _optimizer(self, rate: float | Tensor, **options: Any) -> torch.optim.Optimizer:
         protocol = self.protocol
         if protocol.optimizer == "sgd":
-            return torch.optim.SGD(self._parameter_groups(), lr=protocol.lr, momentum=protocol.momentum)
+            return torch.optim.SGD(self._parameter_groups(), lr=rate, momentum=protocol.momentum, **options)
         if protocol.optimizer == "muon":
-            return self._muon()
-        return self._adamw(protocol.lr)
+            return self._muon(rate, **options)
+        return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, **options)
 
-    def _adamw(self, rate: float | Tensor, **options: Any) -> torch.optim.AdamW:
-        betas = self.protocol.betas
-        return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=betas, fused=True, **options)
-
-    def _muon(self) -> torch.optim.Optimizer:
+    def _muon(self, rate: Any, **options: Any) -> torch.optim.Optimizer:
         from timm.optim.muon import Muon
 
         protocol = self.protocol
@@ -169,7 +168,7 @@ class StudentModule(Classifier):
         # At the size of AdamW's steps, so that its rates hold.
         size = "match_rms_adamw"
         kept = [group for group in groups if group["params"]]
-        return Muon(kept, protocol.lr, momentum=protocol.momentum, betas=protocol.betas, adjust_lr_fn=size)
+        return Muon(kept, rate, momentum=protocol.momentum, betas=protocol.betas, adjust_lr_fn=size, **options)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol
