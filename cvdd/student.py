@@ -156,6 +156,7 @@ class StudentModule(Classifier):
         return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, **options)
 
     def _muon(self, rate: Any, **options: Any) -> torch.optim.Optimizer:
+        # Its rate is a float to a type checker, and may be a tensor.
         from timm.optim.muon import Muon
 
         protocol = self.protocol
