@@ -176,10 +176,11 @@ def test_a_student_goes_on_after_an_epoch(
 
 
 def test_a_student_of_muon_goes_on_after_an_epoch(
-    made: tuple[Distilled, Result], again: Callable[..., Context], chain_home: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Distilled, Result], again: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    muon = "protocol.optimizer=muon"
-    contexts = [tiny_context(chain_home, muon, store=store) for store in (None, again("students").store.root)]
+    stores = again("students").store.root, tmp_path / "other"
+    shutil.copytree(*stores)
+    contexts = [tiny_context(tmp_path, "protocol.optimizer=muon", store=store) for store in stores]
     arguments = (made[0].labels, "tiny_resnet18", contexts[0].config.students["tiny_resnet18"], 0)
     whole = make_student(contexts[0], *arguments)
     with monkeypatch.context() as patched:
