@@ -18,8 +18,8 @@ from helpers import tiny_context
 from mtt_helpers import mtt_context
 from simulated_gpu import simulated_gpu
 from simulated_tensors import Device
+from test_interruption import PulledPlug, epochs_begun, stop_at
 
-import cvdd.fit
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.unit_files import load_images
 from cvdd.classifier import Classifier
@@ -165,10 +165,6 @@ def test_nothing_waits_for_a_gpu_from_batch_to_batch(
     assert waits(4) == waits(10)
 
 
-class PulledPlug(Exception):
-    pass
-
-
 @pytest.mark.parametrize(("begins", "ends"), [("gpu", "cpu"), ("cpu", "gpu")])
 def test_a_student_goes_on_on_another_device(
     begins: str,
@@ -180,22 +176,12 @@ def test_a_student_goes_on_on_another_device(
 ) -> None:
     root = of_the_cpu("data", "members", "patches", "images", "labels")
     places = {"gpu": on_gpu(root), "cpu": tiny_context(root)}
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    begun: list[int] = []
-    begin = Classifier.on_train_epoch_start
-
-    def noting(module: Classifier) -> None:
-        if begun == [0, 1]:
-            begun.clear()
-            raise PulledPlug
-        begun.append(module.current_epoch)
-        begin(module)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Classifier, "on_train_epoch_start", noting)
+        stop_at(patched, Classifier, "on_train_epoch_start", 3, PulledPlug)
         with pytest.raises(PulledPlug):
             compare(places[begins])
-        _, (result,) = compare(places[ends])
+    begun = epochs_begun(monkeypatch)
+    _, (result,) = compare(places[ends])
     assert begun == [2]
     assert result.summary()["loss"] == pytest.approx(made[1].summary()["loss"], abs=1e-3)
 
