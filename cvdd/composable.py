@@ -10,7 +10,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from yaml import MarkedYAMLError, YAMLError
 
 from cvdd.arguments import ArgumentError, apart, is_certain, own_directories
@@ -50,7 +51,7 @@ def require_composable(verb: str, arguments: Sequence[str], directory: Path) -> 
     absent: dict[str, str] = {}
     while True:
         try:
-            tree = _composed(verb, list(pairs.values()), folders)
+            composed = _composed(verb, list(pairs.values()), folders)
             break
         except ConfigCompositionException as error:
             match = _NOT_THERE.match(str(error))
@@ -66,7 +67,10 @@ def require_composable(verb: str, arguments: Sequence[str], directory: Path) -> 
             # Hydra, which composes the same again, knows best.
             return
     if absent:
+        tree: Any = OmegaConf.to_container(composed)
         raise ArgumentError("\n".join(_absent(typed, key, tree, folders) for typed, key in absent.items()))
+    if "--resolve" in options:
+        _require_resolvable(composed)
 
 
 def said_of_yaml(error: YAMLError) -> str:
@@ -85,13 +89,23 @@ def _first(override: str) -> str:
     return f"{parsed.get_key_element()}={next(iter(parsed.sweep_string_iterator()))}"
 
 
-def _composed(verb: str, overrides: Sequence[str], folders: Sequence[Path]) -> Mapping[str, Any]:
+def _composed(verb: str, overrides: Sequence[str], folders: Sequence[Path]) -> DictConfig:
     own = ",".join(f"'file://{folder.absolute()}'" for folder in folders[1:])
     more = [f"hydra.searchpath=[{own}]"] if own else []
     with initialize_config_dir(str(folders[0].absolute()), version_base="1.3"):
-        tree = OmegaConf.to_container(compose(verb, [*overrides, *more]))
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+        return compose(verb, [*overrides, *more])
+
+
+def _require_resolvable(composed: DictConfig) -> None:
+    """Refuse values that are read from what a user named, where there is nothing to read."""
+    try:
+        OmegaConf.to_container(composed, resolve=True)
+    except InterpolationResolutionError as error:
+        from cvdd.validation import said_by_resolver
+
+        # Whatever else cannot be resolved here, Hydra may resolve.
+        if said := said_by_resolver(str(error).splitlines()[0]):
+            raise ArgumentError(said) from error
 
 
 def _key(override: str) -> str:

@@ -44,6 +44,8 @@ def require(arguments: str) -> None:
         ("'method.betas={a: 1}'", "method.betas={a: 1}: must be a list, as in [a,b]"),
         ("hydra/launcher=nope", "hydra/launcher=nope: choose basic, local"),
         ("-m method=cvdd_tiny,apm_tiny method.apm.ce=2", "method.apm is null here"),
+        ("label=given --cfg job --resolve", "label.given=null: label=given reads labels that are there; type label"),
+        ("label=given label.given=nowhere --cfg job --resolve", "label.given=nowhere holds neither labels of a store"),
     ],
 )
 def test_what_cannot_be_composed_is_answered(typed: str, answer: str) -> None:
