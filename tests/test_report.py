@@ -327,7 +327,7 @@ def test_votes_are_arranged_by_slot() -> None:
 
 def test_the_terminal_table_fits_80_columns(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(tables, "Console", lambda: Console(file=stream, width=80))
+    monkeypatch.setattr(tables, "new_console", lambda: Console(file=stream, width=80))
     results = [result.summary() for result in pair(maker, [70.0, 71.0, 72.0], [60.0, 61.0, 62.0])]
     results.append(results[0] | {"student": "tiny_shufflenetv2", "protocol": "another"})
     print_results(results)

@@ -18,13 +18,14 @@ from cvdd.artifact.cleaning import children, in_use, is_store, removable, remove
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import Artifact, DamagedArtifact, kinds, read_manifests, verify
 from cvdd.config_base import ConfigError
+from cvdd.console import new_console
 from cvdd.outcome import INTERRUPTED, USER_ERROR
 from cvdd.readable import readable_bytes
 
 VARIABLE = "CVDD_STORE"
 DAMAGED = 1
-NARROWEST, WIDEST = 14, 10**6
-"""Characters of a column beside a name, and of a table in a pipe."""
+NARROWEST = 14
+"""Characters of a column beside a name."""
 
 
 def list_artifacts(root: Path) -> int:
@@ -42,7 +43,7 @@ def list_artifacts(root: Path) -> int:
             escape("\n".join(dict.fromkeys(parents))) or "-",
             escape("\n".join(users)) or "-",
         )
-    console = Console()
+    console = new_console()
     _print(console, f"{root}: {len(artifacts)} artefacts", table)
     paths = unfinished(root)
     used = in_use(root, claims_for(root), paths)
@@ -58,7 +59,7 @@ def list_artifacts(root: Path) -> int:
 def verify_artifacts(root: Path) -> int:
     """Check the checksums of all files of a store; return the exit code, which is 1 if anything is damaged."""
     artifacts, damaged = _read(root)
-    console = Console()
+    console = new_console()
     problems = len(damaged)
     _say_damaged(console, damaged)
     for artifact in artifacts:
@@ -84,7 +85,7 @@ def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
             raise ConfigError(f"--unused {kind}: {root} has no such kind; choose from {', '.join(known) or 'none'}")
     found = removable(root, unwanted)
     claims = claims_for(root)
-    console = Console()
+    console = new_console()
     if not found:
         _say(console, f"{root}: nothing to remove")
         return 0
@@ -123,16 +124,13 @@ def _table(first: str, size: str, *others: str) -> Table:
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    """Print a table whose names can be copied; in a pipe, where they are searched for, no line is folded at all."""
+    """Print a table whose names can be copied."""
     _say(console, title)
     if console.is_terminal:
         name = max(console.measure(cell).maximum for cell in table.columns[0].cells)
-        # The terminal itself breaks what is wider, and copies it as one line.
-        width = max(console.width, name + NARROWEST * (len(table.columns) - 1))
-    else:
-        width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-    # The width alone is not heeded in a terminal that says it is dumb.
-    console.size = (width, console.height)
+        # The terminal itself breaks what is wider, and copies it as one line. The width alone is not heeded in a
+        # terminal that says it is dumb.
+        console.size = (max(console.width, name + NARROWEST * (len(table.columns) - 1)), console.height)
     console.print(table)
 
 

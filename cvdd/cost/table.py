@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from cvdd.console import new_console
 from cvdd.cost.prediction import StageCost
 from cvdd.readable import readable_bytes, readable_seconds
 from cvdd.report.tables import new_table, print_table
@@ -89,4 +89,4 @@ def print_costs(stages: Sequence[StageCost], title: str, notes: Sequence[str]) -
     """Print the table, and what should be known with it."""
     print_table(cost_table(stages, title))
     for note in notes:
-        Console().print(note, markup=False, highlight=False)
+        new_console().print(note, markup=False, highlight=False)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from cvdd.artifact import Artifact
+from cvdd.console import new_console
 from cvdd.readable import readable_bytes, with_error
 from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
@@ -50,7 +50,7 @@ def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
     }
     for key, value in rows.items():
         table.add_row(key, value)
-    Console().print(table)
+    new_console().print(table)
 
 
 def print_results(results: Sequence[Mapping[str, Any]]) -> None:
@@ -105,7 +105,7 @@ def print_ranking(ranking: Sequence[Mapping[str, Any]]) -> None:
 def print_verdict(verdict: Mapping[str, Any] | None) -> None:
     """Print what was expected beside what was measured, if a published number was given."""
     if verdict is not None:
-        Console().print(verdict_sentence(verdict), markup=False, highlight=False)
+        new_console().print(verdict_sentence(verdict), markup=False, highlight=False)
 
 
 def new_table(title: str) -> Table:
@@ -115,7 +115,7 @@ def new_table(title: str) -> Table:
 
 def print_table(table: Table) -> None:
     """Print a table, as narrow as it must be."""
-    console = Console()
+    console = new_console()
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
         # Narrow gaps are easier to read than names in two lines.
         table.padding = 0

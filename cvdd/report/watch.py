@@ -22,6 +22,7 @@ from cvdd.artifact.parts import Table as States
 from cvdd.artifact.places import PARTIAL
 from cvdd.artifact.sessions import process_seconds, read_sessions
 from cvdd.artifact.uses import used_by
+from cvdd.console import new_console
 from cvdd.jobs import JOB, read_job
 from cvdd.outcome import OUTCOME
 from cvdd.report.sweeps import METRICS, Point, read_directory
@@ -215,7 +216,7 @@ def watch_sweeps(arguments: Sequence[str]) -> None:
         ConfigError: one of the directories is no sweep's.
     """
     options = _parser().parse_args(arguments)
-    watch, console = Watch(), Console()
+    watch, console = Watch(), new_console()
     # Whoever interrupts a view is done with it, not in trouble.
     with contextlib.suppress(KeyboardInterrupt):
         while True:
