@@ -21,8 +21,8 @@ def vote_weights(priors: Sequence[float], temperature: float, voter: str, *, see
     Args:
         priors: prior performance of each drawn member in percent.
         temperature: of the softmax; small lets the best member decide, large makes all equal.
-        voter: ``prior`` (softmax of priors / temperature), ``equal``, or ``random`` (uniform on the simplex, drawn
-            anew for each slot).
+        voter: ``prior`` (softmax of priors / temperature), ``equal``, or ``random`` (as released: uniform
+            numbers, divided by their sum, drawn anew for each slot).
         seed: for ``random``.
         slot: for ``random``.
 
@@ -38,7 +38,8 @@ def vote_weights(priors: Sequence[float], temperature: float, voter: str, *, see
     if voter == "equal":
         return torch.full((count,), 1 / count)
     if voter == "random":
-        share = torch.empty(count).exponential_(generator=generator(seed, "voter", slot))
+        # Never 0, so that a single member has a share.
+        share = 1 - torch.rand(count, generator=generator(seed, "voter", slot))
         return share / share.sum()
     if voter == "prior":
         return torch.softmax(torch.tensor(priors, dtype=torch.float64) / temperature, dim=0).float()

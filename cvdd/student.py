@@ -160,11 +160,11 @@ class StudentModule(Classifier):
         from timm.optim.muon import Muon
 
         protocol = self.protocol
-        parameters = list(self.network.parameters())
-        of_vectors = protocol.weight_decay if protocol.decay == "all" else 0.0
+        matrices, others = self._matrices_and_others()
+        of_others = protocol.weight_decay if protocol.decay == "all" else 0.0
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": protocol.weight_decay, "nesterov": True},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": of_vectors, "use_fallback": True},
+            {"params": matrices, "weight_decay": protocol.weight_decay, "nesterov": True},
+            {"params": others, "weight_decay": of_others, "use_fallback": True},
         ]
         # At the size of AdamW's steps, so that its rates hold.
         size = "match_rms_adamw"
@@ -173,10 +173,17 @@ class StudentModule(Classifier):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol
-        parameters = list(self.network.parameters())
-        decaying = [p for p in parameters if p.ndim > 1 or protocol.decay == "all"]
-        free = [p for p in parameters if p.ndim <= 1 and protocol.decay != "all"]
-        groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": protocol.weight_decay}]
-        if free:
-            groups.append({"params": free, "weight_decay": 0.0})
+        if protocol.decay == "all":
+            return [{"params": list(self.network.parameters()), "weight_decay": protocol.weight_decay}]
+        matrices, others = self._matrices_and_others()
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": protocol.weight_decay}]
+        if others:
+            groups.append({"params": others, "weight_decay": 0.0})
         return groups
+
+    def _matrices_and_others(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights of layers that multiply, and all that is added, scales or marks places."""
+        named = list(self.network.named_parameters())
+        # Tokens and positions of a transformer have two axes as well, and are no weights.
+        matrices = {name for name, p in named if p.ndim > 1 and "weight" in name}
+        return [p for name, p in named if name in matrices], [p for name, p in named if name not in matrices]

@@ -68,14 +68,22 @@ def test_equal_voters() -> None:
     assert vote_weights([90, 1, 1, 1], 5, "equal").tolist() == [0.25] * 4
 
 
-def test_random_voters_are_uniform_on_the_simplex() -> None:
-    weights = torch.stack([vote_weights([1, 2, 3], 5, "random", seed=1, slot=slot) for slot in range(2000)])
-    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2000))
-    assert weights.mean(dim=0).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
-    # Each share follows Beta(1, 2), whose variance is 1/18.
-    assert weights.var(dim=0).tolist() == pytest.approx([1 / 18] * 3, abs=0.005)
-    assert torch.equal(weights[7], vote_weights([3, 2, 1], 5, "random", seed=1, slot=7))
-    assert not torch.equal(weights[7], vote_weights([1, 2, 3], 5, "random", seed=2, slot=7))
+def test_random_voters_are_uniform_numbers_divided_by_their_sum() -> None:
+    weights = torch.stack([vote_weights([1, 2], 5, "random", seed=1, slot=slot) for slot in range(4000)])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(4000))
+    assert weights.mean(dim=0).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+    # The larger share of two is ln 2 in the mean, and beyond 0.9 in one of nine draws.
+    larger = weights.amax(dim=1)
+    assert larger.mean().item() == pytest.approx(math.log(2), abs=0.01)
+    assert (larger > 0.9).float().mean().item() == pytest.approx(1 / 9, abs=0.02)
+
+
+def test_random_voters_follow_from_seed_and_slot_alone() -> None:
+    weights = vote_weights([1, 2, 3], 5, "random", seed=1, slot=7)
+    assert torch.equal(weights, vote_weights([3, 2, 1], 5, "random", seed=1, slot=7))
+    assert not torch.equal(weights, vote_weights([1, 2, 3], 5, "random", seed=2, slot=7))
+    assert not torch.equal(weights, vote_weights([1, 2, 3], 5, "random", seed=1, slot=8))
+    assert vote_weights([1], 5, "random", seed=1, slot=7).tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0])

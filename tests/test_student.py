@@ -156,16 +156,16 @@ def test_a_step_is_the_sum_of_separate_parts(batch: int) -> None:
     torch.testing.assert_close(module.network[0].weight.grad, reference[0].weight.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_weight_decay_is_for_weights_of_two_or_more_axes() -> None:
-    module = student(trainable(), soft_labels(), weight_decay=0.05)
-    optimizer = module.configure_optimizers()
-    assert isinstance(optimizer, torch.optim.AdamW)
-    decayed, free = optimizer.param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(module.network.parameters()))
-    assert decayed["betas"] == (0.9, 0.999)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_weight_decay_is_for_weights_of_two_or_more_axes(optimizer: str) -> None:
+    network = trainable()
+    network.register_parameter("token", nn.Parameter(torch.zeros(1, 8)))
+    groups = student(network, soft_labels(), weight_decay=0.05, optimizer=optimizer).configure_optimizers().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    decayed, free = ([id(parameter) for parameter in group["params"]] for group in groups)
+    named = {name: id(parameter) for name, parameter in network.named_parameters()}
+    assert decayed == [named[name] for name in ("0.weight", "3.weight", "9.weight")]
+    assert sorted([*decayed, *free]) == sorted(named.values())
 
 
 def test_the_rate_changes_by_epoch() -> None:

@@ -19,7 +19,7 @@ class IpcConfig(StrictConfig):
     """Images per class, and what the paper ties to it."""
 
     images_per_class: Positive = Field(description="IPC: synthetic images per class")
-    draw: Literal["in_turn", "random", "best", "fixed"] = Field(description="how the paper draws members at this IPC")
+    draw: Literal["in_turn", "random", "best", "fixed"] = Field(description="how the release draws members at this IPC")
     label_batch: Positive = Field(
         description="images per label batch and per student step with label=committee and recipes that follow it; the "
         "others have a label.batch_size of their own"

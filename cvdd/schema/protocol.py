@@ -43,7 +43,7 @@ class ProtocolConfig(CheckedConfig):
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, and of muon's matrices")
     weight_decay: float = Field(0.01, ge=0, description="of the optimiser")
     decay: Literal["matrices", "all"] = Field(
-        "matrices", description="what decays: parameters with two or more axes, or all"
+        "matrices", description="what decays: weights with two or more axes, or all parameters"
     )
     schedule: Literal["cosine", "linear", "early_late", "multistep"] = Field(
         "cosine", description="per epoch; early_late: cosine until 5/6, then lower and linear to 0 (EDC)"
