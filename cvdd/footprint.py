@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.memory_limit import left_to_process
 
 Mode = Literal["train", "vote", "forward"]
 
@@ -120,6 +121,10 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
+    return min(_free_in_machine(), left_to_process())
+
+
+def _free_in_machine() -> float:
     information = Path("/proc/meminfo")
     for line in information.read_text().splitlines() if information.exists() else ():
         if line.startswith("MemAvailable:"):

@@ -210,11 +210,11 @@ def apply_augmentation(pixels: Tensor, recipe: RecipeConfig, size: int, drawn: A
     Returns:
         [n, 3, size, size] float 0..255.
     """
+    # Matrices that resize are made where the images are.
+    boxes, flips, offsets = (values.to(pixels.device) for values in drawn)
     if recipe.crop == "resized":
-        views = Views(drawn.boxes, drawn.flips, torch.zeros_like(drawn.offsets))
-        return apply_views(pixels.float(), views, size)
-    device = pixels.device
-    return _shifted(pixels, drawn.flips.to(device), drawn.offsets.to(device), recipe.pad if recipe.crop == "pad" else 0)
+        return apply_views(pixels.float(), Views(boxes, flips, torch.zeros_like(offsets)), size)
+    return _shifted(pixels, flips, offsets, recipe.pad if recipe.crop == "pad" else 0)
 
 
 def augment(pixels: Tensor, recipe: RecipeConfig, size: int, source: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cvdd.children import begin_child, started
 from cvdd.config_base import ConfigError
@@ -71,21 +71,29 @@ def _joined(world: World, store: TCPStore | None, config: RunConfig) -> Iterator
     if world.address == LOOPBACK and ("lo" in [name for _, name in socket.if_nameindex()]):
         # The name of a machine need not lead anywhere.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    watched = _watched((), world, config.paths.output) if store is None else contextlib.nullcontext()
     if store is None:
         store = TCPStore(world.address, world.port, world.size, world.main, TIME_TO_COME, wait_for_workers=False)
     gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    world.state.store = store
+    # The store of torchrun outlives ranks that it starts once more, and what they said.
+    world.state.store = PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     world.meet()
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=world.rank, world_size=world.size)
-    try:
-        yield
-    except BaseException as error:
-        # Those who wait for this rank are told why they wait in vain.
-        with contextlib.suppress(RuntimeError):
-            store.set(FAILED, f"rank {world.rank} ended: {type(error).__name__}: {error}")
-        raise
-    finally:
-        dist.destroy_process_group()
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=world.state.store, rank=world.rank, world_size=world.size)
+    # Whoever started the others watches already.
+    with watched:
+        try:
+            yield
+        except BaseException as error:
+            # Those who wait for this rank are told why they wait in vain.
+            with contextlib.suppress(RuntimeError):
+                world.state.store.set(FAILED, f"rank {world.rank} ended: {type(error).__name__}: {error}")
+            if gpu and dist.group.WORLD is not None:
+                # The orderly end of NCCL is a meeting of its own, to which ranks that wait in another never come.
+                dist.group.WORLD.abort()
+            raise
+        finally:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -100,32 +108,58 @@ def _others(config: RunConfig, world: World) -> Iterator[None]:
             place = (rank, world.size, world.port)
             rank_process = started("cvdd.ranks", config, *place, journal=output / f"rank{rank}.log", own_session=True)
             processes.append(running.enter_context(rank_process))
-        done = threading.Event()
-        running.callback(done.set)
-        watch = threading.Thread(target=_watch, args=(processes, world, output, done), daemon=True, name="ranks")
-        watch.start()
-        yield
-        done.set()
+        with _watched(processes, world, output):
+            yield
         deadline = time.monotonic() + SECONDS_TO_FINISH
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0.1))
 
 
+@contextlib.contextmanager
+def _watched(processes: Sequence[subprocess.Popen[bytes]], world: World, output: Path) -> Iterator[None]:
+    """While the body runs, notice that a rank is lost, and end this one if it goes on waiting for it.
+
+    Args:
+        processes: ranks that this one started; they end with it.
+        world: of this rank.
+        output: where their logs are.
+    """
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(processes, world, output, done), daemon=True, name="ranks").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def _watch(processes: Sequence[subprocess.Popen[bytes]], world: World, output: Path, done: threading.Event) -> None:
     state = world.state
     while not done.wait(SECONDS_BETWEEN_LOOKS):
-        for rank, process in enumerate(processes, 1):
-            # One that ended without an error was done; whoever still needs it waits in vain all the same.
-            if not state.lost and (process.poll() or (process.poll() == 0 and state.meeting)):
-                state.lost = lost(f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log")
-                log.warning("%s. What the others do alone goes on", state.lost)
+        if not state.lost:
+            state.lost = _ended(processes, world, output)
         # Most connections break at once, and the meeting with them; not those of NCCL.
         if state.lost and state.meeting and not done.wait(SECONDS_TO_NOTICE) and state.meeting:
             log.error("%s", state.lost)
             for process in processes:
                 process.kill()
             os._exit(1)
+
+
+def _ended(processes: Sequence[subprocess.Popen[bytes]], world: World, output: Path) -> str:
+    """Say which rank has ended, as its process or its last words tell; empty while none has."""
+    for rank, process in enumerate(processes, 1):
+        # One that ended without an error was done; whoever still needs it waits in vain all the same.
+        if process.poll() or (process.poll() == 0 and world.state.meeting):
+            found = lost(f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log")
+            log.warning("%s. What the others do alone goes on", found)
+            return found
+    store = world.state.store
+    try:
+        return lost(store.get(FAILED).decode()) if store is not None and store.check([FAILED]) else ""
+    except RuntimeError:
+        # The store is rank 0's.
+        return lost("rank 0 has ended")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torchvision.utils import make_grid
 
 from cvdd.artifact import Artifact
-from cvdd.artifact.manifest import DamagedArtifact, read_manifests_of
+from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifests_of
 from cvdd.config_base import ConfigError
 from cvdd.distilled import DistilledSet, load, open_set
 from cvdd.outcome import told
@@ -84,19 +84,19 @@ def share(path: Path, folder: Path) -> DistilledSet:
     made = [images] if labels is None else [images, labels]
     with place_errors(folder, "another folder"):
         for artifact in made:
-            _copy(artifact.path, folder / artifact.kind / artifact.path.name)
+            _copy(artifact, folder / artifact.kind / artifact.path.name)
         shared = load(folder / made[-1].kind / made[-1].path.name)
         (folder / CARD).write_text(_card(images, labels, shared))
         write_png(_preview(shared), folder / PREVIEW)
     return shared
 
 
-def _copy(path: Path, target: Path) -> None:
-    """Copy a directory; shutil would gather the system's refusals in an error that has no number."""
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        copy = target / file.relative_to(path)
+def _copy(artifact: Artifact, target: Path) -> None:
+    """Copy what an artefact's manifest lists; what else lies beside it was never looked at."""
+    for name in sorted([*artifact.manifest["files"], MANIFEST]):
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
+        shutil.copy2(artifact.path / name, copy)
 
 
 def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:

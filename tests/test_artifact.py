@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,15 @@ def test_writing_atomically_keeps_the_old_file_when_it_fails(tmp_path: Path, mon
     with pytest.raises(OSError, match="broken disk"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_several_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    contents = [bytes([value]) * 10_000 for value in range(8)]
+    with ThreadPoolExecutor(len(contents)) as threads:
+        for _ in range(20):
+            list(threads.map(partial(write_atomically, tmp_path / "file"), contents))
+            assert (tmp_path / "file").read_bytes() in contents
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

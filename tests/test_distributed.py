@@ -19,6 +19,7 @@ from typing import Literal
 import pytest
 import torch
 from helpers import TINY, configure, fit, method_config, random_pixels, small_network, tiny_context, training_arguments
+from processes import ends, in_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from vote_reference import voting_loss
@@ -28,7 +29,7 @@ from cvdd.artifact.cleaning import sealed
 from cvdd.chain.recover import require_splittable, splits_units
 from cvdd.classifier import Classifier, RunningStatistics, ShuffledBatches
 from cvdd.config_base import ConfigError
-from cvdd.distributed import World, given_world
+from cvdd.distributed import FAILED, World, given_world
 from cvdd.launching import check_multirun
 from cvdd.member import own_images
 from cvdd.units import Unit
@@ -123,6 +124,64 @@ def test_a_lost_rank_ends_a_training_with_its_name(command: Command, tmp_path: P
     assert process.returncode == 2, said
     assert "rank 1 ended with exit code -9" in said
     assert "the same command goes on" in said
+
+
+def wait_for_the_lost(output: Path, meeting: int, failed: bool) -> None:
+    """What a rank does that is in a meeting while another one fails, or none."""
+    cvdd.ranks.SECONDS_TO_NOTICE = 0.2
+    world = World(1, 2)
+    world.state.store, world.state.meeting = torch.distributed.HashStore(), meeting
+    with cvdd.ranks._watched((), world, output):
+        if failed:
+            world.state.store.set(FAILED, "rank 0 ended: OutOfMemory: too little")
+        time.sleep(3)
+    sys.exit(0 if bool(world.state.lost) == failed else 3)
+
+
+@pytest.mark.parametrize(("meeting", "failed", "code"), [(1, True, 1), (0, True, 0), (1, False, 0)])
+def test_a_rank_does_not_wait_for_ever_for_one_that_failed(
+    meeting: int, failed: bool, code: int, tmp_path: Path
+) -> None:
+    """A broken connection says so at once, but not all of them break."""
+    assert ends(in_process(wait_for_the_lost, tmp_path, meeting, failed)) == code
+
+
+RESTARTED = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from cvdd.ranks import all_ranks
+from cvdd.schema import RunConfig
+
+config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
+with all_ranks(config) as world:
+    world.meet()
+    assert world.say("hello") == "hello"
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and world.rank == 1:
+        sys.exit(7)
+    world.meet()
+    (config.paths.output / f"rank{world.rank}").write_text(str(int(total)))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_once_more_begin_anew(tmp_path: Path) -> None:
+    config = configure(tmp_path, *TINY, "trainer=ddp", "trainer.accelerator=cpu", f"paths.output={tmp_path}")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "ranks.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, tmp_path / "ranks.py", tmp_path / "config.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
 # --- which ranks there are --------------------------------------------------------------------------------------------

@@ -71,6 +71,24 @@ def test_images_alone(made: tuple[Distilled, Result], tmp_path: Path) -> None:
     assert cvdd.load(tmp_path / "images" / images.path.name).epochs == 0
 
 
+def test_what_the_manifest_does_not_list_is_neither_read_nor_given_away(
+    made: tuple[Distilled, Result], tmp_path: Path
+) -> None:
+    ours = cvdd.load(made[0].images.path)
+    folder = tmp_path / "store" / "images" / made[0].images.path.name
+    shutil.copytree(made[0].images.path, folder)
+    first = next((folder / "units").iterdir())
+    shutil.copy(first, first.with_name(f"{first.stem} (1).safetensors"))
+    first.with_name(f"._{first.name}").write_bytes(b"\0")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "units" / "more.safetensors").symlink_to(tmp_path / "secret")
+    assert torch.equal(cvdd.load(folder).images, ours.images)
+    main([str(folder), str(tmp_path / "set")])
+    given = {path.name for path in (tmp_path / "set").rglob("*")}
+    assert first.name in given
+    assert not {f"{first.stem} (1).safetensors", f"._{first.name}", "more.safetensors"} & given
+
+
 def test_what_cannot_be_shared(made: tuple[Distilled, Result], tmp_path: Path) -> None:
     images = made[0].images
     (tmp_path / "file").touch()

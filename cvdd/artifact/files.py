@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,21 @@ class StoreError(ConfigError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after any interruption it is either absent (or the old one) or complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    """Write a file so that after any interruption it is either absent (or the old one) or complete.
+
+    Several processes may write the same file at once; what one of them wrote stays.
+    """
+    # Process ids are alike in containers that share a disk.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def fsync(path: Path) -> None:

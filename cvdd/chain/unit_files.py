@@ -38,6 +38,12 @@ def write_unit(
     save_tensors(path, {"images": pixels.contiguous(), "labels": unit.targets}, {"history": json.dumps(history)})
 
 
+def _files(artifact: Artifact) -> list[Path]:
+    """Files of the units that the manifest lists; what else lies there, such as a second copy, is nobody's."""
+    names = (name for name in artifact.manifest["files"] if name.startswith(f"{UNITS}/"))
+    return [artifact.path / name for name in sorted(names) if name.endswith(".safetensors")]
+
+
 def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
     """Read distilled images and their labels: [classes * ipc, 3, size, size] uint8 and [classes * ipc].
 
@@ -45,7 +51,7 @@ def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
     """
     slots: list[Tensor] = []
     labels: list[Tensor] = []
-    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+    for path in _files(artifact):
         with safe_open(path, "pt") as file:
             slots.append(file.get_tensor("images"))
             labels.append(file.get_tensor("labels"))
@@ -57,7 +63,7 @@ def load_images(artifact: Artifact) -> tuple[Tensor, Tensor]:
 def load_targets(artifact: Artifact) -> tuple[Tensor, int]:
     """Read the labels of distilled images [n], file by file, and their side in pixels, without reading the images."""
     labels, side = [], 0
-    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+    for path in _files(artifact):
         with safe_open(path, "pt") as file:
             labels.append(file.get_tensor("labels"))
             side = file.get_slice("images").get_shape()[-1]
@@ -67,7 +73,7 @@ def load_targets(artifact: Artifact) -> tuple[Tensor, int]:
 def load_history(artifact: Artifact) -> dict[str, dict[str, Any]]:
     """Read, by the unit's name, the weights of its members and the log rows of its stack."""
     histories = {}
-    for path in sorted((artifact.path / UNITS).glob("*.safetensors")):
+    for path in _files(artifact):
         with safe_open(path, "pt") as file:
             histories[path.stem] = json.loads(file.metadata()["history"])
     return histories
