@@ -79,9 +79,11 @@ def _wandb(config: RunConfig, run_name: str, run_id: str, sweep: str | None) -> 
         # The run begins when it is first looked at; what keeps it from beginning is said now, not in mid-work.
         _ = logger.experiment
     except WandbError as error:
-        raise ConfigError(
-            f"logger.wandb=true: {error}; log in with wandb login, or set logger.wandb_mode=offline"
-        ) from error
+        # A repeated command goes on in the run of the first one, and what was deleted there can never go on.
+        deleted = "deleted" in str(error)
+        another = f"choose another project, logger.project=NAME instead of {config.logger.project}"
+        advice = another if deleted else "log in with wandb login, or set logger.wandb_mode=offline"
+        raise ConfigError(f"logger.wandb=true: {error}; {advice}") from error
     return logger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from processes import ends, in_process, wait_for
 
 from cvdd.artifact import Store
-from cvdd.artifact.claims import Claim, Claims, Leases, Locks, claims_for, held, locks_are_local
+from cvdd.artifact.claims import NO_LOCKS, Claim, Claims, Leases, Locks, claims_for, held, locks_are_local
 from cvdd.config_base import ConfigError
 
 # --- locks and leases -------------------------------------------------------------------------------------------------
@@ -190,3 +191,39 @@ def test_the_site_chooses_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CVDD_CLAIMS", "luck")
     with pytest.raises(ConfigError, match="CVDD_CLAIMS=luck: choose auto, locks or leases"):
         Store(tmp_path)
+
+
+def test_a_store_keeps_to_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever types the variable for jobs may forget it for gc, which would see nobody's claims then."""
+    monkeypatch.setenv("CVDD_CLAIMS", "leases")
+    store = Store(tmp_path)
+    assert store.user
+    monkeypatch.delenv("CVDD_CLAIMS")
+    assert isinstance(claims_for(tmp_path), Leases)
+    assert isinstance(claims_for(tmp_path / "another"), Locks)
+    monkeypatch.setenv("CVDD_CLAIMS", "locks")
+    with pytest.raises(ConfigError, match=r"CVDD_CLAIMS=locks: others claim by leases in .*remove .*\.users/leases"):
+        claims_for(tmp_path)
+
+
+def test_a_lease_waits_for_a_lock_of_before(tmp_path: Path) -> None:
+    lock = Locks().take(tmp_path / "a.lock")
+    assert lock is not None
+    assert quick_leases().take(tmp_path / "a.lock") is None
+    lock.release()
+    assert quick_leases().take(tmp_path / "a.lock") is not None
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_a_file_system_without_locks_is_told(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    # A marker that filelock would take for somebody's, for ever.
+    (tmp_path / "b.lock").write_text("1\nnode17\n")
+    for name in ("a.lock", "b.lock"):
+        with pytest.raises(ConfigError, match="cannot be locked; type CVDD_CLAIMS=leases in front"):
+            Locks().take(tmp_path / name)
+    assert quick_leases().take(tmp_path / "a.lock") is not None

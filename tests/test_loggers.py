@@ -215,14 +215,23 @@ def test_a_run_that_a_signal_ends_is_finished_and_marked_as_preempted(
     assert (told.preempted, told.exit_code, told.summary["error"]) == (True, 1, "SystemExit")
 
 
-def test_wandb_that_refuses_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("No API key configured", "log in with wandb login, or set logger.wandb_mode=offline"),
+        ("run 0a1b was previously created and deleted", "choose another project, logger.project=NAME instead of cvdd"),
+    ],
+)
+def test_wandb_that_refuses_is_told_before_any_work(
+    said: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb")
 
     def refuse(**settings: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured")
+        raise wandb.errors.UsageError(said)
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ConfigError, match=r"No API key configured; log in with wandb login.*wandb_mode=offline"):
+    with pytest.raises(ConfigError, match=re.escape(f"{said}; {advice}")):
         command(tmp_path / "out", tmp_path / "store", "logger.wandb=true")
     assert not list((tmp_path / "store").glob("members/*"))
 

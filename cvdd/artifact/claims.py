@@ -5,11 +5,14 @@ owner dies, so it can never be stale; this needs a file system whose locks reach
 GPFS and CephFS do, and Lustre's where it is mounted with ``flock``. Elsewhere a *lease* is a file that only one
 process can create and that its owner touches every few seconds; it is void when it has not been touched for a while by
 the watch of whoever wants it, so neither the clocks of the machines nor a clock that is set back matter.
+
+The two do not see each other. So a store in which processes claim by leases says so to all that come later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -23,11 +26,14 @@ from typing import Protocol
 
 import filelock
 
+from cvdd.artifact.places import USERS
 from cvdd.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "CVDD_CLAIMS"
+LEASED = "leases"
+"""A file among those of a store's users: they claim by leases."""
 MOUNTS = Path("/proc/self/mounts")
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_OF_SILENCE = 120.0
@@ -35,6 +41,9 @@ LONGEST_PAUSE = 2.0
 
 LOCAL_LOCKS = frozenset({"beegfs", "fuse.sshfs", "9p"})
 """File systems whose locks, unless the site says otherwise, are only seen on the machine that took them."""
+
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+"""What a file system says that has none."""
 
 
 class Claim(Protocol):
@@ -57,14 +66,34 @@ class Locks:
     """Claims that the operating system releases when their owner dies."""
 
     def take(self, path: Path) -> Claim | None:
-        """Lock the file, or return None at once."""
+        """Lock the file, or return None at once.
+
+        Raises:
+            ConfigError: there are no locks where it lies.
+        """
         # Not bound to a thread: what Lightning or a finaliser runs elsewhere may release it.
         lock = filelock.FileLock(path, thread_local=False)
+        taken = True
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            return None
-        return _Lock(path, lock)
+            taken = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise _without_locks(path) from error
+        if isinstance(lock, filelock.SoftFileLock):
+            # What filelock takes instead outlives a process that is killed.
+            lock.release()
+            raise _without_locks(path)
+        return _Lock(path, lock) if taken else None
+
+
+def _without_locks(path: Path) -> ConfigError:
+    return ConfigError(
+        f"files in {path.parent} cannot be locked; type {VARIABLE}=leases in front of the command, and of all that "
+        "share the store"
+    )
 
 
 class _Lock:
@@ -99,6 +128,8 @@ class Leases:
 
     def take(self, path: Path) -> Claim | None:
         """Create the next lease if all earlier ones are silent, or return None at once."""
+        if _is_locked(path):
+            return None
         earlier = _generations(path)
         # Each is looked at, so that the watch over all of them begins now.
         if sum(not self._silent(lease) for lease in earlier.values()):
@@ -177,6 +208,19 @@ class _Lease:
         self.leases.drop(self.path, self.lease)
 
 
+def _is_locked(path: Path) -> bool:
+    """Whether somebody who came before there were leases here holds a lock, as far as it reaches."""
+    if not path.exists():
+        return False
+    try:
+        claim = Locks().take(path)
+    except ConfigError:
+        return False
+    if claim is not None:
+        claim.release()
+    return claim is None
+
+
 def _generations(path: Path) -> dict[int, Path]:
     prefix = path.name + "."
     with os.scandir(path.parent) as entries:
@@ -191,15 +235,29 @@ def claims_for(root: Path) -> Claims:
         root: of the store; it need not exist.
 
     Raises:
-        ConfigError: the environment asks for a kind that does not exist.
+        ConfigError: the environment asks for a kind that does not exist, or that does not see the claims of others.
     """
     wanted = os.environ.get(VARIABLE) or "auto"
     if wanted not in ("auto", "locks", "leases"):
         raise ConfigError(f"{VARIABLE}={wanted}: choose auto, locks or leases")
+    leased = root / USERS / LEASED
+    if wanted == "locks" and leased.exists():
+        raise ConfigError(
+            f"{VARIABLE}=locks: others claim by leases in {root}, which locks do not see. Leave the variable out; or, "
+            f"once nothing works there, remove {leased}"
+        )
+    if wanted == "auto" and leased.exists():
+        wanted = "leases"
     if wanted == "auto":
         mounts = MOUNTS.read_text(errors="replace") if MOUNTS.exists() else ""
         wanted = "leases" if locks_are_local(root, mounts) else "locks"
     return Leases() if wanted == "leases" else Locks()
+
+
+def keep_to_kind(root: Path, claims: Claims) -> None:
+    """Let all who come later claim in a store as this process does; its folder of users is there."""
+    if isinstance(claims, Leases):
+        (root / USERS / LEASED).touch()
 
 
 def locks_are_local(root: Path, mounts: str) -> bool:

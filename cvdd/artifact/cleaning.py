@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cvdd.artifact.claims import Claims
 from cvdd.artifact.manifest import MANIFEST, Artifact, DamagedArtifact, kinds, read_manifests
-from cvdd.artifact.places import PARTIAL, digest_in, is_named, kind_of, lock_file, part_locks, worked_in
-from cvdd.artifact.uses import FOLDER as USERS
+from cvdd.artifact.places import PARTIAL, USERS, digest_in, is_named, kind_of, lock_file, part_locks, worked_in
 from cvdd.artifact.uses import used_by_others
 
 

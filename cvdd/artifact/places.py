@@ -11,6 +11,7 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 LOCKS = ".locks"
+USERS = ".users"
 
 _NAMED = re.compile(r".+-[0-9a-f]{12}", re.DOTALL)
 

@@ -8,9 +8,8 @@ import secrets
 import weakref
 from pathlib import Path
 
-from cvdd.artifact.claims import Claim, Claims
-
-FOLDER = ".users"
+from cvdd.artifact.claims import Claim, Claims, keep_to_kind
+from cvdd.artifact.places import USERS
 
 
 class Uses:
@@ -51,11 +50,12 @@ class Uses:
             self._enter()
 
     def _enter(self) -> None:
-        folder = self.root / FOLDER
+        folder = self.root / USERS
         token = secrets.token_hex(8)
         self._list = folder / f"{token}.txt"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
+            keep_to_kind(self.root, self.claims)
             claim = self.claims.take(folder / f"{token}.lock")
             assert claim is not None
             # A list without entries says that the process lives.
@@ -76,7 +76,7 @@ def used_by_others(root: Path, claims: Claims) -> set[Path]:
     With leases a process counts as running until it has been silent for long enough while this one watched.
     """
     used: set[Path] = set()
-    for path in sorted((root / FOLDER).glob("*.txt")):
+    for path in sorted((root / USERS).glob("*.txt")):
         claim = claims.take(path.with_suffix(".lock"))
         if claim is not None:
             _leave(os.getpid(), claim, path)
@@ -94,7 +94,7 @@ def used_by(root: Path, claims: Claims, user: str) -> list[Path] | None:
     Returns:
         None if the process has ended.
     """
-    path = root / FOLDER / f"{user}.txt"
+    path = root / USERS / f"{user}.txt"
     try:
         used = [root / line for line in path.read_text().splitlines()]
     except FileNotFoundError:
