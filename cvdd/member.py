@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cvdd.augment import Views, apply_views, draw_views, normalise
 from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
+from cvdd.muon import muon
 from cvdd.passes import Passes
 from cvdd.schedules import cosine
 from cvdd.schema import RecipeConfig
@@ -126,7 +127,10 @@ class MemberModule(Classifier):
         recipe = self.recipe
         parameters = self.network.parameters()
         optimizer: torch.optim.Optimizer
-        if recipe.optimizer == "sgd":
+        if recipe.optimizer == "muon":
+            decay = recipe.weight_decay
+            optimizer = muon(self.network, recipe.lr, recipe.momentum, (0.9, 0.999), decay, decay)
+        elif recipe.optimizer == "sgd":
             optimizer = torch.optim.SGD(
                 parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
             )
@@ -136,8 +140,8 @@ class MemberModule(Classifier):
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if recipe.schedule == "onecycle":
             steps = int(self.trainer.estimated_stepping_batches)
-            # SGD keeps the recipe's momentum.
-            cycled = recipe.optimizer != "sgd"
+            # A momentum of the recipe stays as it is.
+            cycled = recipe.optimizer not in ("sgd", "muon")
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, recipe.lr, total_steps=steps, cycle_momentum=cycled
             )

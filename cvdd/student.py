@@ -14,6 +14,7 @@ from cvdd.batch_parts import part_size, parts_of
 from cvdd.classifier import Classifier
 from cvdd.label_batches import LabelledBatch
 from cvdd.losses import logit_loss, mixed_cross_entropy, refined_cosine_loss, soft_label_loss
+from cvdd.muon import matrices_and_others, muon
 from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of, student_rate
@@ -152,38 +153,18 @@ class StudentModule(Classifier):
         if protocol.optimizer == "sgd":
             return torch.optim.SGD(self._parameter_groups(), lr=rate, momentum=protocol.momentum, **options)
         if protocol.optimizer == "muon":
-            return self._muon(rate, **options)
+            of_others = protocol.weight_decay if protocol.decay == "all" else 0.0
+            return muon(
+                self.network, rate, protocol.momentum, protocol.betas, protocol.weight_decay, of_others, **options
+            )
         return torch.optim.AdamW(self._parameter_groups(), lr=rate, betas=protocol.betas, fused=True, **options)
-
-    def _muon(self, rate: Any, **options: Any) -> torch.optim.Optimizer:
-        # Its rate is a float to a type checker, and may be a tensor.
-        from timm.optim.muon import Muon
-
-        protocol = self.protocol
-        matrices, others = self._matrices_and_others()
-        of_others = protocol.weight_decay if protocol.decay == "all" else 0.0
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": protocol.weight_decay, "nesterov": True},
-            {"params": others, "weight_decay": of_others, "use_fallback": True},
-        ]
-        # At the size of AdamW's steps, so that its rates hold.
-        size = "match_rms_adamw"
-        kept = [group for group in groups if group["params"]]
-        return Muon(kept, rate, momentum=protocol.momentum, betas=protocol.betas, adjust_lr_fn=size, **options)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         protocol = self.protocol
         if protocol.decay == "all":
             return [{"params": list(self.network.parameters()), "weight_decay": protocol.weight_decay}]
-        matrices, others = self._matrices_and_others()
+        matrices, others = matrices_and_others(self.network)
         groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": protocol.weight_decay}]
         if others:
             groups.append({"params": others, "weight_decay": 0.0})
         return groups
-
-    def _matrices_and_others(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the weights of layers that multiply, and all that is added, scales or marks places."""
-        named = list(self.network.named_parameters())
-        # Tokens and positions of a transformer have two axes as well, and are no weights.
-        matrices = {name for name, p in named if p.ndim > 1 and "weight" in name}
-        return [p for name, p in named if name in matrices], [p for name, p in named if name not in matrices]

@@ -192,14 +192,17 @@ def test_a_member_in_half_precision_learns_with_full_parameters(tmp_path: Path) 
     assert float(torch.cosine_similarity(weights[1][first].flatten(), weights[0][first].flatten(), dim=0)) > 0.95
 
 
-def test_one_cycle_keeps_the_momentum_of_sgd() -> None:
-    module = member(schedule="onecycle", optimizer="sgd", momentum=0.8, epochs=2)
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_one_cycle_keeps_the_momentum_of_the_recipe(name: str) -> None:
+    module = member(schedule="onecycle", optimizer=name, momentum=0.8, epochs=2)
+    before = {key: value.clone() for key, value in module.network.state_dict().items()}
     seen = []
     module.on_train_batch_end = lambda *arguments: seen.append(  # type: ignore[method-assign]
-        module.optimizers(use_pl_optimizer=False).param_groups[0]["momentum"]  # type: ignore[union-attr]
+        [group["momentum"] for group in module.optimizers(use_pl_optimizer=False).param_groups]  # type: ignore[union-attr]
     )
     fit(module, member_loader(), 2)
-    assert seen == [0.8] * 6
+    assert seen == [[0.8] * (1 if name == "sgd" else 2)] * 6
+    assert not any(torch.equal(value, before[key]) for key, value in module.network.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -222,13 +225,14 @@ def test_rates_of_a_members_epochs(schedule: str, period: int | None, expected: 
     assert options["lr_scheduler"]["interval"] == "epoch"
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW"), ("muon", "Muon")])
 def test_optimisers_of_a_recipe(name: str, kind: str) -> None:
-    own = {"momentum": 0.8} if name == "sgd" else {}
+    own = {"momentum": 0.8} if name in ("sgd", "muon") else {}
     optimizer = member(optimizer=name, weight_decay=0.03, **own).configure_optimizers()["optimizer"]
     assert type(optimizer).__name__ == kind
-    assert optimizer.param_groups[0]["weight_decay"] == 0.03
-    assert optimizer.param_groups[0].get("momentum") == own.get("momentum")
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0.03
+        assert group.get("momentum") == own.get("momentum")
 
 
 def test_a_network_with_dropout_is_trained_the_same_again() -> None:

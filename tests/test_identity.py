@@ -48,6 +48,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "recipe.lr=0.02",
             "recipe.optimizer=sgd recipe.momentum=0.8",
             "recipe.optimizer=sgd recipe.nesterov=true",
+            "recipe.optimizer=muon",
             "recipe.weight_decay=0.1",
             "recipe.schedule=cosine",
             "recipe.schedule=cosine recipe.cosine_period=3",

@@ -22,9 +22,12 @@ class RecipeConfig(CheckedConfig):
     accumulation: Positive = Field(
         1, description="parts of a batch, each with BatchNorm statistics of its own; ranks can share them"
     )
-    optimizer: Literal["adam", "adamw", "sgd"] = Field(description="adam couples weight decay, adamw does not")
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = Field(
+        description="adam couples weight decay, adamw does not; muon makes the steps of matrices orthogonal, at the "
+        "size of adamw's"
+    )
     lr: float = Field(gt=0, description="highest learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, and of muon's matrices")
     nesterov: bool = Field(False, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, description="of the optimiser, on all parameters")
     schedule: Literal["cosine", "onecycle", "constant"] = Field(

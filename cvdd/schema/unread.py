@@ -13,7 +13,7 @@ _TRAINED: Mapping[str, Sequence[str]] = MappingProxyType({"student": ("protocol"
 
 READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
     {
-        "recipe.momentum": {"optimizer": ("sgd",)},
+        "recipe.momentum": {"optimizer": ("sgd", "muon")},
         "recipe.nesterov": {"optimizer": ("sgd",)},
         "recipe.cosine_period": {"schedule": ("cosine",)},
         "recipe.pad": {"crop": ("pad",)},
