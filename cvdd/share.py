@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -28,6 +29,7 @@ from cvdd.pictures import write_png
 from cvdd.readable import standard_error, with_error
 from cvdd.refusals import place_errors
 
+_SEED = re.compile(r"-seed\d+$")
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
 SHOWN = 10
 """Classes of the preview, and images of each."""
@@ -38,7 +40,8 @@ class Students:
     """Students of one kind that were trained on a set.
 
     Attributes:
-        name: of the network.
+        name: that it was given among the students.
+        parameters: of the network; None of students that earlier versions trained.
         epochs: of their training.
         measured_on: ``test`` or ``train``.
         seeds: of their initialisation.
@@ -47,6 +50,7 @@ class Students:
     """
 
     name: str
+    parameters: int | None
     epochs: int
     measured_on: str
     seeds: list[int] = field(default_factory=list)
@@ -62,6 +66,21 @@ class Students:
     def best(self) -> float:
         """Mean at the best epochs."""
         return statistics.fmean(self.best_top1)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of the committee behind a set.
+
+    Attributes:
+        name: that it has in the committee.
+        parameters: of the network; None if the store has it no more.
+        top1: on test images, in percent; None likewise.
+    """
+
+    name: str
+    parameters: int | None
+    top1: float | None
 
 
 def share(path: Path, folder: Path) -> DistilledSet:
@@ -107,6 +126,7 @@ def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> st
     environment = Environment(
         loader=PackageLoader("cvdd", "report"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
+    environment.filters["number"] = lambda number: "unknown" if number is None else f"{number:,}"
     text: str = environment.get_template(TEMPLATE).render(
         title=made[-1].name,
         artifacts=made,
@@ -148,7 +168,10 @@ def students_of(store: Path, images: Artifact, labels: Artifact | None) -> list[
             continue
         key = json.dumps({name: value for name, value in identity.items() if name != "seed"}, sort_keys=True)
         epochs, measured_on = identity["protocol"]["epochs"], identity["measured_on"]
-        group = found.setdefault(key, Students(identity["backbone"]["name"], epochs, measured_on))
+        # A backbone of another width or depth may have the same name.
+        images_name, parameters = student.manifest["parents"][0]["name"], student.metrics.get("parameters")
+        name = _SEED.sub("", student.name.removeprefix(f"{images_name}-"))
+        group = found.setdefault(key, Students(name, parameters, epochs, measured_on))
         group.seeds.append(identity["seed"])
         group.top1.append(student.metrics["top1"])
         group.best_top1.append(student.metrics["best_top1"])
@@ -170,12 +193,13 @@ def _learnt_from(student: Artifact, images: Artifact, labels: Artifact | None) -
     return parents == teachers and all(given.get(key) == value for key, value in said.items())
 
 
-def _members(store: Path, made: Sequence[Artifact]) -> dict[str, float | None]:
-    """Names of the members behind a set, and how well each does if the store still has it."""
+def _members(store: Path, made: Sequence[Artifact]) -> list[Member]:
+    """List the members behind a set, and what is known of each if the store still has it."""
     parents = [parent for artifact in made for parent in artifact.manifest["parents"] if parent["kind"] == "members"]
-    known = {member.digest: member.metrics.get("test_top1") for member in _read(store / "members")}
+    known = {member.digest: member.metrics for member in _read(store / "members")}
     prefix = f"{made[0].manifest['identity']['data']['name']}-"
-    return {parent["name"].removeprefix(prefix): known.get(parent["digest"]) for parent in parents}
+    names = {parent["name"].removeprefix(prefix): known.get(parent["digest"], {}) for parent in parents}
+    return [Member(name, found.get("parameters"), found.get("test_top1")) for name, found in names.items()]
 
 
 def _read(kind: Path) -> list[Artifact]:

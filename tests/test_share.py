@@ -37,11 +37,15 @@ def test_a_folder_has_all_that_others_need(
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     card = (folder / CARD).read_text()
     measured = result.students[0].metrics
+    assert measured["parameters"] > 1000
+    # As the table calls it, whose backbone has a name that larger ones have too.
+    student = f"| tiny_resnet18 | {measured['parameters']:,} | "
+    assert student in card
     assert f"| 1 | 0 | {measured['top1']:.1f} | {measured['best_top1']:.1f} | test images |" in card
     for artifact in (row.images, labels):
         assert f"| {artifact.bytes} | `{artifact.manifest['checksum']}` |" in card
     for teacher, artifact in row.labels.teachers.items():
-        assert f"| {teacher} | {artifact.metrics['test_top1']:.1f} |" in card
+        assert f"| {teacher} | {artifact.metrics['parameters']:,} | {artifact.metrics['test_top1']:.1f} |" in card
     assert f"method.given=images/{row.images.path.name} ipc=2 label=given label.given=labels/{labels.path.name}" in card
     assert str(row.images.path.parents[2]) not in card
     preview = decode_image(str(folder / PREVIEW), ImageReadMode.RGB)

@@ -92,7 +92,9 @@ def make_student(
         return module
 
     def build(work: Path) -> dict[str, Any]:
-        return save_student(work, train(work).curve)
+        module = train(work)
+        parameters = sum(parameter.numel() for parameter in module.network.parameters())
+        return {**save_student(work, module.curve), "parameters": parameters}
 
     title = f"{labels.images.name}-{name}-seed{seed}"
     return context.make_network("students", title, identity, labels.parents, build, train, protocol.accumulation)
