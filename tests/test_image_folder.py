@@ -135,6 +135,14 @@ def test_damaged_image_is_named_while_packing(folder: Path, store: Store) -> Non
     assert sealed(store.root) == []
 
 
+@pytest.mark.parametrize("target", ["nowhere.png", "3.png"])
+def test_a_link_that_leads_nowhere_is_named(target: str, folder: Path, store: Store) -> None:
+    (folder / "train" / "cow" / "3.png").unlink(missing_ok=True)
+    (folder / "train" / "cow" / "3.png").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"cow/3.png cannot be read \(.*\): delete it or replace it"):
+        load_data(folder_config(folder), store)
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_all_damaged_images_of_a_part_are_known_at_once(
     folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch, in_memory: bool

@@ -135,6 +135,14 @@ def test_refused_before_any_work(verb: str, overrides: tuple[str, ...], message:
     assert not list(config.paths.output.iterdir())
 
 
+def test_what_is_refused_has_no_price(tmp_path: Path) -> None:
+    verb, overrides, message = REFUSED["voter of a row"]
+    config = configure(tmp_path, *TINY, *overrides, "cost=true", verb=verb)
+    with pytest.raises(ConfigError, match=message):
+        run(config, Invocation(()))
+    assert not (config.paths.store / "predictions").exists()
+
+
 def test_threads_are_those_of_one_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points of a multirun may run in one process, and bits depend on the number of threads."""
     before, seen = torch.get_num_threads(), []

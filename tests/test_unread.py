@@ -61,6 +61,14 @@ def test_nesterov_needs_a_momentum(tmp_path: Path) -> None:
     check(compose_raw(tmp_path, "evaluate", *sgd, "recipe.momentum=0.5"))
 
 
+@pytest.mark.parametrize("method", ["random_real", "rded", "patches"])
+def test_images_as_they_are_are_not_optimised_under_their_name(method: str, tmp_path: Path) -> None:
+    typed = (f"method={method}", "method.iterations=7")
+    (line,) = told(tmp_path, *typed)
+    assert line.startswith(f"method.name={method} is that of images as they are")
+    check(compose_raw(tmp_path, "evaluate", *typed, "method.name=mine"))
+
+
 OWN = "method=mtt_tiny label=hard protocol=method"
 """A method that trains students in a way of its own."""
 

@@ -26,6 +26,7 @@ from cvdd.cost.steps import Overhead, Step
 from cvdd.cost.table import print_costs
 from cvdd.cost.work import work_of
 from cvdd.hardware import machine_name
+from cvdd.preflight import check_before_work
 from cvdd.schema import RunConfig
 
 __all__ = [
@@ -61,6 +62,8 @@ def predict_run(
         ConfigError: the size of the data set is not known, or the configuration cannot run.
     """
     context = planning(config, device)
+    # Nobody should learn the price of what cannot be had.
+    check_before_work(context)
     works = [(piece, work_of(piece)) for piece in plan_pieces(context)]
     profiles, baseline = Profiles(), held_now(device)
     needed = needed_steps(works)

@@ -211,11 +211,18 @@ class FileSource:
         content = hashlib.blake2b(digest_size=8)
         measured = len(self) <= _MOST_FILES_MEASURED
         for index, label in enumerate(self.labels.tolist()):
-            size = self.path(index).stat().st_size if measured else 0
             name = bytes(self._names[index])
-            content.update(b"%s\x1f%d\x1f%d\n" % (name, label, size))
-            if measured and name.lower().endswith(_UNCOMPRESSED):
-                content.update(hashlib.blake2b(self.path(index).read_bytes(), digest_size=8).digest())
+            try:
+                size = self.path(index).stat().st_size if measured else 0
+                content.update(b"%s\x1f%d\x1f%d\n" % (name, label, size))
+                if measured and name.lower().endswith(_UNCOMPRESSED):
+                    content.update(hashlib.blake2b(self.path(index).read_bytes(), digest_size=8).digest())
+            except OSError as error:
+                # A link whose file has gone is in its folder like any other.
+                raise DamagedImage(
+                    f"image file {self.path(index)} cannot be read ({error.strerror}): delete it or replace it by an "
+                    "intact copy"
+                ) from error
         return content.hexdigest()
 
 

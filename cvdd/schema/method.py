@@ -38,6 +38,9 @@ class PatchesConfig(StrictConfig):
     images_per_class: Positive = Field(description="images made per class; slot k starts from image k")
 
 
+AS_THEY_ARE = frozenset({"random_real", "rded", "patches"})
+"""Names by which everybody knows images that nobody optimises."""
+
 BATCH = 64
 """As released for small images."""
 
@@ -239,6 +242,11 @@ class MethodConfig(CheckedConfig):
         yield from self._problems_of_given()
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
+        if self.iterations and self.name in AS_THEY_ARE:
+            yield (
+                f"method.name={self.name} is that of images as they are, which method.iterations={self.iterations} "
+                "would change; set method.iterations=0, or another method.name"
+            )
         if self.iterations and self.init == "all":
             yield "method.init=all keeps every real image as it is; set method.iterations=0"
         if self.iterations and self.ce == 0 and self.r_bn == 0:
