@@ -28,7 +28,7 @@ from cvdd.launching import (
     share_of_work,
     speaks_for_all,
 )
-from cvdd.outcome import USER_ERROR, outcome_kept, told
+from cvdd.outcome import USER_ERROR, outcome_kept, reader_may_go, told
 from cvdd.sweep import GROUP, leaves, only_asks, with_points
 
 if TYPE_CHECKING:
@@ -61,11 +61,8 @@ def _command(verb: str) -> None:
         print(said_of_yaml(error) if isinstance(error, YAMLError) else error, file=sys.stderr)
         sys.exit(USER_ERROR)
     OmegaConf.register_new_resolver("cvdd_help", _help, replace=True)
-    try:
+    with reader_may_go():
         hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=verb)(_run)()
-    except BrokenPipeError:
-        # The reader of our output has gone, as in --help | head; Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:

@@ -69,7 +69,7 @@ class DistilledSet:
         Raises:
             ValueError: there is no such epoch, or there are no soft labels.
         """
-        if self.soft is None or not 0 <= epoch < self.epochs:
+        if self.soft is None or epoch not in range(self.epochs):
             raise ValueError(
                 f"there are soft labels of {self.epochs} epochs, counted from 0, and none of epoch {epoch}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -100,6 +101,17 @@ def advice_on(error: BaseException) -> str | None:
             f"label.stack, label.batch_size or protocol.eval_batch. {_KEPT}"
         )
     return None
+
+
+@contextlib.contextmanager
+def reader_may_go() -> Iterator[None]:
+    """Stop without a word once nobody reads what is printed any more, as behind ``| head``."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

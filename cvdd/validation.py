@@ -121,6 +121,12 @@ def _check_row(run: RunConfig, row: str, overrides: Mapping[str, Any]) -> RunCon
             raise ConfigError(f"{row}: {shared_by_rows(key)}")
         if not _exists(run, key):
             raise ConfigError(f"{row}: {key}={_typed(value)}: {_why_missing(run, key, known)}")
+        if isinstance(value, str) and model_at(key.split(".")) is not None:
+            others = ", ..." if len(overrides) > 1 else ""
+            raise ConfigError(
+                f"{row}: {key}={value} chooses a file, as only a row can that is written as one would type it: "
+                f"\"+{row}=['{key}={value}'{others}]\""
+            )
     try:
         return with_overrides(run, dict(overrides))
     except ValidationError as error:

@@ -386,7 +386,8 @@ def test_wrong_input_ends_with_a_short_message(
     assert not (tmp_path / "store").exists()
 
 
-def test_output_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    script = f"{sys.executable} {ROOT}/evaluate.py --help | head -1; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("command", [f"{ROOT}/evaluate.py --help", "-m cvdd.report experiments"])
+def test_output_into_a_closed_pipe_is_no_error(command: str, tmp_path: Path) -> None:
+    script = f"{sys.executable} {command} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

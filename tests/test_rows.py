@@ -81,6 +81,13 @@ def test_a_protocol_of_its_own_does_not_ask_for_another_row_of_all_data(tmp_path
     assert "protocol.full_data" not in config.compare["row"]
 
 
+@pytest.mark.parametrize("value", ["fadrm", "fadrmm"])
+def test_a_file_is_chosen_in_a_row_that_is_a_list(tmp_path: Path, value: str) -> None:
+    wanted = rf"""^compare\.mine: method={value} chooses a file, .*: "\+compare\.mine=\['method={value}'\]"$"""
+    with pytest.raises(ConfigError, match=wanted):
+        check(compose_raw(tmp_path, "evaluate", f"+compare.mine={{method: {value}}}"))
+
+
 def test_a_field_of_a_section_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method\.mtt\.steps=5: method\.mtt is null here; write the row as a list"):
         check(compose_raw(tmp_path, "evaluate", "compare=none", "+compare.row={method.mtt.steps: 5}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cvdd.config_base import ConfigError
-from cvdd.outcome import USER_ERROR
+from cvdd.outcome import USER_ERROR, reader_may_go
 
 
 def report_sweep(arguments: Sequence[str]) -> None:
@@ -64,10 +64,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else USER_ERROR
     command = COMMANDS.get(arguments[0])
     try:
-        if command is None:
-            report_sweep(arguments)
-        else:
-            command(arguments[1:])
+        with reader_may_go():
+            if command is None:
+                report_sweep(arguments)
+            else:
+                command(arguments[1:])
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
