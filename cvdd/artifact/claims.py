@@ -78,8 +78,9 @@ class Locks:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             taken = False
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
+        except (OSError, NotImplementedError) as error:
+            # Earlier versions of filelock have no instead, and say so.
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
             raise _without_locks(path) from error
         if isinstance(lock, filelock.SoftFileLock):
