@@ -366,11 +366,14 @@ def test_work_of_every_stage_is_counted() -> None:
 
 
 def test_precisions_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    units = [Unit(slot, 0, 0, 2) for slot in range(2)]
+
     def artefact(kind: str, digest: str, parents: list[dict[str, str]]) -> Path:
         folder = tmp_path / kind / f"a-{digest}"
         (folder / "units").mkdir(parents=True)
-        manifest = {"format": 1, "kind": kind, "name": "a", "digest": digest, "parents": parents, "files": {}}
-        manifest |= {"identity": {}, "metrics": {}, "code": {}, "cost": {}}
+        manifest = {"format": 1, "kind": kind, "name": "a", "digest": digest, "parents": parents}
+        files = {f"units/{unit.name}.safetensors": {"bytes": 0, "sha256": ""} for unit in units}
+        manifest |= {"identity": {}, "metrics": {}, "code": {}, "cost": {}, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
         return folder
 
@@ -379,9 +382,9 @@ def test_precisions_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.Cap
         for seed in range(3):
             digest = f"{kind}{seed}"
             images = artefact("images", digest, [])
-            for slot, loss in enumerate((1.0 + seed + extra, 3.0 + seed + extra)):
+            for unit, loss in zip(units, (1.0 + seed + extra, 3.0 + seed + extra), strict=True):
                 rows = [{"iteration": 20, "loss": loss}]
-                write_unit(images / "units", Unit(slot, 0, 0, 2), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows, {})
+                write_unit(images / "units", unit, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows, {})
             artefact("students", digest, [{"kind": "images", "name": "a", "digest": digest}])
     results = [
         {"row": "cvdd", "n": 3, "top1_by_seed": [80.0, 82.0, 84.0], "students": [f"a-full{seed}" for seed in range(3)]},

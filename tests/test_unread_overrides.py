@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_cli import run_script
 
 from cvdd.arguments import says_what_is_made
 from cvdd.chain.given import given_start
+from cvdd.config_base import ConfigError
 from cvdd.cost.plan import Piece, other_metrics, plan_pieces, planning
 from cvdd.schema import RunConfig
 from cvdd.unread_overrides import unread_overrides, warn_of_unread
@@ -34,7 +36,11 @@ def pieces(config: RunConfig) -> Sequence[Piece]:
 def unread(root: Path, *typed: str, base: Sequence[str] = TINY) -> list[str]:
     """Which of some overrides change nothing beside the others."""
     config = configure(root, *base, *typed)
-    rest = [(one, configure(root, *base, *(other for other in typed if other != one))) for one in typed]
+    rest = []
+    for one in typed:
+        # As of a command: what cannot be without it is read.
+        with contextlib.suppress(ConfigError):
+            rest.append((one, configure(root, *base, *(other for other in typed if other != one))))
     return unread_overrides(config, rest, pieces)
 
 
@@ -46,7 +52,7 @@ def unread(root: Path, *typed: str, base: Sequence[str] = TINY) -> list[str]:
         (["method.lr=0.1", "method.iterations=0"], ["method.lr=0.1"]),
         (["committee.size=1", "temperature.vote=2"], ["temperature.vote=2"]),
         (["method.voters=[resnet18,resnet50]", "committee.size=3"], ["committee.size=3"]),
-        (["method=random_real", "patches.difficulty=easy"], ["patches.difficulty=easy"]),
+        (["method=random_real", "method.iterations=0", "patches.difficulty=easy"], ["patches.difficulty=easy"]),
         (
             ["method=random_real", "method.iterations=0", "committee.voter=equal", "patches.crops=3"],
             ["committee.voter=equal", "patches.crops=3"],
