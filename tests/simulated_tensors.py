@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -112,6 +113,10 @@ class Device:
         self.largest = max(self.largest, needed)
         if self._recording is not None:
             self._recording.append((function, held_arguments, held_options, out))
+        if torch.Tag.inplace_view in function.tags:
+            # What lies on the GPU only says its shape, and says the new one.
+            with no_dispatch():
+                function(*arguments, **options)
         # What an operation writes to is returned as it came.
         known = {
             id(values.held if isinstance(values, OnGpu) else values): values

@@ -48,6 +48,12 @@ def test_gradients_are_those_of_the_cpu(gpu: Device) -> None:
     assert gpu.launches > 0
 
 
+def test_a_shape_may_change_in_place(gpu: Device) -> None:
+    column = there(1, 2, 3).unsqueeze_(-1)
+    assert column.shape == (3, 1)
+    assert torch.equal((column * there(1, 10)).cpu(), torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]))
+
+
 def test_convolutions_round_where_autocast_says_so(gpu: Device) -> None:
     ones = torch.ones(1, 1, 3, 3, device=PLACE)
     with torch.autocast("cuda", torch.bfloat16):
