@@ -214,7 +214,6 @@ def test_a_lease_waits_for_a_lock_of_before(tmp_path: Path) -> None:
     assert quick_leases().take(tmp_path / "a.lock") is not None
 
 
-@pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("number", sorted(NO_LOCKS))
 def test_a_file_system_without_locks_is_told(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, operation: int) -> None:

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -71,23 +72,37 @@ class Locks:
         Raises:
             ConfigError: there are no locks where it lies.
         """
+        if not _can_be_locked(path):
+            raise _without_locks(path)
         # Not bound to a thread: what Lightning or a finaliser runs elsewhere may release it.
         lock = filelock.FileLock(path, thread_local=False)
-        taken = True
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            taken = False
-        except (OSError, NotImplementedError) as error:
-            # Earlier versions of filelock have no instead, and say so.
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            return None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 raise
             raise _without_locks(path) from error
-        if isinstance(lock, filelock.SoftFileLock):
-            # What filelock takes instead outlives a process that is killed.
-            lock.release()
-            raise _without_locks(path)
-        return _Lock(path, lock) if taken else None
+        return _Lock(path, lock)
+
+
+def _can_be_locked(path: Path) -> bool:
+    """Whether a file can be, as far as letting go of it tells: filelock would take a marker that outlives its owner."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _without_locks(path: Path) -> ConfigError:
