@@ -85,15 +85,16 @@ def _joined(world: World, store: TCPStore | None, config: RunConfig) -> Iterator
         try:
             yield
         except BaseException as error:
-            # Those who wait for this rank are told why they wait in vain.
+            # Those who wait for this rank are told why they wait in vain; nothing that fails now may hide it.
             with contextlib.suppress(RuntimeError):
                 world.state.store.set(FAILED, f"rank {world.rank} ended: {type(error).__name__}: {error}")
-            if gpu and dist.group.WORLD is not None:
-                # The orderly end of NCCL is a meeting of its own, to which ranks that wait in another never come.
-                dist.group.WORLD.abort()
+            with contextlib.suppress(RuntimeError):
+                if gpu and dist.group.WORLD is not None:
+                    # The orderly end of NCCL is a meeting of its own, to which ranks that wait in another never come.
+                    dist.group.WORLD.abort()
+                dist.destroy_process_group()
             raise
-        finally:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
