@@ -109,8 +109,7 @@ class World:
     def _wait(self, ready: Callable[[], bool]) -> None:
         state, pause = self.state, 0.01
         while not ready():
-            if state.store.check([FAILED]):
-                state.lost = state.lost or lost(state.store.get(FAILED).decode())
+            state.lost = state.lost or state.last_words()
             if state.lost:
                 raise LostRank(state.lost)
             time.sleep(pause)
@@ -158,6 +157,11 @@ class State:
     met: int = 0
     lost: str = ""
     meeting: int = 0
+
+    def last_words(self) -> str:
+        """Say what to do about a rank that said that it failed; empty while none has."""
+        known = self.store is not None and self.store.check([FAILED])
+        return lost(self.store.get(FAILED).decode()) if known else ""
 
 
 def _of_connection(error: RuntimeError) -> bool:

@@ -8,8 +8,7 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cvdd.artifact import Store
-from cvdd.sweep import replace_file
+from cvdd.artifact import Store, write_atomically
 
 JOB = "job.json"
 """In a run's directory: the process that works, or worked last, for it."""
@@ -45,7 +44,7 @@ def sign_in(output: Path, store: Store) -> None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     cluster = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
     job = Job(socket.gethostname(), os.getpid(), cluster, str(store.root.absolute()), store.user)
-    replace_file(output / JOB, json.dumps(asdict(job)) + "\n")
+    write_atomically(output / JOB, (json.dumps(asdict(job)) + "\n").encode())
 
 
 def read_job(folder: Path) -> Job | None:

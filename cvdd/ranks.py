@@ -155,9 +155,8 @@ def _ended(processes: Sequence[subprocess.Popen[bytes]], world: World, output: P
             found = lost(f"rank {rank} ended with exit code {process.returncode}; see {output}/rank{rank}.log")
             log.warning("%s. What the others do alone goes on", found)
             return found
-    store = world.state.store
     try:
-        return lost(store.get(FAILED).decode()) if store is not None and store.check([FAILED]) else ""
+        return world.state.last_words()
     except RuntimeError:
         # The store is rank 0's.
         return lost("rank 0 has ended")

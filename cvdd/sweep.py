@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -300,7 +299,10 @@ class SweepCallback(Callback):
         }
         # Of all jobs that worked for this point, as the sweep's next command only finds what the last one has made.
         state["seconds"] = round(_seconds_of(folder / STATE, state) + seconds, 3)
-        replace_file(folder / STATE, json.dumps(state, indent=1) + "\n")
+        # Only here, as whoever asks for help waits for what this module imports.
+        from cvdd.artifact.files import write_atomically
+
+        write_atomically(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
 
 
 def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
@@ -311,15 +313,3 @@ def _seconds_of(path: Path, state: Mapping[str, Any]) -> float:
         return float(earlier["seconds"]) if same else 0.0
     except (OSError, ValueError, KeyError):
         return 0.0
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file at once, whoever else reads or writes it meanwhile."""
-    # Process ids are alike in containers that share a disk.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -160,7 +160,10 @@ def test_a_step_is_the_sum_of_separate_parts(batch: int) -> None:
 def test_weight_decay_is_for_weights_of_two_or_more_axes(optimizer: str) -> None:
     network = trainable()
     network.register_parameter("token", nn.Parameter(torch.zeros(1, 8)))
-    groups = student(network, soft_labels(), weight_decay=0.05, optimizer=optimizer).configure_optimizers().param_groups
+    made = student(network, soft_labels(), weight_decay=0.05, optimizer=optimizer).configure_optimizers()
+    groups = made.param_groups
+    assert type(made).__name__.lower() == optimizer
+    assert optimizer == "sgd" or [group["betas"] for group in groups] == [(0.9, 0.999)] * 2
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     decayed, free = ([id(parameter) for parameter in group["params"]] for group in groups)
     named = {name: id(parameter) for name, parameter in network.named_parameters()}

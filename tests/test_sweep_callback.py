@@ -11,9 +11,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import cvdd.report.sweeps
+from cvdd.artifact.files import write_atomically
 from cvdd.cli import config_directory
 from cvdd.report.sweeps import Sweep, read_directory, write_report
-from cvdd.sweep import STATE, SweepCallback, SweepConfig, replace_file
+from cvdd.sweep import STATE, SweepCallback, SweepConfig
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_report_is_of_what_is_there_when_it_is_written(
 def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder" / "file").mkdir(parents=True)
     with pytest.raises(OSError, match="folder"):
-        replace_file(tmp_path / "folder", "text")
+        write_atomically(tmp_path / "folder", b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

@@ -262,11 +262,9 @@ def claims_for(root: Path) -> Claims:
             f"{VARIABLE}=locks: others claim by leases in {root}, which locks do not see. Leave the variable out; or, "
             f"once nothing works there, remove {leased}"
         )
-    if wanted == "auto" and leased.exists():
-        wanted = "leases"
     if wanted == "auto":
         mounts = MOUNTS.read_text(errors="replace") if MOUNTS.exists() else ""
-        wanted = "leases" if locks_are_local(root, mounts) else "locks"
+        wanted = "leases" if leased.exists() or locks_are_local(root, mounts) else "locks"
     return Leases() if wanted == "leases" else Locks()
 
 

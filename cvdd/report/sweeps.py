@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
+from cvdd.artifact import write_atomically
 from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override, portable_text, portable_values
@@ -21,7 +22,7 @@ from cvdd.readable import readable_bytes, with_error
 from cvdd.report.columns import RESULT
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
-from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, replace_file, without_cost
+from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, without_cost
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"
@@ -327,12 +328,12 @@ def write_report(directory: Path) -> Path:
 
 
 def _write(directory: Path, sweep: Sweep) -> None:
-    replace_file(directory / "results.csv", csv_table(sweep))
-    replace_file(directory / "table.md", markdown_table(sweep))
+    write_atomically(directory / "results.csv", csv_table(sweep).encode())
+    write_atomically(directory / "table.md", markdown_table(sweep).encode())
     plots = {}
     for index, student in enumerate(sweep.students()):
         plots[student] = plot(sweep.plot, sweep.axes, _cells(sweep, student), f"plot{index}", student)
-        replace_file(directory / f"plot-{student}.svg", standalone(plots[student]))
+        write_atomically(directory / f"plot-{student}.svg", standalone(plots[student]).encode())
     environment = Environment(
         loader=PackageLoader("cvdd", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -345,7 +346,7 @@ def _write(directory: Path, sweep: Sweep) -> None:
         columns=SHOWN,
         commits=sorted({point.commit or "unknown" for point in sweep.points if point.status == "done"}),
     )
-    replace_file(directory / "report.html", page)
+    write_atomically(directory / "report.html", page.encode())
 
 
 def _cells(sweep: Sweep, student: str) -> list[Cell]:
