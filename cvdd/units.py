@@ -11,7 +11,7 @@ from torch import Tensor
 from cvdd.augment import Views, draw_views, view_matrices
 from cvdd.committee import Draw
 from cvdd.methods.cda import lowest_area
-from cvdd.schema import MethodConfig
+from cvdd.schema import MethodConfig, RunConfig
 from cvdd.seeds import generator
 
 
@@ -58,6 +58,18 @@ class Stack:
     index: int
     draw: Draw
     units: tuple[Unit, ...]
+
+
+def as_composed(config: RunConfig) -> MethodConfig:
+    """Return the method as its images are composed into units.
+
+    Where nothing is optimised a unit is no more than a file, so that equal images are one artefact, whatever method
+    they stand beside.
+    """
+    if config.method.iterations:
+        return config.method
+    slots = {"composer": "slots", "classes_per_unit": config.dataset.classes_per_unit, "slots_per_unit": None}
+    return config.method.model_copy(update=slots)
 
 
 def plan_units(ipc: int, classes: int, method: MethodConfig) -> list[Unit]:

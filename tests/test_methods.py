@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import PRIORS, TINY, configure, same_files, tiny_context
+from helpers import PRIORS, TINY, configure, method_config, same_files, tiny_context
 from torch import Tensor
 
 import cvdd.chain.recover
@@ -15,11 +16,11 @@ from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import compare
 from cvdd.chain.images import make_images
 from cvdd.chain.priors import find_priors
-from cvdd.chain.unit_files import load_history, load_images
+from cvdd.chain.unit_files import UNITS, load_history, load_images, write_unit
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.synthesis import DistillModule
-from cvdd.units import Stage
+from cvdd.units import Stage, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -75,13 +76,25 @@ def test_all_real_images(chain_home: Path) -> None:
     assert torch.equal(images, train.stacked()[train.labels.argsort(stable=True)])
 
 
-def test_images_of_a_class_together_are_in_the_order_of_the_others(chain_home: Path) -> None:
-    """With nothing optimised the way of composing units cannot be seen."""
-    kept = ("method=random_real", "method.iterations=0")
-    slots = load_images(images_of(chain_home, *kept))
-    classes = load_images(images_of(chain_home, *kept, "method.composer=classes", "method.classes_per_unit=3"))
-    assert torch.equal(slots[0], classes[0])
-    assert torch.equal(slots[1], classes[1])
+def test_images_of_a_class_together_are_in_the_order_of_the_others(chain_home: Path, tmp_path: Path) -> None:
+    real = images_of(chain_home, "method=random_real", "method.iterations=0")
+    pixels, labels = load_images(real)
+    (tmp_path / UNITS).mkdir()
+    for unit in plan_units(2, 10, method_config(composer="classes", classes_per_unit=3)):
+        write_unit(tmp_path / UNITS, unit, unit.of(pixels.view(10, 2, *pixels.shape[1:])), [], {})
+    files = {f"{UNITS}/{file.name}": "" for file in (tmp_path / UNITS).iterdir()}
+    found = load_images(replace(real, path=tmp_path, manifest=real.manifest | {"files": files}))
+    assert torch.equal(found[0], pixels)
+    assert torch.equal(found[1], labels)
+
+
+def test_real_images_are_the_same_artefact_beside_every_method(chain_home: Path) -> None:
+    """With nothing optimised nobody sees how images are composed into units."""
+    kept = ("method.name=random_real", "method.init=real", "method.iterations=0")
+    real = images_of(chain_home, "method=random_real", "method.iterations=0")
+    for method in ("edc", "lpld", "fadrm"):
+        assert images_of(chain_home, f"method={method}", *kept) == real
+    assert images_of(chain_home, "method=edc", *kept, "method.init=herding") != real
 
 
 def test_residual_pulls_images_back_to_where_they_began(chain_home: Path) -> None:

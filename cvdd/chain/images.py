@@ -27,7 +27,7 @@ from cvdd.data import to_eval_tensor
 from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
-from cvdd.units import Stack, Unit, plan_stacks, plan_units
+from cvdd.units import Stack, Unit, as_composed, plan_stacks, plan_units
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
@@ -38,7 +38,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         priors: prior performance of each member in percent; may be empty where nothing depends on it.
     """
     config, data = context.config, context.data()
-    method, ipc = config.method, config.ipc.images_per_class
+    method, ipc = as_composed(config), config.ipc.images_per_class
     if method.init == "all":
         return _all_images(context)
     patches = make_start(context)

@@ -34,6 +34,7 @@ from cvdd.labels import samples_at_most
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
 from cvdd.selection import FEATURES_AT_ONCE
+from cvdd.units import as_composed
 
 
 @dataclass
@@ -137,7 +138,7 @@ def _student(piece: Piece, work: Work) -> None:
 
 def _images(piece: Piece, work: Work) -> None:
     config, data, identity = piece.config, piece.data, piece.identity
-    method = config.method
+    method = as_composed(config)
     if method.brings_students:
         work.known = False
         return
