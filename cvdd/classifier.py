@@ -19,6 +19,7 @@ from cvdd.distributed import gather_parts
 from cvdd.graphs import Recorded, draws_by_itself
 from cvdd.layouts import laid_out_as
 from cvdd.measure import Accuracy
+from cvdd.recorded_step import rate_of, with_step
 from cvdd.schedules import compute_as_made, optimizer_of
 from cvdd.seeds import derive_seed, generator, seed_networks
 
@@ -118,8 +119,11 @@ class Classifier(pl.LightningModule):
         self._losses: list[Tensor] = []
         self._gradient: list[Tensor] | None = None
         self._recorded: Callable[..., list[Tensor]] | None = None
+        self._takes_steps = False
 
-    def record(self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool) -> None:
+    def record(
+        self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool, *, step: bool = False
+    ) -> None:
         """Make ready to record loss and gradient of a batch as CUDA graphs, for :meth:`recorded_loss`.
 
         Nothing is recorded on a CPU, where ranks share the parts of a batch, and where a network with dropout needs a
@@ -128,11 +132,17 @@ class Classifier(pl.LightningModule):
         Args:
             losses: from the tensors of a batch to the share of each part in its loss; it waits for nothing.
             divided: whether BatchNorm normalises each part with its own statistics, as :meth:`loss_in_parts` does.
+            step: whether the optimiser's step is recorded with them (:func:`cvdd.recorded_step.with_step`).
         """
         alone = self._ranks[1] == 1 and not (divided and draws_by_itself(self.network))
         if self.device.type == "cuda" and alone:
             function = self.loss_and_gradient(losses, divided)
-            self._recorded = Recorded(function, self.device, f"a step of {self._name}")
+            self._takes_steps = step
+            self._recorded = Recorded(
+                with_step(function, self.trained_parameters(), self) if step else function,
+                self.device,
+                f"a step of {self._name}",
+            )
 
     def loss_and_gradient(
         self, losses: Callable[..., Sequence[Callable[[], Tensor]]], divided: bool
@@ -161,6 +171,8 @@ class Classifier(pl.LightningModule):
     def recorded_loss(self, *tensors: Tensor) -> Tensor:
         """Loss of a batch from its tensors on the device; its gradient is known then, as in :meth:`loss_in_parts`."""
         assert self._recorded is not None
+        if self._takes_steps:
+            tensors = (rate_of(optimizer_of(self), self.device), *tensors)
         loss: Tensor
         loss, *self._gradient = self._recorded(*tensors)
         # The next call overwrites it.
@@ -226,13 +238,14 @@ class Classifier(pl.LightningModule):
             yield list(_unflatten_dense_tensors(row[:ends], shapes)), row[ends:]
 
     def backward(self, loss: Tensor, *arguments: object, **options: object) -> None:
-        """Hand out the gradient of a batch in parts; that of any other is computed as usual."""
-        if self._gradient is None:
+        """Hand out the gradient that is known; that of any other batch is computed as usual."""
+        gradient, self._gradient = self._gradient, None
+        if gradient is None:
             loss.backward()
             return
-        for parameter, gradient in zip(self.trained_parameters(), self._gradient, strict=True):
-            parameter.grad = laid_out_as(gradient, parameter)
-        self._gradient = None
+        # Without any, the optimiser leaves all parameters alone: their step was taken with the loss.
+        for parameter, slope in zip(self.trained_parameters() if gradient else [], gradient, strict=True):
+            parameter.grad = laid_out_as(slope, parameter)
 
     def _note(self, loss: Tensor) -> Tensor:
         self._losses.append(loss.detach())

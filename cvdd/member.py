@@ -64,7 +64,8 @@ class MemberModule(Classifier):
         if self._pixels is not None:
             self._pixels = self._pixels.to(self.device)
             if self._passes.record:
-                self.record(self._losses_of, self.recipe.accumulation > 1)
+                # Muon's step is a dozen small products for each matrix; the others' are a few launches.
+                self.record(self._losses_of, self.recipe.accumulation > 1, step=self.recipe.optimizer == "muon")
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels).
@@ -128,8 +129,8 @@ class MemberModule(Classifier):
         parameters = self.network.parameters()
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "muon":
-            decay = recipe.weight_decay
-            optimizer = muon(self.network, recipe.lr, recipe.momentum, (0.9, 0.999), decay, decay)
+            decay, on_gpu = recipe.weight_decay, self.device.type == "cuda"
+            optimizer = muon(self.network, recipe.lr, recipe.momentum, (0.9, 0.999), decay, decay, capturable=on_gpu)
         elif recipe.optimizer == "sgd":
             optimizer = torch.optim.SGD(
                 parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
