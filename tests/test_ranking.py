@@ -69,7 +69,7 @@ class Made:
         identity = {"method": {"init": method.init, "iterations": method.iterations}}
         count = 10 * config.ipc.images_per_class
         manifest = {"kind": "images", "digest": images or row, "identity": identity, "files": {}, "cost": COST}
-        of_row = Artifact(self.folder / row, {**manifest, "metrics": {"images": count}})
+        of_row = Artifact(self.folder / row, {**manifest, "parents": [], "metrics": {"images": count}})
         teacher = Artifact(self.folder / "teacher", {"kind": "members", "digest": ",".join(config.committee.members)})
         said = {"label": config.label.model_dump(mode="json", exclude=_ignored(config.label)), "seed": config.seed}
         labels = Labels(said, [of_row, teacher], None, context, of_row, [], {})

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from scipy.stats import t as student_t
+
 from cvdd.chain.compare import Result
+from cvdd.chain.labels import Labels
 from cvdd.readable import with_error
 from cvdd.surroundings import FULL_DATA_ROW
 
 Verdict = Literal["ahead", "level", "behind", "unknown"]
 
-STANDARD_ERRORS = 2.0
-"""A smaller difference, in standard errors of the difference, is not called one."""
+CERTAINTY = 0.95
+"""A difference that chance alone would exceed more often than this leaves is not called one."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,19 @@ class Difference:
     Attributes:
         value: difference of the means in percentage points.
         error: its standard error; None where one of the rows has a single seed.
+        freedom: degrees of freedom of that error; infinite if it is known.
     """
 
     value: float
     error: float | None
+    freedom: float = math.inf
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the first row is ahead; unknown without a spread."""
+        """Whether the first row is ahead, by Welch's test of two means; unknown without a spread."""
         if self.error is None:
             return "unknown"
-        if self.value == 0 or abs(self.value) < STANDARD_ERRORS * self.error:
+        if self.value == 0 or abs(self.value) < self.error * student_t.ppf((1 + CERTAINTY) / 2, self.freedom):
             return "level"
         return "ahead" if self.value > 0 else "behind"
 
@@ -42,9 +47,16 @@ class Difference:
 def difference(first: Result, second: Result) -> Difference:
     """Compare the means of two rows; the seeds are taken as independent."""
     one, two = first.summary(), second.summary()
-    errors = (one["standard_error"], two["standard_error"])
-    error = None if None in errors else math.hypot(*errors)
-    return Difference(one["top1"] - two["top1"], error)
+    value, errors = one["top1"] - two["top1"], (one["standard_error"], two["standard_error"])
+    if None in errors:
+        return Difference(value, None)
+    return Difference(value, math.hypot(*errors), _freedom(errors, (one["n"], two["n"])))
+
+
+def _freedom(errors: tuple[float, float], counts: tuple[int, int]) -> float:
+    """Degrees of freedom of the difference of two means with these standard errors (Welch and Satterthwaite)."""
+    spread = sum(error**4 / (count - 1) for error, count in zip(errors, counts, strict=True))
+    return math.hypot(*errors) ** 4 / spread if spread else math.inf
 
 
 def find_baseline(results: Sequence[Result], main: Result) -> Result | None:
@@ -69,19 +81,19 @@ def headline(results: Sequence[Result]) -> str:
     if baseline is None:
         return f"{main.row} {accuracy(main)}; {_seeds(main)}. There is no other row to hold it against."
     found = difference(main, baseline)
+    ours, theirs = _counts(main, baseline)
     numbers = (
-        f"{main.row} {accuracy(main)} against {accuracy(baseline)} for {_description(baseline, main)}; "
+        f"{main.row}{ours} {accuracy(main)} against {accuracy(baseline)} for {_description(baseline, main, theirs)}; "
         f"{_seeds(main, baseline)}."
     )
     gap = with_error(abs(found.value), found.error)
     sentence = {
         "ahead": f"{main.row} is ahead by {gap}.",
         "behind": f"{main.row} is behind by {gap}.",
-        "level": f"The difference of {gap} is less than two standard errors: neither is shown to be better.",
+        "level": f"The difference of {gap} may be chance (Welch's test, 95 %): neither is shown to be better.",
         "unknown": f"One seed has no spread, so the difference of {gap} may be chance.",
     }[found.verdict]
-    few = " Standard errors of two seeds are rough themselves." if _fewest(main, baseline) == 2 else ""
-    return f"{numbers} {sentence}{few}"
+    return f"{numbers} {sentence}{_left_out(main)}"
 
 
 def other_students(results: Sequence[Result]) -> str | None:
@@ -115,8 +127,12 @@ def _seeds(*results: Result) -> str:
     return f"n = {' and '.join(str(count) for count in counts)}"
 
 
-def _fewest(*results: Result) -> int:
-    return min(len(result.students) for result in results)
+def _left_out(main: Result) -> str:
+    """Say what a spread over seeds leaves out where all of them see the same images."""
+    once = main.labels is not None and main.labels.context.config.protocol.images == "once"
+    if not once or len(main.students) == 1:
+        return ""
+    return " All seeds saw the same images of a row: their choice is not in these errors (protocol.images=per_seed)."
 
 
 def _method(result: Result) -> Mapping[str, Any]:
@@ -131,16 +147,29 @@ def is_real(result: Result) -> bool:
     return method.get("init") == "real" and method.get("iterations") == 0
 
 
-def _description(baseline: Result, main: Result) -> str:
+def _counts(main: Result, baseline: Result) -> tuple[str, str]:
+    """Say how many images two rows have, where it is not the same number."""
+    counts = [0 if result.images is None else int(result.images.metrics["images"]) for result in (main, baseline)]
+    if counts[0] == counts[1]:
+        return "", ""
+    return f" ({counts[0]:,} images)", f" ({counts[1]:,} images)"
+
+
+def _description(baseline: Result, main: Result, count: str) -> str:
     name = baseline.row
     if is_real(baseline):
         name = "random real images"
     elif _method(baseline).get("init") == "patches" and _method(baseline).get("iterations") == 0:
         name = "patches of real images, not optimised"
-    suffix = f" with {_labels(baseline, main)}"
+    suffix = f"{count} with {_labels(baseline, main)}"
     if baseline.protocol != main.protocol:
         suffix += f" under the protocol {baseline.protocol}"
     return name + suffix
+
+
+def teachers_of_labels(labels: Labels) -> list[str]:
+    """Return the digests of the networks that labelled."""
+    return [one.digest for one in labels.parents if one.kind not in ("images", "labels")]
 
 
 def _labels(baseline: Result, main: Result) -> str:
@@ -148,7 +177,8 @@ def _labels(baseline: Result, main: Result) -> str:
         return "other labels"
     theirs, ours = baseline.labels.identity, main.labels.identity
     if theirs == ours:
-        return "the same labels"
+        same = teachers_of_labels(baseline.labels) == teachers_of_labels(main.labels)
+        return "the same labels" if same else "the same label recipe but other teachers"
     if {**theirs, "weights": None} == {**ours, "weights": None}:
         return "the same label recipe but other weights of its teachers"
     return "another label recipe"

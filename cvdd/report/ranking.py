@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from cvdd.chain.compare import Result
-from cvdd.report.headline import Difference, difference, is_real
+from cvdd.report.headline import Difference, difference, is_real, teachers_of_labels
 from cvdd.surroundings import FULL_DATA_ROW
 
 WEIGHT = 0.5
@@ -50,7 +50,9 @@ class Ranking:
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        scores = {"hlr": self.hlr, "ior": self.ior, "lrs": self.lrs, "ars": self.ars}
+        shown = {key: one and {"value": one.value, "error": one.error} for key, one in scores.items()}
+        return {"row": self.row, "student": self.student, **shown}
 
 
 def rank(results: Sequence[Result]) -> list[Ranking]:
@@ -125,7 +127,7 @@ def _evaluation(result: Result) -> dict[str, Any]:
     label = {key: value for key, value in labels.identity.get("label", {}).items() if key not in ("dtype", "stack")}
     return {
         "label": label,
-        "labels": {**said, "teachers": [one.digest for one in labels.parents if one.kind not in ("images", "labels")]},
+        "labels": {**said, "teachers": teachers_of_labels(labels)},
         "protocol": config.protocol.model_dump(mode="json", exclude=set(_OF_NO_ACCOUNT)),
         "dataset": config.dataset.model_dump(mode="json"),
         "images": result.images.metrics["images"],
