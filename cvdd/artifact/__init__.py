@@ -13,6 +13,7 @@ from cvdd.artifact.manifest import (
     DamagedArtifact,
     digest_of,
     file_checksum,
+    parents_of,
     read_manifest,
     verify,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "StoreError",
     "digest_of",
     "file_checksum",
+    "parents_of",
     "read_manifest",
     "verify",
     "write_atomically",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +131,17 @@ def read_manifest(path: Path, remedy: str = DELETE) -> Artifact:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedArtifact(f"{path}: {MANIFEST} cannot be read ({error}). {remedy}") from error
     return artifact
+
+
+def parents_of(artifact: Artifact) -> list[Artifact]:
+    """Read the manifests of what an artefact was made from, as far as its store holds them whole."""
+    found, root = [], artifact.path.parent.parent
+    for parent in artifact.manifest["parents"]:
+        path = sealed_as(root / parent["kind"] / f"{parent['name']}-{parent['digest']}")
+        if path is not None:
+            with contextlib.suppress(DamagedArtifact):
+                found.append(read_manifest(path))
+    return found
 
 
 def kinds(root: Path) -> list[Path]:

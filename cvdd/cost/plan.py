@@ -23,20 +23,7 @@ from cvdd.context import Context
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
 from cvdd.schema import RunConfig, members_used
-
-STAGES = ("members", "patches", "priors", "images", "labels", "students")
-"""In the order of the page."""
-
-_STAGE_OF = {
-    "members": "members",
-    "trajectories": "members",
-    "teachers": "members",
-    "patches": "patches",
-    "herds": "patches",
-    "given": "patches",
-    "labels": "labels",
-    "students": "students",
-}
+from cvdd.stages import stage_of
 
 
 def equal_metrics(name: str) -> float:
@@ -291,4 +278,4 @@ def _stage(kind: str, context: Context) -> str:
     if context.serves == "students" and kind == "members":
         # Students of all real data are trained like members.
         return "students"
-    return _STAGE_OF.get(kind, "images")
+    return stage_of(kind)

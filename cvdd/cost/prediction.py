@@ -15,11 +15,12 @@ import torch
 from cvdd.artifact import digest_of, write_atomically
 from cvdd.artifact.files import store_errors
 from cvdd.cost.fakes import scale_of
-from cvdd.cost.plan import STAGES, Piece
+from cvdd.cost.plan import Piece
 from cvdd.cost.steps import Network, Step, TrainStep
 from cvdd.cost.work import Work
 from cvdd.portable import what_is_made
 from cvdd.schema import RunConfig
+from cvdd.stages import STAGES
 
 FOLDER = "predictions"
 """Of the store. What lies there is no artefact, and can be deleted at any time."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, parents_of
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.priors import Priors
 from cvdd.context import Context
+from cvdd.stages import STAGES, stage_of
 
 
 @dataclass(frozen=True)
@@ -42,59 +44,76 @@ def open_members(context: Context, summary: Mapping[str, Any]) -> dict[str, Arti
     return {name: context.store.open(root / member["artifact"]) for name, member in summary["members"].items()}
 
 
-def open_patches(distilled: Sequence[Distilled]) -> list[Artifact]:
-    """Open the patches that any set was made from, be it for the measurement of a prior, each once."""
-    found: dict[str, Artifact] = {}
-    for made in distilled:
-        store = made.context.store
-        # What given images were made from is not of this run, and may be in another store.
-        own = [] if kept_as_given(made.context, made.images) is not None else made.all_images
-        for images in (*own, *made.priors.images):
-            for parent in images.manifest["parents"]:
-                if parent["kind"] == "patches":
-                    name = f"{parent['name']}-{parent['digest']}"
-                    found[name] = store.open(store.root / "patches" / name)
-    return list(found.values())
-
-
 def measuring(priors: Priors) -> list[Artifact]:
     """List the artefacts by which priors were measured."""
     return [*priors.images, *priors.students]
 
 
+def all_artifacts(
+    members: Mapping[str, Artifact], distilled: Sequence[Distilled], results: Sequence[Result]
+) -> list[Artifact]:
+    """List every artefact behind a run that its store holds, each once: what was made, and what that was made from.
+
+    What given images were made from is not of this run.
+    """
+    listed = [*members.values()]
+    given = set[Path]()
+    for made in distilled:
+        listed += [*measuring(made.priors), *made.all_images, *made.all_labels]
+        given |= {made.images.path} if kept_as_given(made.context, made.images) is not None else set()
+    listed += [student for result in results for student in result.students]
+    found: dict[tuple[str, str], Artifact] = {}
+    while listed:
+        artifact = listed.pop(0)
+        if (artifact.kind, artifact.path.name) in found:
+            continue
+        found[artifact.kind, artifact.path.name] = artifact
+        if artifact.path not in given:
+            listed += parents_of(artifact)
+    return list(found.values())
+
+
 def stage_costs(
     members: Mapping[str, Artifact],
-    patches: Sequence[Artifact],
+    artifacts: Sequence[Artifact],
     distilled: Sequence[Distilled],
     results: Sequence[Result],
 ) -> list[Cost]:
-    """List the cost of every stage in the order in which they run."""
-    costs = [_cost("members", ", ".join(members), members.values())] if members else []
-    costs += [_cost("patches", artifact.name, [artifact]) for artifact in patches]
-    for priors in [made.priors for made in distilled if made.priors.images][:1]:
-        # All rows share them; the labels of the measurement are computed while its students are trained.
-        costs.append(_cost("priors", f"images and students for {', '.join(priors.values)}", measuring(priors)))
-    costs += [_cost("images", made.row, made.all_images) for made in distilled]
-    costs += [_cost("labels", made.row, made.all_labels) for made in distilled if made.all_labels]
-    return costs + [_cost("students", f"{result.row}, {result.student}", result.students) for result in results]
+    """List the cost of every stage in the order in which they run; an artefact is in one line only.
+
+    Args:
+        members: of the committee, by name.
+        artifacts: everything behind the run (:func:`all_artifacts`).
+        distilled: the distilled sets.
+        results: the accuracies.
+    """
+    lines: list[tuple[str, str, list[Artifact]]] = []
+    if members:
+        lines.append(("members", ", ".join(members), list(members.values())))
+    priors = {tuple(one.path for one in measuring(made.priors)): made.priors for made in distilled}
+    priors.pop((), None)
+    # The labels of the measurement are computed while its students are trained.
+    lines += [("priors", f"images and students for {', '.join(one.values)}", measuring(one)) for one in priors.values()]
+    lines += [("images", rows, made) for made, rows in _shared((made.all_images, made.row) for made in distilled)]
+    lines += [("labels", rows, made) for made, rows in _shared((made.all_labels, made.row) for made in distilled)]
+    of_students = ((list(result.students), f"{result.row}, {result.student}") for result in results)
+    lines += [("students", rows, made) for made, rows in _shared(of_students)]
+    named = {artifact.path for _, _, made in lines for artifact in made}
+    for artifact in artifacts:
+        if artifact.path not in named:
+            # Patches, and whatever else networks and images were made from.
+            lines.append((stage_of(artifact.kind), f"{artifact.kind}: {artifact.name}", [artifact]))
+    lines.sort(key=lambda line: STAGES.index(line[0]))
+    return [_cost(*line) for line in lines]
 
 
-def all_artifacts(
-    members: Mapping[str, Artifact],
-    patches: Sequence[Artifact],
-    distilled: Sequence[Distilled],
-    results: Sequence[Result],
-) -> list[Artifact]:
-    """List every artefact behind a run, each once."""
-    found: dict[tuple[str, str], Artifact] = {}
-    listed = [*members.values(), *patches]
-    for made in distilled:
-        listed += [*measuring(made.priors), *made.all_images, *made.all_labels]
-    for result in results:
-        listed += result.students
-    for artifact in listed:
-        found[artifact.kind, artifact.path.name] = artifact
-    return list(found.values())
+def _shared(made: Iterable[tuple[list[Artifact], str]]) -> list[tuple[list[Artifact], str]]:
+    """Name what several rows share once, with all of them."""
+    rows: dict[tuple[Path, ...], tuple[list[Artifact], list[str]]] = {}
+    for artifacts, row in made:
+        if artifacts:
+            rows.setdefault(tuple(one.path for one in artifacts), (artifacts, []))[1].append(row)
+    return [(artifacts, "; ".join(dict.fromkeys(names))) for artifacts, names in rows.values()]
 
 
 def machine_seconds(artifacts: Iterable[Artifact]) -> dict[str, float]:
