@@ -39,7 +39,7 @@ def make_loggers(config: RunConfig, run_name: str, run_id: str, sweep: str | Non
     loggers: list[Logger] = [CSVLogger(save_dir=output, name="", version="csv", flush_logs_every_n_steps=200)]
     if config.logger.tensorboard:
         try:
-            loggers.append(TensorBoardLogger(save_dir=output, name="", version="tensorboard"))
+            loggers.append(TensorBoardLogger(save_dir=output, name="", version="tensorboard", default_hp_metric=False))
         except ModuleNotFoundError as error:
             raise ConfigError("logger.tensorboard=true needs: pip install 'cvdd[tensorboard]'") from error
     if config.logger.wandb:

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.errors import CompactHydraException
 
@@ -56,7 +57,7 @@ def outcome_kept(folder: Path, verb: str, overrides: Sequence[str], begins: bool
     """
     if begins:
         forget_results(folder)
-        _note(folder, "running", verb, overrides)
+        _note(folder, "running", verb, overrides, began=time.time())
     try:
         yield
     except Exception as error:
@@ -76,8 +77,15 @@ def forget_results(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _note(folder: Path, status: str, verb: str, overrides: Sequence[str], error: str = "") -> None:
-    outcome = {"status": status, "error": error, "verb": verb, "overrides": list(overrides)}
+def _note(
+    folder: Path, status: str, verb: str, overrides: Sequence[str], error: str = "", began: float | None = None
+) -> None:
+    outcome: dict[str, Any] = {"status": status, "error": error, "verb": verb, "overrides": list(overrides)}
+    if began is None:
+        with contextlib.suppress(OSError, ValueError):
+            began = json.loads((folder / OUTCOME).read_text()).get("began")
+    if began is not None:
+        outcome["began"] = began
     # A full disk may be why it failed, which must not be hidden by another error.
     with contextlib.suppress(OSError):
         (folder / OUTCOME).write_text(json.dumps(outcome, indent=1) + "\n")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cvdd.readable import readable_seconds
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -59,5 +61,8 @@ class _Lines:
             return
         self.printed = now
         rate = (self.done - self.skipped) / max(now - self.started, 1e-9)
-        left = f", about {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
-        log.info("%s: %d of %d in %.0f s%s", self.what, self.done, self.total, now - self.started, left)
+        left = ""
+        if rate > 0 and self.done < self.total:
+            left = f", about {readable_seconds(round((self.total - self.done) / rate))} left"
+        spent = readable_seconds(round(now - self.started))
+        log.info("%s: %d of %d in %s%s", self.what, self.done, self.total, spent, left)

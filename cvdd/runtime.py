@@ -23,6 +23,7 @@ from cvdd.hardware import machine_name
 from cvdd.jobs import sign_in
 from cvdd.launching import share_of_work, tasks_of_srun
 from cvdd.loggers import make_loggers, reporting_to
+from cvdd.outcome import forget_results
 from cvdd.portable import portable_override, what_is_made
 from cvdd.preflight import check_before_work
 from cvdd.provenance import made_by_other_code
@@ -110,6 +111,9 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     if not share_of_work()[0]:
         # Of several jobs that share a point one looks.
         warn_of_unread(context, invocation.without_each())
+    if config.verb == "evaluate" and invocation.sweep is None:
+        # Points of a multirun have forgotten theirs when they began.
+        forget_results(output)
     sign_in(output, context.store)
     row = invocation.row(config)
     # A dashboard asks what was measured there, and that is the row.

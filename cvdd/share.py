@@ -28,6 +28,7 @@ from cvdd.outcome import told
 from cvdd.pictures import write_png
 from cvdd.readable import standard_error, with_error
 from cvdd.refusals import place_errors
+from cvdd.report.columns import measured_images
 
 _SEED = re.compile(r"-seed\d+$")
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
@@ -43,7 +44,7 @@ class Students:
         name: that it was given among the students.
         parameters: of the network; None of students that earlier versions trained.
         epochs: of their training.
-        measured_on: ``test`` or ``train``.
+        measured_on: ``test``, ``validation`` or ``train`` images.
         seeds: of their initialisation.
         top1: of each, in percent, after the last epoch.
         best_top1: of each, at its best epoch.
@@ -75,7 +76,7 @@ class Member:
     Attributes:
         name: that it has in the committee.
         parameters: of the network; None if the store has it no more.
-        top1: on test images, in percent; None likewise.
+        top1: on test or validation images, in percent; None likewise.
     """
 
     name: str
@@ -136,6 +137,7 @@ def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> st
         ipc=ipc,
         size="x".join(str(side) for side in shared.images.shape[-2:]) + " pixels",
         data=identity["data"],
+        measured=measured_images(identity["data"]),
         epochs=shared.epochs,
         students=students_of(store, images, labels),
         members=_members(store, made),
@@ -168,6 +170,8 @@ def students_of(store: Path, images: Artifact, labels: Artifact | None) -> list[
             continue
         key = json.dumps({name: value for name, value in identity.items() if name != "seed"}, sort_keys=True)
         epochs, measured_on = identity["protocol"]["epochs"], identity["measured_on"]
+        if measured_on == "test":
+            measured_on = measured_images(images.manifest["identity"]["data"])
         # A backbone of another width or depth may have the same name.
         images_name, parameters = student.manifest["parents"][0]["name"], student.metrics.get("parameters")
         name = _SEED.sub("", student.name.removeprefix(f"{images_name}-"))

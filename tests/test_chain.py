@@ -20,7 +20,7 @@ from cvdd.chain.recover import jpeg_round_trip
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_history, load_images
 from cvdd.context import Context
-from cvdd.report.costs import all_artifacts, open_patches, stage_costs
+from cvdd.report.costs import all_artifacts, stage_costs
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -221,8 +221,9 @@ def test_each_seed_can_have_images_of_its_own(made: tuple[Distilled, Result], ch
     assert digests[0] == made[0].images.digest
     assert digests[0] != digests[1]
     assert [images.digest for images in distilled.all_images] == digests
-    costs = {cost.stage: cost for cost in stage_costs({}, [], [distilled], results)}
+    listed = all_artifacts({}, [distilled], results)
+    costs = {cost.stage: cost for cost in stage_costs({}, listed, [distilled], results)}
     assert costs["images"].artifacts == costs["labels"].artifacts == 2
     assert costs["images"].bytes == sum(images.bytes for images in distilled.all_images)
-    listed = all_artifacts({}, open_patches([distilled]), [distilled], results)
-    assert dict(Counter(one.kind for one in listed)) == {"patches": 2, "images": 2, "labels": 2, "students": 2}
+    made_of = {"members": 3, "patches": 2, "images": 2, "labels": 2, "students": 2}
+    assert dict(Counter(one.kind for one in listed)) == made_of

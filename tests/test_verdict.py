@@ -54,7 +54,7 @@ def test_the_best_epochs_of_the_first_row_are_held_against_the_number(maker: Mak
     # Two values a distance d apart have the standard error d / 2.
     assert verdict["standard_error"] == pytest.approx(1.0)
     assert verdict_sentence(verdict) == (
-        "expected 44.0 +- 2.0 (a paper, table 1: CIFAR-10), measured 42.0 +- 1.0 (best epoch), n = 2: "
+        "expected 44.0 (tolerance 2.0) (a paper, table 1: CIFAR-10), measured 42.0 +- 1.0 (best epoch), n = 2: "
         "within the tolerance"
     )
     last = hold_against(expected(epoch="last", note="says who"), results)
@@ -71,8 +71,8 @@ def test_another_experiment_is_not_held_against_the_number(maker: Maker) -> None
     assert verdict["within"] is None
     sentence = verdict_sentence(verdict)
     assert sentence == (
-        "measured 44.0 (best epoch), n = 1; not held against 44.0 +- 2.0 (a paper, table 1: CIFAR-10), because this "
-        "run has other method.lr, recipe.epochs, label.name and 1 more"
+        "measured 44.0 (best epoch), n = 1; not held against 44.0 (tolerance 2.0) (a paper, table 1: CIFAR-10), "
+        "because this run has other method.lr, recipe.epochs, label.name and 1 more"
     )
 
 
@@ -110,7 +110,9 @@ def test_page_and_terminal_show_the_verdict(maker: Maker, capsys: pytest.Capture
     verdict = hold_against(expected(cell="<b>[red]"), results)
     maker.summary = lambda *_: {**summary, "verdict": verdict}  # type: ignore[method-assign]
     text = maker.page([made], results).text
-    said = "Published: expected 44.0 \u00b1 2.0 (a paper, table 1: <b>[red]), measured 44.0 \u00b1 0.0 (best epoch)"
+    said = (
+        "Published: expected 44.0 (tolerance 2.0) (a paper, table 1: <b>[red]), measured 44.0 \u00b1 0.0 (best epoch)"
+    )
     assert said in text
     print_verdict(verdict)
     assert "table 1: <b>[red])" in " ".join(capsys.readouterr().out.split())
@@ -170,7 +172,7 @@ def test_the_list_says_what_was_measured_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert listed(capsys, NAME)[0].split(maxsplit=4) == [NAME, "44.6", "+-", "1.5", "not measured here"]
+    assert listed(capsys, NAME)[0].split(maxsplit=4) == [NAME, "44.6", "(tolerance", "1.5)", "not measured here"]
     config = composed(NAME)
     shorter = {**config, "protocol": {**config["protocol"], "epochs": 3, "seeds": [7]}}
     leave_run(tmp_path / "outputs" / "evaluate" / "a", shorter, 20.0, 1000)

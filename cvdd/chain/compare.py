@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, parents_of
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.given_labels import given_labels
@@ -21,6 +21,7 @@ from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_history
 from cvdd.context import Context
 from cvdd.readable import standard_error
+from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.surroundings import FULL_DATA_ROW
 
@@ -61,7 +62,8 @@ class Result:
         """Everything about it that belongs in a table, as JSON."""
         top1 = self.values()
         seconds = [float(student.manifest["cost"]["wall_seconds"]) for student in self.students]
-        made = self.images.manifest["cost"] if self.images else None
+        made = spent_on(self.images) if self.images else None
+        soft = self.labels is not None
         return {
             "row": self.row,
             "student": self.student,
@@ -70,22 +72,62 @@ class Result:
             "top1": statistics.fmean(top1),
             "std": statistics.stdev(top1) if len(top1) > 1 else None,
             "standard_error": self.standard_error(),
-            "best_top1": statistics.fmean(self.values("best_top1")),
+            # With hard labels nobody chose an epoch.
+            "best_top1": statistics.fmean(self.values("best_top1")) if soft else None,
             "top5": statistics.fmean(self.values("top5")),
             "loss": statistics.fmean(self.values("loss")),
             "seeds": list(self.seeds),
             "top1_by_seed": top1,
+            "image_count": self.images.metrics["images"] if self.images else None,
             # A whitening is no image, however large.
             "image_bytes": self.images.bytes_without(WHITENING) if self.images else None,
             "label_bytes": self.labels.bytes if self.labels else None,
+            "label_note": _without_bytes(self.labels) if self.labels else None,
             "images": self.images.path.name if self.images else None,
             "labels": self.labels.place if self.labels else None,
             "students": [student.path.name for student in self.students],
             "student_seconds": statistics.fmean(seconds),
-            "image_seconds": float(made["wall_seconds"]) if made else None,
-            "image_process_seconds": float(made["process_seconds"]) if made else None,
-            "image_peak_memory_bytes": made["peak_memory_bytes"] if made else None,
+            "image_seconds": made.seconds if made else None,
+            "image_process_seconds": made.process_seconds if made else None,
+            "image_peak_memory_bytes": made.peak_memory if made else None,
         }
+
+
+def _without_bytes(labels: Labels) -> str | None:
+    """Say why labels have no bytes; None if they have."""
+    if labels.bytes:
+        return None
+    config = labels.context.config
+    if teachers_of(config):
+        return "not stored"
+    own = own_engine(config.method) if config.protocol.student == "method" else None
+    return "with images" if own and own.learns_labels(labels.context) else "hard"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What an artefact took.
+
+    Attributes:
+        seconds: of making it; processes side by side count once.
+        process_seconds: of all processes together.
+        peak_memory: in bytes, of the process that needed most.
+    """
+
+    seconds: float
+    process_seconds: float
+    peak_memory: int
+
+
+def spent_on(artifact: Artifact) -> Spent:
+    """Return what an artefact took, images with the parts that prediction matching makes as artefacts of their own."""
+    parts = [parent for parent in parents_of(artifact) if parent.kind == "image_parts"]
+    costs = [one.manifest["cost"] for one in (artifact, *parts)]
+    return Spent(
+        sum(float(cost["wall_seconds"]) for cost in costs),
+        sum(float(cost["process_seconds"]) for cost in costs),
+        max(int(cost["peak_memory_bytes"]) for cost in costs),
+    )
 
 
 @dataclass(frozen=True)
@@ -229,5 +271,4 @@ def _full_data(context: Context) -> Sequence[Result]:
 
 def _as_student(member: Artifact) -> Artifact:
     metrics = {key: member.metrics[f"test_{key}"] for key in ("top1", "top5", "loss")}
-    metrics["best_top1"] = metrics["top1"]
     return Artifact(member.path, {**member.manifest, "metrics": metrics})

@@ -28,6 +28,7 @@ from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_
 from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
 from cvdd.memory import enough_memory
 from cvdd.passes import Passes, label_passes_elsewhere, passes_of_labels
+from cvdd.readable import readable_bytes
 from cvdd.schema import LabelConfig, teachers_of
 from cvdd.seeds import derive_seed
 from cvdd.teachers import Teachers
@@ -123,9 +124,9 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
 
         def prepare(work: Path) -> None:
             log.info(
-                "soft labels: %.1f MB of logits, %.1f MB of crops and mixes",
-                layout.logits_bytes / 1e6,
-                layout.parameters_bytes / 1e6,
+                "soft labels: %s of logits, %s of crops and mixes",
+                readable_bytes(layout.logits_bytes),
+                readable_bytes(layout.parameters_bytes),
             )
             reserve_labels(work, layout)
 

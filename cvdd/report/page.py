@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvdd.chain.compare import Distilled, Result
-from cvdd.chain.own_engines import own_engine
 from cvdd.context import Context
 from cvdd.portable import portable_config
 from cvdd.provenance import made_by_other_code
 from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report import headline, plots
-from cvdd.report.costs import all_artifacts, machine_seconds, open_members, open_patches, stage_costs
+from cvdd.report.columns import best_shown, labels_shown, measured_images
+from cvdd.report.costs import all_artifacts, machine_seconds, open_members, stage_costs
 from cvdd.report.drawing import SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
 from cvdd.report.ranking import rank
 from cvdd.report.terms import member_terms
 from cvdd.report.verdict import verdict_sentence
-from cvdd.report.votes import vote_table, who_judges
-from cvdd.schema import RunConfig, teachers_of
+from cvdd.report.votes import vote_table, votes_of, who_judges
+from cvdd.schema import RunConfig
 from cvdd.surroundings import FULL_DATA_ROW
 
 TEMPLATE = "page.html.j2"
+
+Shown = TypeVar("Shown", Distilled, Result)
 
 
 def render_page(
@@ -41,9 +43,10 @@ def render_page(
         distilled: the distilled sets, the configuration's own first.
         results: the accuracies, likewise.
     """
-    config, main = context.config, distilled[0]
-    members, patches = open_members(context, summary), open_patches(distilled)
-    artifacts = all_artifacts(members, patches, distilled, results)
+    config = context.config
+    distilled, results = _shown_first(context, distilled), _shown_first(context, results)
+    main, members = distilled[0], open_members(context, summary)
+    artifacts = all_artifacts(members, distilled, results)
     terms = member_terms(main.history, main.context.config)
     return (
         _environment()
@@ -53,7 +56,9 @@ def render_page(
             config=config,
             summary=summary,
             main=main,
-            judges=who_judges(config),
+            judges=who_judges(main.context.config),
+            measured=measured_images(summary["dataset"]),
+            of_one_seed=any(len(made.all_images) > 1 for made in distilled),
             results=[_row(result) for result in results],
             one_student=len({result.student for result in results}) == 1,
             sentences=[
@@ -70,8 +75,8 @@ def render_page(
             loss=plots.loss_curves(results),
             terms=terms,
             term_plot=plots.term_curves(terms) if terms else None,
-            votes=vote_table(summary["votes"], list(summary["members"])),
-            costs=stage_costs(members, patches, distilled, results),
+            votes=vote_table(votes_of(main.history), list(summary["members"])),
+            costs=stage_costs(members, artifacts, distilled, results),
             machines=machine_seconds(artifacts),
             predicted=predicted_costs(context),
             artifacts=artifacts,
@@ -87,6 +92,11 @@ def render_page(
             series=SERIES,
         )
     )
+
+
+def _shown_first(context: Context, made: Sequence[Shown]) -> list[Shown]:
+    """Put the row that the page is about first: that of a sweep's point, or the configuration's own."""
+    return sorted(made, key=lambda one: bool(context.shown) and one.row != context.shown)
 
 
 def portable_yaml(config: RunConfig) -> str:
@@ -109,18 +119,7 @@ def _environment() -> Environment:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    return {**result.summary(), "labels_kept": _labels_kept(result), "hard_labels": result.labels is None}
-
-
-def _labels_kept(result: Result) -> str:
-    """Say how many bytes the labels of a row have, or why they have none."""
-    if result.labels is None or result.labels.bytes:
-        return readable_bytes(result.summary()["label_bytes"])
-    context = result.labels.context
-    if teachers_of(context.config):
-        return "not stored"
-    own = own_engine(context.config.method) if context.config.protocol.student == "method" else None
-    return "with images" if own and own.learns_labels(context) else "hard"
+    return {**(summary := result.summary()), "labels_kept": labels_shown(summary), "best": best_shown(summary)}
 
 
 def _verdict(results: Sequence[Result]) -> str:

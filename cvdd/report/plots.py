@@ -76,8 +76,8 @@ def dot_plot(results: Sequence[Result]) -> Markup:
 
 
 def accuracy_curves(results: Sequence[Result]) -> Markup | None:
-    """Draw the students' test accuracy by epoch; real data, which has other epochs, is a line at its last value."""
-    return _curves(results, "top1", "accuracy", "test accuracy in percent")
+    """Draw the students' accuracy by epoch; real data, which has other epochs, is a line at its last value."""
+    return _curves(results, "top1", "accuracy", "accuracy in percent")
 
 
 def loss_curves(results: Sequence[Result]) -> Markup | None:

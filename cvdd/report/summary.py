@@ -17,6 +17,7 @@ from cvdd.provenance import code_version
 from cvdd.report.columns import RESULT
 from cvdd.report.ranking import rank
 from cvdd.report.verdict import hold_against
+from cvdd.report.votes import votes_of
 from cvdd.schema import RunConfig, members_used
 
 COLUMNS = (*RESULT, "images", "labels")
@@ -47,7 +48,7 @@ def summarise(
             }
             for name, member in members.items()
         },
-        "votes": [{"unit": unit, **one["weights"]} for unit, one in main.history.items()],
+        "votes": votes_of(main.history),
         "agreement": mean_agreement(main.history),
         "config": config.model_dump(mode="json"),
     }

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cvdd.artifact import write_atomically
 from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.portable import portable_override, portable_text, portable_values
 from cvdd.readable import readable_bytes, with_error
-from cvdd.report.columns import RESULT
+from cvdd.report.columns import RESULT, best_shown, labels_shown, measured_images
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
 from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, without_cost
@@ -54,6 +56,7 @@ class Point:
         agreement: of the gradients of members that voted together, mean over pairs; None for a row beside the
             configuration itself, and where there is no pair.
         commit: of the code that made them.
+        measured: the images that accuracies are of, ``test`` or ``validation``; None where it was not noted.
         asked: whether the command asks for it; a sweep shows all its points, whichever were chosen.
         settings: in which it differs from other points of a multirun without names.
     """
@@ -66,6 +69,7 @@ class Point:
     beside: tuple[Mapping[str, Any], ...] = ()
     agreement: float | None = None
     commit: str | None = None
+    measured: str | None = None
     asked: bool = True
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,17 +108,19 @@ def read_directory(directory: Path) -> Sweep:
     """Read a sweep from its directory.
 
     Raises:
-        ConfigError: it is no directory of a multirun.
+        ConfigError: it is no directory of a multirun, or the file that describes it is damaged.
     """
+    file = directory / "multirun.yaml"
     try:
-        config = OmegaConf.load(directory / "multirun.yaml")
+        config = OmegaConf.load(file)
+        overrides = without_cost([str(item) for item in config.hydra.overrides.task])
+        name, verb = directory.resolve().name, config.hydra.job.name
     except OSError as error:
-        raise ConfigError(f"{directory}: this is no directory of a sweep; it has no multirun.yaml") from error
+        raise ConfigError(f"{directory}: this is no directory of a sweep; it has no {file.name}") from error
+    except (YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be read; the sweep's own command writes it anew") from error
     assert isinstance(config, DictConfig)
-    overrides = without_cost([str(item) for item in config.hydra.overrides.task])
     sweep = read_sweep(config)
-    name = directory.resolve().name
-    verb = config.hydra.job.name
     if sweep is None:
         axes, points = _points_without_names(directory, config)
         shape: Literal["curve", "heat_map"] = "curve" if len(axes) == 1 else "heat_map"
@@ -154,14 +160,9 @@ def _read_point(directory: Path, name: str, sweep: SweepConfig, verb: str, overr
         return Point(name, at, "failed", portable_text(str(state["error"])))
     if state["status"] == "running":
         return Point(name, at, "not finished")
-    metrics = _load(folder / METRICS)
-    if metrics is None:
-        # Of a verb that measures no students.
-        return Point(name, at, "done")
-    if not point.row:
-        return _measured(name, at, metrics)
-    # What it stands beside is the sweep's configuration, which has points of its own.
-    return replace(_measured(name, at, metrics, name), beside=(), agreement=None)
+    found = _measured(folder, at, name if point.row else None)
+    # What a row stands beside is the sweep's configuration, which has points of its own.
+    return replace(found, beside=(), agreement=None) if point.row else found
 
 
 def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[str, ...], tuple[Point, ...]]:
@@ -197,18 +198,27 @@ def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrid
         return Point(folder.name, at, "failed", portable_text(str(outcome["error"])))
     if outcome["status"] == "running":
         return Point(folder.name, at, "not finished")
-    if metrics is None:
+    return _measured(folder, at)
+
+
+def _measured(folder: Path, at: tuple[str | None, ...], row: str | None = None) -> Point:
+    """Return a point as its command measured it; without a row that of the configuration itself."""
+    if not (folder / METRICS).exists():
         # Of a verb that measures no students.
         return Point(folder.name, at, "done")
-    return _measured(folder.name, at, metrics)
+    try:
+        return _as_measured(folder.name, at, _load(folder / METRICS) or {}, row)
+    except (LookupError, TypeError):
+        error = f"its {METRICS} is damaged; the same command writes it anew from the store"
+        return Point(folder.name, at, "failed", error)
 
 
-def _measured(name: str, at: tuple[str | None, ...], metrics: Mapping[str, Any], row: str | None = None) -> Point:
-    """Return a point as its command measured it; without a row that of the configuration itself."""
+def _as_measured(name: str, at: tuple[str | None, ...], metrics: Mapping[str, Any], row: str | None) -> Point:
     row = row or metrics["results"][0]["row"]
     results = tuple(result for result in metrics["results"] if result["row"] == row)
     beside = tuple(result for result in metrics["results"] if result["row"] != row)
-    return Point(name, at, "done", "", results, beside, _agreement(metrics), _commit(metrics["code"]))
+    measured = measured_images(metrics["dataset"]) if "dataset" in metrics else None
+    return Point(name, at, "done", "", results, beside, _agreement(metrics), _commit(metrics["code"]), measured)
 
 
 def _commit(code: Mapping[str, Any]) -> str | None:
@@ -260,7 +270,7 @@ def csv_table(sweep: Sweep) -> str:
                 (
                     *(point.name, *(known.get(place) for place in places), point.status),
                     *(result.get(column) for column in COLUMNS),
-                    *(point.agreement, point.error.partition("\n")[0]),
+                    *(point.agreement if result in point.results else None, point.error.partition("\n")[0]),
                 )
             )
     return table.getvalue()
@@ -288,10 +298,10 @@ def shown(result: Mapping[str, Any]) -> tuple[str, ...]:
         result["protocol"],
         str(result["n"]),
         with_error(result["top1"], result["standard_error"]),
-        f"{result['best_top1']:.1f}",
+        best_shown(result),
         f"{result['top5']:.1f}",
         readable_bytes(result.get("image_bytes")),
-        readable_bytes(result.get("label_bytes")),
+        labels_shown(result),
     )
 
 
@@ -342,6 +352,7 @@ def _write(directory: Path, sweep: Sweep) -> None:
         sweep=sweep,
         progress=progress(sweep),
         plots=plots,
+        measured=sorted({point.measured for point in sweep.points if point.measured}),
         counts=sorted({result["n"] for point in sweep.points for result in point.results}),
         columns=SHOWN,
         commits=sorted({point.commit or "unknown" for point in sweep.points if point.status == "done"}),

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from cvdd.artifact import Artifact
+from cvdd.chain.compare import spent_on
 from cvdd.console import new_console
-from cvdd.readable import readable_bytes, with_error
+from cvdd.readable import readable_bytes, readable_seconds, with_error
+from cvdd.report.columns import best_shown, labels_shown
 from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
 
@@ -18,65 +21,69 @@ from cvdd.schema import RunConfig
 def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
     """Print one line per member."""
     table = new_table(f"committee {config.committee.name} on {config.dataset.name}: top-1 accuracy in percent")
-    for column in ("member", "test", "train", "parameters", "BN layers", "seconds", "artefact"):
+    for column in ("member", config.dataset.evaluate_on, "train", "parameters", "BN layers", "time", "artefact"):
         left = column in ("member", "artefact")
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for name, member in members.items():
         metrics = member.metrics
         table.add_row(
-            name,
+            escape(name),
             f"{metrics['test_top1']:.1f}",
             f"{metrics['train_top1']:.1f}" if "train_top1" in metrics else "-",
             f"{metrics['parameters']:,}",
             str(metrics["batchnorm_layers"]),
-            f"{member.manifest['cost']['wall_seconds']:.0f}",
-            member.path.name,
+            readable_seconds(member.manifest["cost"]["wall_seconds"]),
+            escape(member.path.name),
         )
     print_table(table)
 
 
 def print_artifact(artifact: Artifact, more: Mapping[str, str]) -> None:
     """Print what was made, where, and how large it is."""
-    table = Table(show_header=False, title=f"{artifact.kind}: {artifact.name}")
+    table = Table(show_header=False, title=escape(f"{artifact.kind}: {artifact.name}"))
     table.add_column(no_wrap=True)
     # A path is there to be copied.
     table.add_column(overflow="fold")
-    cost = artifact.manifest["cost"]
+    cost = spent_on(artifact)
     rows = {
         "path": str(artifact.path),
         "size": readable_bytes(artifact.bytes),
-        "made in": f"{cost['wall_seconds']:.0f} s, peak memory {readable_bytes(cost['peak_memory_bytes'])}",
+        "made in": f"{readable_seconds(cost.seconds)}, peak memory {readable_bytes(cost.peak_memory)}",
         **more,
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     new_console().print(table)
 
 
-def print_results(results: Sequence[Mapping[str, Any]]) -> None:
+def print_results(results: Sequence[Mapping[str, Any]], measured: str = "test") -> None:
     """Print the table of a comparison: mean of the last epoch with its standard error, the best epoch beside it.
 
     It fits 80 columns; loss and seconds are in results.csv and on the page.
+
+    Args:
+        results: summaries of the rows.
+        measured: the images that accuracies are of: ``test`` or ``validation``.
     """
     protocols = list(dict.fromkeys(result["protocol"] for result in results))
-    title = "top-1 accuracy in percent, last epoch, with standard error"
+    title = f"top-1 in percent on {measured} images, last epoch, with standard error"
     if len(protocols) == 1:
         title += f"; protocol {protocols[0]}"
     table = new_table(title)
-    names = ["images", "student"] + (["protocol"] if len(protocols) > 1 else [])
+    names = ["row", "student"] + (["protocol"] if len(protocols) > 1 else [])
     for column in names:
         table.add_column(column, overflow="fold")
     for column in ("n", "top-1", "best", "top-5", "images", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            *(str(result[{"images": "row"}.get(column, column)]) for column in names),
+            *(escape(str(result[column])) for column in names),
             str(result["n"]),
             with_error(result["top1"], result["standard_error"], "+-"),
-            f"{result['best_top1']:.1f}",
+            best_shown(result),
             f"{result['top5']:.1f}",
             readable_bytes(result["image_bytes"]),
-            readable_bytes(result["label_bytes"]),
+            labels_shown(result),
         )
     print_table(table)
 
@@ -86,7 +93,7 @@ def print_ranking(ranking: Sequence[Mapping[str, Any]]) -> None:
     if not ranking:
         return
     table = new_table("DD-Ranking: points of accuracy, and scores from 0 to 1")
-    for column in ("images", "student"):
+    for column in ("row", "student"):
         table.add_column(column, overflow="fold")
     columns = {"hlr": 1, "ior": 1, "lrs": 3, "ars": 3}
     for column in columns:
@@ -96,7 +103,7 @@ def print_ranking(ranking: Sequence[Mapping[str, Any]]) -> None:
             with_error(one[key]["value"], one[key]["error"], "+-", digits) if one[key] else "-"
             for key, digits in columns.items()
         ]
-        table.add_row(one["row"], one["student"], *shown)
+        table.add_row(escape(one["row"]), escape(one["student"]), *shown)
     if any(one["hlr"] is None for one in ranking):
         table.caption = "HLR and LRS need protocol.full_data=true, and a row of the same images with hard labels"
     print_table(table)
@@ -110,7 +117,7 @@ def print_verdict(verdict: Mapping[str, Any] | None) -> None:
 
 def new_table(title: str) -> Table:
     """Return an empty table in the style of all that is printed."""
-    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    return Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
 
 
 def print_table(table: Table) -> None:

@@ -76,4 +76,5 @@ def published(expected: Mapping[str, Any]) -> str:
     """Write a published number with its tolerance."""
     if expected["value"] is None:
         return "unreadable"
-    return f"{expected['value']:.1f} +- {expected['tolerance']:.1f}"
+    # No spread: papers give none.
+    return f"{expected['value']:.1f} (tolerance {expected['tolerance']:.1f})"

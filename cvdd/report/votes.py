@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cvdd.schema import RunConfig, voters_of_a_slot
 
@@ -46,6 +47,11 @@ def who_judges(config: RunConfig) -> str | None:
     how = {"prior": f"T = {config.temperature.vote:g}", "equal": "with equal weights", "random": "with random weights"}
     drawn = "one an iteration, drawn by its weight, " if method.turns == "sampled" else ""
     return f"{who} vote on a slot, {drawn}{how[committee.voter]}"
+
+
+def votes_of(history: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """List the votes by unit, as JSON, from the history of a distilled set."""
+    return [{"unit": unit, **one["weights"]} for unit, one in history.items()]
 
 
 def vote_table(votes: Sequence[Mapping[str, object]], members: Sequence[str]) -> VoteTable | None:

@@ -187,12 +187,22 @@ def _seconds(folder: Path) -> float | None:
         return float(json.loads((folder / STATE).read_text())["seconds"])
     except (OSError, ValueError, KeyError):
         pass
-    # A multirun without named points notes no seconds; its files tell when the last job began and ended. Earlier
-    # versions left only results.
+    # A multirun without named points notes when the first job began; its files tell when the last one ended. Earlier
+    # versions noted no beginning, or left only results.
     for last in (OUTCOME, METRICS):
-        with contextlib.suppress(OSError):
-            return (folder / last).stat().st_mtime - (folder / ".hydra" / "overrides.yaml").stat().st_mtime
+        with contextlib.suppress(OSError, ValueError):
+            seconds = (folder / last).stat().st_mtime - _began(folder)
+            # Asking for the cost of a point that is finished begins it anew, as its files have it.
+            return seconds if seconds >= 0 else None
     return None
+
+
+def _began(folder: Path) -> float:
+    """Return when the first job of a point of a multirun began, in seconds of the clock."""
+    try:
+        return float(json.loads((folder / OUTCOME).read_text())["began"])
+    except (OSError, KeyError):
+        return (folder / ".hydra" / "overrides.yaml").stat().st_mtime
 
 
 def _work(folder: Path) -> Work:

@@ -9,7 +9,7 @@ from cvdd.assistants import assist, assisted
 from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.context import Context
 from cvdd.launching import share_of_work
-from cvdd.report.columns import SIZES_AND_COSTS
+from cvdd.report.columns import SIZES_AND_COSTS, measured_images
 from cvdd.report.summary import summarise, write_results
 from cvdd.report.tables import print_ranking, print_results, print_verdict
 
@@ -31,13 +31,14 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
     page = write_results(context, summary, distilled, results)
     for result in summary["results"]:
         prefix = f"result/{result['row']}/{result['student']}"
-        context.log({f"{prefix}/top1": result["top1"], f"{prefix}/best_top1": result["best_top1"]}, step=0)
+        measured = {f"{prefix}/{key}": result[key] for key in ("top1", "best_top1") if result[key] is not None}
+        context.log(measured, step=0)
     made_shown = next((made for made in distilled if made.row == context.shown), distilled[0])
     shown = next(result for result in results if result.row == made_shown.row)
     context.log(_of_shown_row(made_shown, shown), step=0)
     for made in results:
         context.log_artifacts(_artifacts(made))
-    print_results(summary["results"])
+    print_results(summary["results"], measured_images(summary["dataset"]))
     print_ranking(summary["ranking"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
@@ -48,7 +49,7 @@ def _of_shown_row(made: Distilled, result: Result) -> dict[str, float]:
     """What a dashboard compares over runs: of the row that a command is about, under keys that do not name it."""
     summary = result.summary()
     values = {key: summary[key] for key in SHOWN}
-    count, seconds = made.images.metrics.get("images"), summary["image_seconds"]
+    count, seconds = summary["image_count"], summary["image_seconds"]
     values["images_per_second"] = count / seconds if count and seconds else None
     return {f"result/{key}": float(value) for key, value in values.items() if value is not None}
 
