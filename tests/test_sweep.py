@@ -274,7 +274,7 @@ def test_the_report_of_a_running_sweep_shows_what_is_missing(voter: Path) -> Non
     leave(voter, "random", "running")
     page = write_report(voter).read_text()
     assert "1 of 4 points are done; 1 failed (equal); 1 not finished (random); 1 missing (random_real)." in page
-    assert "no BatchNorm &lt;layers&gt; in it" in page
+    assert 'colspan="11"><div class="reason">failed: no BatchNorm &lt;layers&gt; in it' in page
     assert "python evaluate.py sweep=voter seed=1" in page
     table = (voter / "table.md").read_text().splitlines()
     assert "| prior | prior | cvdd | net | p | 2 | 50.0 \u00b1 1.0 | 52.0 | 90.0 | - | - | done |" in table
