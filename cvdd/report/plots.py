@@ -11,7 +11,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from cvdd.chain.compare import Result
 from cvdd.chain.training import load_curve
-from cvdd.report.drawing import INK, MUTED, RULE, canvas, series_colour, to_svg
+from cvdd.report.drawing import (
+    INK,
+    MUTED,
+    RULE,
+    canvas,
+    draw_reference,
+    draw_seeds,
+    label_rows,
+    line_style,
+    series_colour,
+    shortened,
+    shortened_names,
+    to_svg,
+)
 from cvdd.report.headline import accuracy
 from cvdd.report.terms import MemberTerms
 from cvdd.surroundings import FULL_DATA_ROW
@@ -21,10 +34,12 @@ POINTS = 300
 """More points of a line than this cannot be seen."""
 TERM_POINTS = 30
 """A log row is one iteration with its own crop, too noisy to compare members by."""
+LABEL = 44
+"""Characters of a name that leave most of a plot to what it shows."""
 
 
 def row_colours(results: Sequence[Result]) -> dict[str, int]:
-    """Number the rows in their order; the number is a row's colour in all plots."""
+    """Number the rows in their order; the number is a row's colour and marker in all plots."""
     return {row: index for index, row in enumerate(dict.fromkeys(result.row for result in results))}
 
 
@@ -44,33 +59,16 @@ def dot_plot(results: Sequence[Result]) -> Markup:
         for result, y in zip(ordered, places, strict=True):
             if distant and result.row == FULL_DATA_ROW:
                 continue
-            colour, summary = series_colour(colours[result.row]), result.summary()
-            values = summary["top1_by_seed"]
-            axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
-            error = summary["standard_error"]
-            axes.errorbar(
-                summary["top1"],
-                y,
-                xerr=error,
-                fmt="|",
-                color=colour,
-                markersize=11,
-                markeredgewidth=1.8,
-                elinewidth=1.6,
-                capsize=2.5,
-            )
+            summary = result.summary()
+            values, mean, error = summary["top1_by_seed"], summary["top1"], summary["standard_error"]
+            draw_seeds(axes, y, values, mean, error, colours[result.row])
         several = len(students) > 1
         names = [f"{result.row}, {result.student}" if several else result.row for result in ordered]
-        axes.set_yticks(places, names, color=INK)
-        axes.tick_params(axis="y", length=0, labelsize=8)
-        axes.set_ylim(place + 0.6, 0.4)
-        axes.grid(False, axis="y")
-        axes.spines["left"].set_visible(False)
-        axes.margins(x=0.04)
+        label_rows(axes, places, shortened_names(names, LABEL))
         for result, y in zip(ordered, places, strict=True):
             if distant and result.row == FULL_DATA_ROW:
-                text, colour = f"{accuracy(result)} \u2192", series_colour(colours[result.row])
-                axes.text(1.0, y, text, color=colour, ha="right", va="center", transform=axes.get_yaxis_transform())
+                text = f"{accuracy(result)} \u2192"
+                axes.text(1.0, y, text, color=INK, ha="right", va="center", transform=axes.get_yaxis_transform())
         axes.set_xlabel("top-1 accuracy of the last epoch in percent")
         return to_svg(figure, "dots", "Top-1 accuracy of every seed, with mean and standard error, by row")
 
@@ -89,9 +87,10 @@ def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
     """Draw cross-entropy and BatchNorm term by iteration, a line for each member, on one scale."""
     with canvas(WIDTH, 2.9, columns=2) as (figure, axes):
         left, right = axes
-        for index, (name, term) in enumerate(terms.items()):
+        for index, term in enumerate(terms.values()):
             for one, values in ((left, term.ce), (right, term.bn)):
-                one.plot(_means(term.iterations), _means(values), color=series_colour(index), label=name)
+                points = _means(values)
+                one.plot(_means(term.iterations), points, **line_style(index, len(points)))
         positive = [value for term in terms.values() for values in (term.ce, term.bn) for value in values if value > 0]
         for one, title in ((left, "cross-entropy"), (right, "BatchNorm term times its weight")):
             one.set_title(title)
@@ -116,11 +115,11 @@ def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Ma
         for one, student in zip(axes, students, strict=False):
             for result in results:
                 if result.student == student and result.row != FULL_DATA_ROW:
-                    _curve(one, result, metric, series_colour(colours[result.row]))
+                    _curve(one, result, metric, colours[result.row])
             for result in results:
                 if result.student == student and result.row == FULL_DATA_ROW:
-                    _real_data(one, result, series_colour(colours[result.row]))
-            one.set_title(f"{title}, {student}")
+                    _real_data(one, result, colours[result.row])
+            one.set_title(f"{title}, {shortened(student, LABEL)}")
             one.set_xlabel("epoch")
             if metric == "train_loss":
                 _logarithmic(one)
@@ -130,7 +129,7 @@ def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Ma
         return to_svg(figure, name, f"{title} by epoch, mean over seeds and range of seeds, by row and student")
 
 
-def _curve(axes: Axes, result: Result, metric: str, colour: str) -> None:
+def _curve(axes: Axes, result: Result, metric: str, index: int) -> None:
     curves = [
         {int(row["epoch"]): row[metric] for row in load_curve(student) if metric in row} for student in result.students
     ]
@@ -139,9 +138,8 @@ def _curve(axes: Axes, result: Result, metric: str, colour: str) -> None:
     by_epoch = [[curve[epoch] for curve in curves] for epoch in epochs]
     if len(curves) > 1:
         low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
-        axes.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0)
-    marker = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, [statistics.fmean(values) for values in by_epoch], color=colour, marker=marker, markersize=4)
+        axes.fill_between(epochs, low, high, color=series_colour(index), alpha=0.16, linewidth=0)
+    axes.plot(epochs, [statistics.fmean(values) for values in by_epoch], **line_style(index, len(epochs)))
 
 
 def _means(values: Sequence[float]) -> list[float]:
@@ -157,13 +155,12 @@ def _distant(results: Sequence[Result]) -> bool:
     return bool(others and real) and max(real) > max(others) + 2 * (max(others) - min(others))
 
 
-def _real_data(axes: Axes, result: Result, colour: str) -> None:
+def _real_data(axes: Axes, result: Result, index: int) -> None:
     low, high = axes.get_ylim()
     if result.summary()["top1"] > high + (high - low):
-        text = f"{accuracy(result)} \u2191"
-        axes.set_title(text, loc="right", color=colour, fontsize=8)
+        axes.set_title(f"{accuracy(result)} \u2191", loc="right", fontsize=8)
         return
-    axes.axhline(result.summary()["top1"], color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
+    draw_reference(axes, result.summary()["top1"], index)
 
 
 def _logarithmic(axes: Axes) -> None:
