@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Compose
-from report_helpers import Maker
+from report_helpers import Maker, pair
 
 from cvdd.artifact import Store
 from cvdd.report import plots
@@ -88,3 +88,31 @@ def test_a_long_name_leaves_room_for_the_dots(compose: Compose, tmp_path: Path) 
     assert ("td", {"class": "name wrap"}) in page.tags
     # Wide plots scroll in a box of their own.
     assert len(re.findall(r'<div class="scroll"><svg class="plot"', page.source)) == page.source.count("<svg")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "losses", "ticks", "logarithmic"),
+    [
+        ([1], [2.0], ["1"], False),
+        ([1, 2, 4], [5.0, 4.0, 2.0], ["1", "2", "4"], False),
+        ([1, 2, 3], [3.2, 2.0, 1.01], ["1", "2", "3"], True),
+        ([1, 2, 300], [9.0, 1.0, 0.1], ["0", "60", "120", "180", "240", "300"], True),
+    ],
+)
+def test_axes_have_ticks_where_there_are_values(
+    epochs: list[int],
+    losses: list[float],
+    ticks: list[str],
+    logarithmic: bool,
+    compose: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maker = Maker(compose("evaluate", "method.iterations=100"), Store(tmp_path / "store"))
+    rows = [{"epoch": epoch, "train_loss": loss} for epoch, loss in zip(epochs, losses, strict=True)]
+    monkeypatch.setattr(plots, "load_curve", lambda student: rows)
+    picture = str(plots.loss_curves(pair(maker, [1.0, 2.0], [3.0, 4.0])))
+    bottom, left = re.split(r'id="loss-matplotlib.axis_2"', picture)
+    assert re.findall(r">([\d.]+)</text>", bottom) == ticks
+    assert len(re.findall(r">([\d.]+)</text>", left)) >= 2
+    assert (">1.5</text>" in left or ">0.5</text>" in left) == logarithmic

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -36,6 +37,9 @@ TERM_POINTS = 30
 """A log row is one iteration with its own crop, too noisy to compare members by."""
 LABEL = 44
 """Characters of a name that leave most of a plot to what it shows."""
+LINEAR = 3
+"""Values within a factor of less have hardly two round numbers between them that a logarithmic axis could mark."""
+TICKS = 6
 
 
 def row_colours(results: Sequence[Result]) -> dict[str, int]:
@@ -92,13 +96,14 @@ def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
                 points = _means(values)
                 one.plot(_means(term.iterations), points, **line_style(index, len(points)))
         positive = [value for term in terms.values() for values in (term.ce, term.bn) for value in values if value > 0]
+        iterations = {value for term in terms.values() for value in _means(term.iterations)}
         for one, title in ((left, "cross-entropy"), (right, "BatchNorm term times its weight")):
             one.set_title(title)
             one.set_xlabel("iteration")
             if positive:
                 one.set_ylim(min(positive) * 0.8, max(positive) * 1.25)
-                _logarithmic(one)
-            _open_grid(one)
+                _scale(one, min(positive), max(positive))
+            _open_grid(one, iterations)
         return to_svg(figure, "terms", "Cross-entropy and BatchNorm term of each member by iteration")
 
 
@@ -113,23 +118,25 @@ def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Ma
     width = WIDTH / 2 if columns == 1 else WIDTH
     with canvas(width, 2.5 * rows, rows, columns) as (figure, axes):
         for one, student in zip(axes, students, strict=False):
+            epochs: set[float] = set()
             for result in results:
                 if result.student == student and result.row != FULL_DATA_ROW:
-                    _curve(one, result, metric, colours[result.row])
+                    epochs |= _curve(one, result, metric, colours[result.row])
             for result in results:
                 if result.student == student and result.row == FULL_DATA_ROW:
                     _real_data(one, result, colours[result.row])
             one.set_title(f"{title}, {shortened(student, LABEL)}")
             one.set_xlabel("epoch")
             if metric == "train_loss":
-                _logarithmic(one)
-            _open_grid(one)
+                _scale(one, *one.dataLim.intervaly)
+            _open_grid(one, epochs)
         for unused in axes[len(students) :]:
             unused.set_axis_off()
         return to_svg(figure, name, f"{title} by epoch, mean over seeds and range of seeds, by row and student")
 
 
-def _curve(axes: Axes, result: Result, metric: str, index: int) -> None:
+def _curve(axes: Axes, result: Result, metric: str, index: int) -> set[float]:
+    """Draw a row's curve with the range of its seeds; return its epochs."""
     curves = [
         {int(row["epoch"]): row[metric] for row in load_curve(student) if metric in row} for student in result.students
     ]
@@ -140,6 +147,7 @@ def _curve(axes: Axes, result: Result, metric: str, index: int) -> None:
         low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
         axes.fill_between(epochs, low, high, color=series_colour(index), alpha=0.16, linewidth=0)
     axes.plot(epochs, [statistics.fmean(values) for values in by_epoch], **line_style(index, len(epochs)))
+    return set(epochs)
 
 
 def _means(values: Sequence[float]) -> list[float]:
@@ -163,20 +171,40 @@ def _real_data(axes: Axes, result: Result, index: int) -> None:
     draw_reference(axes, result.summary()["top1"], index)
 
 
-def _logarithmic(axes: Axes) -> None:
+def _scale(axes: Axes, low: float, high: float) -> None:
+    """Make the vertical axis logarithmic, unless the values are too close to each other for it to have ticks.
+
+    Args:
+        axes: whose limits stand.
+        low: the lowest value.
+        high: the highest.
+    """
+    if not high >= LINEAR * low:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        return
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    between = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    between: tuple[float, ...] = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    if high < 10 * low:
+        between = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     # Plain numbers: powers of ten would be formulas, which inline SVG with the page's font cannot show.
     axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _open_grid(axes: Axes) -> None:
+def _open_grid(axes: Axes, places: Set[float]) -> None:
     axes.grid(False, axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _mark_places(axes, sorted(places))
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, which="both")
     axes.spines["bottom"].set_color(RULE)
     axes.xaxis.label.set_color(MUTED)
+
+
+def _mark_places(axes: Axes, places: Sequence[float]) -> None:
+    """Put the horizontal axis' ticks at epochs or iterations; between few ones there is nothing to be marked."""
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    if 1 <= len(places) <= TICKS and min(gaps, default=1.0) * 2 * TICKS >= sum(gaps):
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
