@@ -16,6 +16,7 @@ from report_helpers import Maker, pair
 from cvdd.artifact import Store
 from cvdd.report import plots
 from cvdd.report.drawing import DASHES, MARKERS, SERIES, fits, line_style, shortened, shortened_names
+from cvdd.report.sweep_plots import Cell, plot
 
 STYLE = (resources.files("cvdd.report") / "page.css").read_text()
 LIGHT, DARK = (dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in STYLE.split("@media")[:2])
@@ -116,3 +117,45 @@ def test_axes_have_ticks_where_there_are_values(
     assert re.findall(r">([\d.]+)</text>", bottom) == ticks
     assert len(re.findall(r">([\d.]+)</text>", left)) >= 2
     assert (">1.5</text>" in left or ">0.5</text>" in left) == logarithmic
+
+
+# --- a sweep's --------------------------------------------------------------------------------------------------------
+
+
+def cell(*at: str | None, mean: float | None = 50.0, word: str = "") -> Cell:
+    return Cell(at, mean, None if mean is None else 1.0, (49.0,), word)
+
+
+def test_settings_too_long_to_stand_side_by_side_are_rows() -> None:
+    names = [f"committee.size={size} temperature={heat} protocol.lr=0.001" for size in range(1, 4) for heat in (1, 5)]
+    cells = [*map(cell, names[:-1]), cell(names[-1], mean=None, word="failed")]
+    picture = plot("curve", ["settings"], cells, "test", "net")
+    heights = [float(height) for height in re.findall(r'y="([\d.]+)"[^>]*>committee', picture)]
+    assert heights == sorted(heights)
+    assert len(heights) == 6
+    assert min(after - before for before, after in itertools.pairwise(heights)) > 8
+    assert ">failed<" in picture
+
+
+def test_many_lines_stay_at_their_tick_and_in_the_legend() -> None:
+    lines = [f"_{index}" for index in range(16)]
+    cells = [cell("1", line) for line in lines[2:]] + [cell("1", line, mean=None, word="failed") for line in lines[:2]]
+    picture = plot("curve", ["x", "line"], cells, "test", "net")
+    assert all(f">{line}<" in picture for line in lines)
+    assert picture.count(">2 failed<") == 1
+    left, width = map(float, re.findall(r'<clipPath.*?<rect x="([\d.]+)".*?width="([\d.]+)"', picture, re.DOTALL)[0])
+    points = re.findall(r'<g clip-path[^>]*>\s*<use [^>]*? x="([\d.]+)"', picture)
+    assert len(points) >= 14
+    assert all(left < float(x) < left + width for x in points)
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(4, ">50.0 \u00b1 1.0<"), (16, ">\u00b1 1.0<")])
+def test_numbers_fit_the_fields_of_a_heat_map(columns: int, shown: str) -> None:
+    cells = [cell(str(index), "a") for index in range(columns)]
+    assert plot("heat_map", ["x", "y"], cells, "test", "net").count(shown) == columns
+
+
+def test_long_names_below_a_plot_lean() -> None:
+    cells = [cell(f"a_name_of_some_length_{index}", "a") for index in range(8)]
+    assert plot("curve", ["x", "y"], cells, "test", "net").count("rotate(-35") == 8
+    assert "rotate(-35" not in plot("curve", ["x", "y"], cells[:2], "test", "net")
