@@ -17,7 +17,7 @@ from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report import headline, plots
 from cvdd.report.columns import best_shown, labels_shown, measured_images
 from cvdd.report.costs import all_artifacts, machine_seconds, open_members, stage_costs
-from cvdd.report.drawing import SERIES
+from cvdd.report.drawing import DASHES, SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
 from cvdd.report.ranking import rank
@@ -90,6 +90,7 @@ def render_page(
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             yaml=portable_yaml(config),
             series=SERIES,
+            dashes=len(DASHES),
         )
     )
 
