@@ -176,9 +176,8 @@ def _labels(baseline: Result, main: Result) -> str:
     if baseline.labels is None or main.labels is None:
         return "other labels"
     theirs, ours = baseline.labels.identity, main.labels.identity
-    if theirs == ours:
-        same = teachers_of_labels(baseline.labels) == teachers_of_labels(main.labels)
-        return "the same labels" if same else "the same label recipe but other teachers"
-    if {**theirs, "weights": None} == {**ours, "weights": None}:
-        return "the same label recipe but other weights of its teachers"
-    return "another label recipe"
+    if {**theirs, "weights": None} != {**ours, "weights": None}:
+        return "another label recipe"
+    if teachers_of_labels(baseline.labels) != teachers_of_labels(main.labels):
+        return "the same label recipe but other teachers"
+    return "the same labels" if theirs == ours else "the same label recipe but other weights of its teachers"

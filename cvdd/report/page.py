@@ -60,6 +60,7 @@ def render_page(
             measured=measured_images(summary["dataset"]),
             of_one_seed=any(len(made.all_images) > 1 for made in distilled),
             results=[_row(result) for result in results],
+            other_counts=len({result.images.metrics["images"] for result in results if result.images}) > 1,
             one_student=len({result.student for result in results}) == 1,
             sentences=[
                 headline.headline(results),
