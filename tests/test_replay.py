@@ -43,6 +43,19 @@ def test_an_epoch_depends_on_seed_and_number_alone() -> None:
     assert not same(one, draw_epoch(label, 20, 32, seed=2, epoch=2))
 
 
+def test_views_and_mixes_are_those_of_the_labels_settings() -> None:
+    """Sides are whole pixels, which is a part of 0.05 at most; shares of a beta law so narrow lie around a half."""
+    plan = draw_epoch(label_config(crop_scale=(0.5, 0.6), flip=False), 200, 32, 0, 0)
+    areas = (plan.box[:, 2] * plan.box[:, 3]).double() / 32**2
+    assert areas.min() > 0.45
+    assert areas.max() < 0.65
+    assert not plan.flip.any()
+    assert draw_epoch(label_config(), 200, 32, 0, 0).flip.any()
+    shares = draw_epoch(label_config(mix="mixup", mix_alpha=100.0, batch_size=4), 400, 8, 0, 0).weight
+    assert shares.std() < 0.06
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
 def test_an_epoch_shows_each_image_once_and_mixes_within_batches() -> None:
     plan = draw_epoch(label_config(), 20, 32, seed=0, epoch=0)
     assert sorted(plan.index.tolist()) == list(range(20))

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PRIORS, small_network, tiny_context
+from safetensors.torch import load_file
 from torch import nn
 
+import cvdd.chain.initial
+from cvdd.augment import denormalise
 from cvdd.chain.images import make_images
-from cvdd.chain.initial import make_herd
+from cvdd.chain.initial import PATCHES, make_herd
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.selection import herd, member_features
@@ -73,3 +76,29 @@ def test_herded_images_are_real_ones_of_their_class(chain_home: Path) -> None:
         assert int(train.labels[same.nonzero()[0, 0]]) == int(label)
     other = context.differing({"method.seed": 1}, "")
     assert make_herd(other).digest != make_herd(context).digest
+
+
+def test_the_herd_is_chosen_by_what_networks_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalised images; of each class those are kept, in their order, that were chosen: here the last and the first.
+
+    The artefact holds them as pixels.
+    """
+    seen: list[torch.Tensor] = []
+
+    def features(networks: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images.flatten(1)
+
+    monkeypatch.setattr(
+        cvdd.chain.initial,
+        "make_member",
+        lambda context, name: context.store.make("members", name, {}, [], lambda work: {}),
+    )
+    monkeypatch.setattr(cvdd.chain.initial, "load_network", lambda *arguments: small_network())
+    monkeypatch.setattr(cvdd.chain.initial, "member_features", features)
+    monkeypatch.setattr(cvdd.chain.initial, "herd", lambda features, count: torch.tensor([len(features) - 1, 0]))
+    context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "method.init=herding")
+    chosen = load_file(make_herd(context).path / PATCHES)["images"]
+    assert len(chosen) == len(seen) == 10
+    for kept, images in zip(chosen, seen, strict=True):
+        assert torch.equal(kept, denormalise(images, context.data().mean, context.data().std)[[-1, 0]])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
+from vote_reference import voting_loss
 
 import cvdd.synthesis
 from cvdd.augment import pixel_bounds
 from cvdd.bn import BatchStatistics, statistics_distance
 from cvdd.config_base import ConfigError
+from cvdd.methods.gvbsm import densification
 from cvdd.schedules import cosine
 from cvdd.synthesis import DistillModule, LogRow, NonFiniteLoss
 from cvdd.units import Stage, Unit, plan_stages, unit_views
@@ -172,6 +174,20 @@ def test_matrices_are_made_for_as_many_iterations_as_fit(at_once: int, monkeypat
     whole = fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images
     monkeypatch.setattr(cvdd.synthesis, "MATRIX_ELEMENTS", at_once * 3 * SIZE**2)
     assert torch.equal(fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images, whole)
+
+
+def test_images_of_a_class_are_held_apart_with_the_methods_weight_and_scale() -> None:
+    """Two images of each of two classes; the gradient is that of the vote and the densification together."""
+    unit, members = Unit(0, 0, 0, 2, 2), voters(a=small_network())
+    changes = {"composer": "classes", "density": 0.5, "density_scale": "dimension", "r_bn": 0.1}
+    module = module_of(start(1), [unit], members, **changes)
+    gradient, said = module._vote(0, module.images.detach().clone(), False)
+    leaf = start(1).requires_grad_()
+    crowding = densification(leaf, unit.targets[None], "dimension").sum()
+    loss = voting_loss(leaf, unit.targets[None], members, torch.ones(1, 1), r_bn=0.1).loss + 0.5 * crowding
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, leaf)[0], rtol=1e-4, atol=1e-6)
+    assert said.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert said.density.item() == pytest.approx(crowding.item(), rel=1e-5)
 
 
 class Broken(nn.Module):

@@ -119,6 +119,27 @@ def test_crops_get_smaller(schedule: str, milestone: float, areas: list[float]) 
     assert found == pytest.approx(areas)
 
 
+def areas_of_views(size: int = 32, **changes: object) -> torch.Tensor:
+    """Areas of the crops of a unit's iterations, as shares of the image."""
+    method = method_config(**changes)
+    boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, method.iterations, size)).boxes
+    return (boxes[:, 2] * boxes[:, 3]).double() / size**2
+
+
+def test_crops_without_a_schedule_have_the_methods_areas() -> None:
+    """Sides are whole pixels, which is a part of 0.05 at most."""
+    areas = areas_of_views(iterations=300, crop_scale=(0.5, 0.6))
+    assert areas.min() > 0.45
+    assert areas.max() < 0.65
+
+
+def test_a_step_comes_at_its_milestone() -> None:
+    areas = areas_of_views(iterations=100, crop_schedule="step", crop_milestone=0.5, crop_scale=(0.08, 0.3))
+    assert areas[:50].tolist() == [1.0] * 50
+    assert areas[50:].max() < 0.36
+    assert areas[50:].min() < 0.15
+
+
 def test_scheduled_crops_begin_with_the_whole_image() -> None:
     method = method_config(iterations=100, crop_schedule="cosine", crop_scale=(0.08, 1.0))
     boxes = unit_views(Unit(0, 0, 0, 2), method, Stage(0, 0, 100, 32)).boxes

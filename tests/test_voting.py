@@ -165,6 +165,17 @@ def test_a_stack_is_its_units() -> None:
     torch.testing.assert_close(stacked.bn, torch.cat([terms.bn for terms, _ in apart], dim=1), rtol=1e-5, atol=0)
 
 
+def test_statistics_of_a_stack_are_those_of_all_its_images() -> None:
+    """Every unit counts the distance of all of them as its own."""
+    images, targets, _ = units(3)
+    voters, weights = [Voter("a", small_network())], torch.ones(1, 3)
+    options = {"r_bn": 0.1, "statistics_of": "stack"}
+    stacked = voting_loss(images, targets, voters, weights, **options)
+    whole = voting_loss(images.view(1, 12, 3, 12, 12), targets.view(1, 12), voters, weights[:, :1], r_bn=0.1)
+    torch.testing.assert_close(stacked.bn, whole.bn.expand(1, 3))
+    assert stacked.loss.item() == pytest.approx((stacked.ce + 0.1 * stacked.bn).sum().item(), rel=1e-6)
+
+
 def test_a_units_gradient_ignores_the_others() -> None:
     images, targets, weights = units(2)
     _, before = vote(images, targets, weights)
