@@ -243,6 +243,20 @@ def test_only_surrogates_see_augmented_images(tmp_path: Path) -> None:
     assert [row.iteration for row in module.rows] == [5]
 
 
+@pytest.mark.parametrize(("gap", "students"), [(0, 5), (1, 3), (3, 2)])
+def test_students_come_as_often_as_the_gap_allows(gap: int, students: int, tmp_path: Path) -> None:
+    seeds: list[int] = []
+
+    def noting(seed: int) -> nn.Module:
+        seeds.append(seed)
+        return small_network(seed=seed % 1000)
+
+    module = module_of(Pace(5, 5, 5), surrogate={"epochs": 2, "lr": 0.05, "snapshots": 1, "gap": gap})
+    module._new_student = noting
+    fit(module, tmp_path)
+    assert len(set(seeds)) == len(seeds) == students
+
+
 def test_dropout_of_surrogates_depends_on_the_iteration_alone() -> None:
     """Not on what was drawn before, as where teachers were trained in the same process, nor on an interruption."""
     states = []
@@ -260,6 +274,32 @@ def test_dropout_of_surrogates_depends_on_the_iteration_alone() -> None:
 def test_learning_rate_of_the_images_falls_in_the_middle() -> None:
     module = module_of(Pace(2501, 1, 1))
     assert [module.lr_at(iteration) for iteration in (0, 1249, 1250, 2500)] == pytest.approx([1.0, 1.0, 0.3, 0.3])
+
+
+def test_images_move_as_their_own_settings_say() -> None:
+    module = module_of(Pace(9, 1, 1), factor=0.7, momentum=0.25, momentum_drift=False)
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, ImageSgd)
+    assert (optimizer.param_groups[0]["momentum"], optimizer.drift) == (0.25, False)
+    assert module.lr_at(8) == pytest.approx(0.7)
+
+
+def test_disagreement_and_classes_count_as_the_method_says() -> None:
+    """The gradient is the weighted sum of those of each term alone.
+
+    Weights that add up to 1 would hide one that is always 1.
+    """
+    chosen = torch.arange(8)
+
+    def gradient(discrepancy: float, ce: float) -> Tensor:
+        module = module_of(Pace(1, 1, 1), discrepancy=discrepancy, ce=ce)
+        module._refresh(0, chosen)
+        return module.gradient(chosen)[0]
+
+    disagreement, classes = gradient(1.0, 0.0), gradient(0.0, 1.0)
+    torch.testing.assert_close(gradient(0.7, 0.4), 0.7 * disagreement + 0.4 * classes, rtol=1e-4, atol=1e-7)
+    assert disagreement.abs().max() > 1e-4
+    assert classes.abs().max() > 1e-4
 
 
 def test_batches_are_drawn_anew_in_every_iteration() -> None:
