@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def test_another_evaluation_is_no_baseline(results: list[Result], tmp_path: Path
         assert rank([*others, Made(tmp_path).result("someone", [49, 50], *REAL, changed)]) == []
     same = Made(tmp_path).result("someone", [49, 50], *REAL, "protocol.eval_batch=7", "label.store=none")
     assert len(rank([*others, same])) == 1
+
+
+def test_students_are_held_against_themselves(tmp_path: Path, results: list[Result]) -> None:
+    """Another student's rows, which come first and are worse or better, change no score of the one."""
+    make = Made(tmp_path / "other")
+    others = [
+        make.result("cvdd", [70, 72]),
+        make.result("someone", [30, 31], *REAL),
+        make.result("classes", [11, 12], *HARD, images="cvdd"),
+        make.result("bare", [60, 66], *PLAIN, images="cvdd"),
+        make.result("bare someone", [20, 25], *REAL, *PLAIN),
+        make.result("full_data", [95, 99]),
+    ]
+    large = [replace(result, student="large") for result in others]
+    assert [one for one in rank([*large, *results]) if one.student == "small"] == rank(results)
+    assert [one for one in rank([*results, *large]) if one.student == "large"] == rank(large)
+    assert rank(large) != rank(results)
 
 
 def test_one_seed_has_no_error(tmp_path: Path, results: list[Result], capsys: pytest.CaptureFixture[str]) -> None:
