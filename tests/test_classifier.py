@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import cvdd.member
 from cvdd.augment import normalise
-from cvdd.chain.members import make_member
+from cvdd.chain.members import _finish, make_member
 from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches, smallest_batch
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
@@ -235,6 +236,18 @@ def test_optimisers_of_a_recipe(name: str, kind: str) -> None:
         assert group.get("momentum") == own.get("momentum")
 
 
+def test_every_batch_of_every_epoch_is_augmented_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, ...]] = []
+
+    def noting(pixels: Tensor, chosen: RecipeConfig, size: int, drawn: Augmentation) -> Tensor:
+        shown.append(tuple(drawn.boxes.flatten().tolist()))
+        return apply_augmentation(pixels, chosen, size, drawn)
+
+    monkeypatch.setattr(cvdd.member, "apply_augmentation", noting)
+    fit(member(crop="resized"), member_loader(), 2)
+    assert len(set(shown)) == len(shown) == 6
+
+
 def test_a_network_with_dropout_is_trained_the_same_again() -> None:
     """Its draws come from the global generator, which is seeded for every epoch."""
 
@@ -288,3 +301,16 @@ def test_accuracy_is_counted_over_all_images() -> None:
     assert accuracy.top1 == pytest.approx(100 * (ranks[:, 0] == labels).float().mean().item())
     assert accuracy.top5 == pytest.approx(100 * (ranks[:, :5] == labels[:, None]).any(dim=1).float().mean().item())
     assert accuracy.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_a_member_tells_what_it_knows_of_training_images_and_of_test_images(tmp_path: Path) -> None:
+    context, network = tiny_context(tmp_path), small_network(classes=10)
+    data = context.data()
+    metrics = _finish(context, network, [], tmp_path)
+    for part, source in (("train", data.train), ("test", data.test)):
+        logits = network(normalise(source.stacked(), data.mean, data.std))
+        right = (logits.argmax(dim=1) == source.labels).float().mean()
+        assert metrics[f"{part}_top1"] == pytest.approx(100 * right.item())
+        loss = nn.functional.cross_entropy(logits, source.labels)
+        assert metrics[f"{part}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["train_loss"] != metrics["test_loss"]
