@@ -175,6 +175,12 @@ def test_drawn_views_are_reproducible_and_bounded() -> None:
     assert 0.4 < one.flips.float().mean() < 0.6
 
 
+def test_half_of_all_views_are_mirrored() -> None:
+    """The mean of 40 000 draws is 0.0025 from its expectation, or so."""
+    flips = draw_views(40_000, 32, 32, None, True, 0, source()).flips
+    assert flips.float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_views_that_are_switched_off() -> None:
     still = draw_views(5, 32, 32, None, False, 0, source())
     assert still.boxes.tolist() == [[0, 0, 32, 32]] * 5

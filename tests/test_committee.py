@@ -175,6 +175,12 @@ def test_sampled_turns_are_an_unbiased_vote() -> None:
     assert torch.equal(found[:, :, :1], alone)
 
 
+def test_sampled_turns_depend_on_the_seed() -> None:
+    weights = torch.tensor([[0.5], [0.5]])
+    one, other = (turn_weights(weights, "sampled", 50, seed) for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
 def test_unknown_turns_name_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"method\.turns=first: choose all, in_turn or sampled"):
         turn_weights(torch.ones(1, 1), "first", 1, seed=0)

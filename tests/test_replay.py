@@ -156,6 +156,18 @@ def test_what_else_is_drawn_changes_nothing_before_it(more: dict) -> None:
     assert (plan.operations is not None) == ("randaugment" in more)
 
 
+@pytest.mark.parametrize(("more", "name"), [({"shuffle": 2}, "swap"), ({"randaugment": True}, "operations")])
+def test_what_else_is_drawn_depends_on_seed_and_epoch(more: dict, name: str) -> None:
+    one, later, other, again = (
+        getattr(draw_epoch(label_config(**more), 40, 32, seed, epoch), name)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    )
+    assert not torch.equal(one, later)
+    assert not torch.equal(one, other)
+    assert not torch.equal(later, other)
+    assert torch.equal(one, again)
+
+
 def test_all_that_is_drawn_is_on_disk() -> None:
     images, label = random_pixels(20, 32), label_config(**BOTH)
     plan = draw_epoch(label, 20, 32, seed=0, epoch=0)

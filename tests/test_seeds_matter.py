@@ -10,14 +10,29 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import MEAN, PRIORS, STD, TINY, configure, method_config, random_pixels, small_network, tiny_context
+from helpers import (
+    MEAN,
+    PRIORS,
+    STD,
+    TINY,
+    configure,
+    fit,
+    method_config,
+    random_pixels,
+    small_network,
+    tiny_context,
+    training_arguments,
+)
 from test_apm import module_of as adversarial_module
 from test_mtt import ALL, mtt_method
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import cvdd.adversarial
 import cvdd.chain.priors
-from cvdd.adversarial import Pace
+import cvdd.chain.statistics
+from cvdd.adversarial import AdversarialModule, Pace
+from cvdd.chain.apm import _make_part, plan_parts
 from cvdd.chain.compare import _full_data
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import initial_images
@@ -25,14 +40,17 @@ from cvdd.chain.labels import make_labels
 from cvdd.chain.members import make_member
 from cvdd.chain.priors import measure_prior
 from cvdd.chain.recover import _start
+from cvdd.chain.statistics import _batches
 from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_images
 from cvdd.chain.votes import Vote, plan_draws, plan_votes
+from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.committee import Draw
 from cvdd.context import Context
 from cvdd.data import Data, TensorSource
 from cvdd.patches import make_patches
 from cvdd.schema import PatchesConfig
+from cvdd.sgd_training import SgdModule, SgdRecipe
 from cvdd.trajectory_matching import draw_iteration
 from cvdd.units import plan_units
 
@@ -109,6 +127,26 @@ def test_members_of_one_network_start_from_different_weights(home: Path, start_o
     assert not torch.equal(one, start_of(lambda: make_member(other_seed, "resnet18")))
 
 
+def test_every_step_of_sgd_is_augmented_anew() -> None:
+    sources: list[int] = []
+
+    def noting(images: Tensor, source: torch.Generator) -> Tensor:
+        sources.append(source.initial_seed())
+        return images
+
+    module = SgdModule(
+        SgdRecipe(2, 0.1, 0.0, 0.0, False),
+        random_pixels(12, 4).float(),
+        torch.arange(12) % 2,
+        lambda pixels: pixels / 255,
+        torch.nn.functional.cross_entropy,
+        noting,
+        **training_arguments(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))),
+    )
+    fit(module, DataLoader(Positions(), sampler=ShuffledBatches(12, 4, seed=0), batch_size=None), 2)
+    assert len(set(sources)) == len(sources) == 6
+
+
 # --- labels and priors ------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +176,17 @@ def test_a_prior_is_the_mean_of_its_students(home: Path, monkeypatch: pytest.Mon
         assert found.values == {"resnet50": mean}
         assert len(found.students) == count
     assert seeds == [0, 0, 1, 0, 1, 2]
+
+
+def test_statistics_of_two_batches_are_those_of_different_views(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both batches have the same images."""
+    batch = random_pixels(8, 32), torch.zeros(8, dtype=torch.long)
+    monkeypatch.setattr(cvdd.chain.statistics, "_pixels", lambda context, order: [batch, batch])
+    context = tiny_context(home, "recipe.crop=resized")
+    views = [[seen for seen, _ in _batches(context, seed, lambda count: None)] for seed in (0, 1, 0)]
+    assert not torch.equal(views[0][0], views[0][1])
+    assert not torch.equal(views[0][0], views[1][0])
+    assert torch.equal(torch.stack(views[0]), torch.stack(views[2]))
 
 
 # --- votes ------------------------------------------------------------------------------------------------------------
@@ -219,6 +268,32 @@ def test_every_new_student_draws_its_teacher_and_its_batches_anew(monkeypatch: p
         teachers.append(module._teacher)
     assert set(teachers) == {0, 1}
     assert len(set(seeds)) == 10
+
+
+def test_parts_of_prediction_matching_draw_differently(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part draws depends on the method's seed and on its first slot, however many parts there are."""
+    seeds: list[int] = []
+
+    def begin(context: Context, module: AdversarialModule, *arguments: Any) -> None:
+        seeds.append(module.seed)
+        raise Begun
+
+    small = ("method=apm_tiny", "method.init=noise", "method.apm.teachers.backbone.arguments.width=8")
+    context = tiny_context(home, *small, "ipc.images_per_class=4")
+
+    def seeds_of(parts: int, seed: int = 0) -> list[int]:
+        seeds.clear()
+        changed = context.differing({"method.apm.parts": parts, "method.seed": seed}, "")
+        for part in plan_parts(changed):
+            with pytest.raises(Begun):
+                _make_part(changed, part, [], None, None)
+        return list(seeds)
+
+    monkeypatch.setattr(Context, "fit", begin)
+    four, two, other = seeds_of(4), seeds_of(2), seeds_of(2, seed=1)
+    assert len(set(four)) == 4
+    assert two == four[::2]
+    assert set(two).isdisjoint(other)
 
 
 def test_every_round_of_experts_has_an_order_of_its_own() -> None:
