@@ -47,12 +47,13 @@ def test_everything_behind_a_run_is_in_one_line(maker: Maker) -> None:
     main = maker.distilled("cvdd", "patches", 100)
     recorded = plain(maker.store, "statistics", [plain(maker.store, "herds", [])])
     other = replace(main, row="edc", images=plain(maker.store, "images", [recorded]))
-    rows = [main, replace(main, row="again"), other]
+    more = replace(main, row="of two seeds", others=((maker.images("second", "real", 0), None),))
+    rows = [main, replace(main, row="again"), other, more]
     results = [maker.result(made, [1.0, 2.0]) for made in rows]
     members = {name: maker.member(name) for name in MEMBERS}
     listed = all_artifacts(members, rows, results)
     kinds = Counter(artifact.kind for artifact in listed)
-    assert (kinds["statistics"], kinds["herds"], kinds["patches"], kinds["images"]) == (1, 1, 1, 2)
+    assert (kinds["statistics"], kinds["herds"], kinds["patches"], kinds["images"]) == (1, 1, 1, 3)
     costs = stage_costs(members, listed, rows, results)
     assert sum(cost.artifacts for cost in costs) == len(listed)
     assert sum(cost.bytes for cost in costs) == sum(artifact.bytes for artifact in listed)

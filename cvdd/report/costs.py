@@ -108,12 +108,18 @@ def stage_costs(
 
 
 def _shared(made: Iterable[tuple[list[Artifact], str]]) -> list[tuple[list[Artifact], str]]:
-    """Name what several rows share once, with all of them."""
-    rows: dict[tuple[Path, ...], tuple[list[Artifact], list[str]]] = {}
+    """Name what several rows share once, with all of them; what only a part of a row shares is that of the first."""
+    lines: dict[tuple[Path, ...], tuple[list[Artifact], list[str]]] = {}
+    seen = set[Path]()
     for artifacts, row in made:
-        if artifacts:
-            rows.setdefault(tuple(one.path for one in artifacts), (artifacts, []))[1].append(row)
-    return [(artifacts, "; ".join(dict.fromkeys(names))) for artifacts, names in rows.values()]
+        key = tuple(artifact.path for artifact in artifacts)
+        own = [artifact for artifact in artifacts if artifact.path not in seen]
+        if own:
+            lines[key] = (own, [])
+        if key in lines:
+            lines[key][1].append(row)
+        seen.update(key)
+    return [(artifacts, "; ".join(dict.fromkeys(names))) for artifacts, names in lines.values()]
 
 
 def machine_seconds(artifacts: Iterable[Artifact]) -> dict[str, float]:
