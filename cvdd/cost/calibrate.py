@@ -221,7 +221,8 @@ def _overheads(context: Context, clock: Clock) -> dict[str, float]:
         megabytes = 16
         large = _once(lambda: store.make("cost", "large", {}, [], lambda work: _write(work, megabytes)), clock)
         return {
-            "fit": max(one - epoch - batch, 0.0),
+            # Its one epoch has one batch.
+            "fit": max(one - epoch, 0.0),
             "epoch": max(epoch - batch, 0.0),
             "batch": batch,
             "artifact": artifact,
