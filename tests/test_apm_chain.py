@@ -90,6 +90,8 @@ def test_labels_are_the_logits_of_one_teacher_on_clean_images(home: Path, images
     labels = apm_labels(context, images)
     assert list(labels.teachers.values()) == [teachers[distances.index(min(distances))]]
     assert apm_labels(small_context(home, "method.iterations=0"), images).identity == labels.identity
+    right = (known.logits.argmax(dim=1) == known.targets).sum()
+    assert images.metrics["teacher_top1"] == pytest.approx(100 * int(right) / 20)
 
 
 def test_without_iterations_the_images_are_the_fair_baseline(home: Path, images: Artifact) -> None:

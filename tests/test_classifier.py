@@ -21,7 +21,7 @@ from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.data import Data, TensorSource
 from cvdd.measure import Accuracy, Evaluator
-from cvdd.member import Augmentation, MemberModule, apply_augmentation, augment
+from cvdd.member import Augmentation, MemberModule, apply_augmentation, augment, draw_augmentation
 from cvdd.passes import Passes
 from cvdd.schema import RecipeConfig
 
@@ -127,6 +127,13 @@ def test_resized_crops_have_the_size_of_the_input() -> None:
     assert made.max() <= 255
 
 
+def test_resized_crops_have_the_areas_of_the_recipe() -> None:
+    crops = recipe(crop="resized", crop_scale=(0.5, 0.6))
+    boxes = draw_augmentation(crops, 200, 64, 64, torch.Generator().manual_seed(0)).boxes.double()
+    areas = boxes[:, 2] * boxes[:, 3] / 64**2
+    assert 0.48 < areas.min() < areas.max() < 0.62
+
+
 @pytest.mark.parametrize("crop", ["none", "pad", "resized"])
 def test_images_are_mirrored_where_it_was_drawn_whatever_the_crop(crop: str) -> None:
     """Crops of whole images, and shifts that leave them in the middle."""
@@ -152,6 +159,12 @@ def test_the_loss_of_a_member_has_the_recipes_smoothing(smoothing: float) -> Non
 def test_momentum_looks_ahead_where_the_recipe_says_so(nesterov: bool) -> None:
     optimizer = member(optimizer="sgd", nesterov=nesterov).configure_optimizers()["optimizer"]
     assert optimizer.param_groups[0]["nesterov"] is nesterov
+
+
+def test_the_momentum_of_muon_always_looks_ahead() -> None:
+    matrices, others = member(optimizer="muon").configure_optimizers()["optimizer"].param_groups
+    assert matrices["nesterov"] is True
+    assert others["use_fallback"] is True
 
 
 @pytest.mark.slow
@@ -204,6 +217,18 @@ def test_one_cycle_keeps_the_momentum_of_the_recipe(name: str) -> None:
     fit(module, member_loader(), 2)
     assert seen == [[0.8] * (1 if name == "sgd" else 2)] * 6
     assert not any(torch.equal(value, before[key]) for key, value in module.network.state_dict().items())
+
+
+def test_one_cycle_ends_with_the_last_step() -> None:
+    """A member's rate rises from a 25th of the recipe's and falls to a ten-thousandth of that."""
+    module, rates = member(schedule="onecycle", epochs=4), list[float]()
+    module.on_before_optimizer_step = lambda optimizer: rates.append(  # type: ignore[method-assign]
+        optimizer.param_groups[0]["lr"]
+    )
+    fit(module, member_loader(), 4)
+    assert len(rates) == 4 * 3
+    assert rates[0] == pytest.approx(0.01 / 25)
+    assert rates[-1] == pytest.approx(0.01 / 25 / 1e4)
 
 
 @pytest.mark.parametrize(

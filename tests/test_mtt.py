@@ -295,7 +295,8 @@ def module_of(
 
 def test_the_module_is_gradient_descent_with_momentum(tmp_path: Path) -> None:
     """Three iterations as a plain loop over the maths; the raw step size has a softplus."""
-    changes = {"step_size_form": "softplus", "labels": "learned", "lr_labels": 0.5}
+    learned = {"step_size_form": "softplus", "labels": "learned", "lr_labels": 0.5}
+    changes = {**learned, "momentum": 0.25, "target_epochs": 1}
     module = module_of(tmp_path, iterations=3, **changes)
     images, logits = module.images.detach().clone(), module.label_logits.detach().clone()
     raw = module.raw_step_size.detach().clone()
@@ -303,16 +304,17 @@ def test_the_module_is_gradient_descent_with_momentum(tmp_path: Path) -> None:
     velocities = [torch.zeros_like(tensor) for tensor in (images, raw, logits)]
     reference = module_of(tmp_path, iterations=3, **changes)
     for iteration in range(3):
-        task = reference.task(reference.draw(iteration))
+        drawn = reference.draw(iteration)
+        task, target = reference.task(drawn), Trajectories(tmp_path).snapshot(drawn.expert, drawn.start + 1)
         leaves = [tensor.clone().requires_grad_() for tensor in (images, raw, logits)]
         synthetic = Synthetic(leaves[0], leaves[2].softmax(dim=1), torch.nn.functional.softplus(leaves[1]))
         end = unroll(task, synthetic, task.start, task.steps)
-        loss = (end - task.target).square().sum() / (task.start - task.target).square().sum()
+        loss = (end - target).square().sum() / (task.start - target).square().sum()
         gradients = torch.autograd.grad(loss, leaves)
         for tensor, velocity, gradient, lr in zip(
             (images, raw, logits), velocities, gradients, (1.0, 1e-3, 0.5), strict=True
         ):
-            velocity.mul_(0.5).add_(gradient)
+            velocity.mul_(0.25).add_(gradient)
             tensor.sub_(lr * velocity)
     quiet_trainer(module.epochs).fit(module)
     torch.testing.assert_close(module.images.detach(), images, rtol=1e-4, atol=1e-6)
@@ -334,6 +336,13 @@ def test_interrupted_between_epochs_is_as_uninterrupted(tmp_path: Path) -> None:
         assert torch.equal(one, other)
     assert [row.iteration for row in rows] == [2, 4, 6]
     assert whole.rows == resumed.rows == rows
+
+
+def test_a_rows_loss_is_the_mean_since_the_row_before(tmp_path: Path) -> None:
+    module = module_of(tmp_path)
+    module._update = float  # type: ignore[method-assign]
+    module.training_step((3, 6), 0)
+    assert (module.rows[-1].iteration, module.rows[-1].loss) == (6, 4.0)
 
 
 def test_an_iteration_depends_on_its_number_alone() -> None:

@@ -99,6 +99,23 @@ def test_the_best_crop_of_each_image_is_kept() -> None:
     torch.testing.assert_close(losses[:, 0], again, rtol=1e-4, atol=1e-5)
 
 
+def test_all_crops_of_as_many_candidates_as_asked_for_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each crop has its number as its colour, and later ones are better."""
+    asked: list[Any] = []
+
+    def cut(source: Any, chosen: Tensor, crops: int, side: int, scale: Any, random: torch.Generator) -> Tensor:
+        asked.append((len(chosen), crops, side, scale))
+        numbers = torch.arange(len(chosen) * crops, dtype=torch.uint8)
+        return numbers.view(len(chosen), crops, 1, 1, 1).expand(-1, -1, 3, side, side)
+
+    monkeypatch.setattr("cvdd.patches.cut_crops", cut)
+    monkeypatch.setattr("cvdd.patches.score_crops", lambda observer, crops, *others: -crops[:, 0, 0, 0].float())
+    setting = config(candidates=5, crops=3, crop_scale=(0.4, 0.5), difficulty="easy")
+    images, _ = make_patches(dataset(), small_network(3), setting, 1, seed=0)
+    assert asked == [(5, 3, SIZE, (0.4, 0.5))]
+    assert images[:, 0, 0, 0].tolist() == [14, 11, 8, 5]
+
+
 def test_patches_depend_on_seed_and_class() -> None:
     data, network = dataset(), small_network(3)
     first, _ = make_patches(data, network, config(), 0, seed=1)

@@ -83,6 +83,15 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("students.tiny_resnet18.min_size=64",),
         r"students\.tiny_resnet18: resnet18 is made for images of at least 64 pixels, and dataset\.image_size=32",
     ),
+    "small images for a member that herds": (
+        "distill",
+        (
+            *("method.voters=[resnet18,resnet50]", "label.teachers=[resnet18]"),
+            "method.init=herding",
+            "committee.members.shufflenetv2.backbone.min_size=64",
+        ),
+        r"committee\.members\.shufflenetv2: shufflenetv2 is made for images of at least 64 pixels",
+    ),
     "few real images": (
         "distill",
         ("method.init=real", "ipc.images_per_class=31"),
@@ -170,6 +179,13 @@ PASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             *("method=random_real", "method.iterations=0", "label=hard", "protocol.loss=cross_entropy"),
             "committee.members.resnet18.backbone.min_size=64",
+        ),
+    ),
+    "small images for a member that neither votes nor herds": (
+        "distill",
+        (
+            *("method.voters=[resnet18,resnet50]", "label.teachers=[resnet18]"),
+            "committee.members.shufflenetv2.backbone.min_size=64",
         ),
     ),
     "smaller images on request": ("evaluate", ("students.tiny_resnet18.min_size=32",)),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from conftest import Compose
+from helpers import tiny_context
 
+from cvdd.chain import priors
 from cvdd.config_base import ConfigError
+from cvdd.context import Context
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, with_overrides
 
@@ -78,6 +85,34 @@ def test_a_member_is_measured_alone(compose: Compose) -> None:
     assert found.method.name == "prior-densenet121"
     assert found.method.iterations == run.prior.iterations
     assert found.protocol.epochs == found.label.epochs == run.prior.epochs
+
+
+@pytest.mark.parametrize(("images", "patches"), [(12, 12), (3, 10)])
+def test_there_are_patches_for_all_images_of_a_measurement(images: int, patches: int, compose: Compose) -> None:
+    """The run itself needs ten of each class; a smaller measurement takes the first of these."""
+    run = compose("evaluate", MEASURED, "ipc.images_per_class=10", f"prior.images_per_class={images}")
+    found = measured(run)
+    assert (found.ipc.images_per_class, found.patches.images_per_class) == (images, patches)
+
+
+def test_a_prior_is_the_mean_accuracy_of_students_like_the_observer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+
+    def student(context: Context, labels: Any, name: str, backbone: Any, seed: int, part: str) -> SimpleNamespace:
+        trained.append((context.label, name, backbone, seed, part))
+        return SimpleNamespace(metrics={"top1": 40.0 + 10 * seed})
+
+    for name, made in (("make_images", "images"), ("make_labels", "labels")):
+        monkeypatch.setattr(priors, name, lambda context, *others, made=made: made)
+    monkeypatch.setattr(priors, "make_student", student)
+    source = ("prior.source=measured", "prior.values=null", "prior.measured_on=train")
+    context = tiny_context(tmp_path, *source, "prior.observer=resnet50", "prior.seeds=2", "prior.epochs=1")
+    found = priors.measure_prior(context, "shufflenetv2")
+    assert found.values == {"shufflenetv2": 45.0}
+    observer = context.config.committee.members["resnet50"].backbone
+    assert trained == [("prior of shufflenetv2", "resnet50", observer, seed, "train") for seed in (0, 1)]
 
 
 def test_a_measurement_that_cannot_run_is_refused_before_any_work(compose: Compose) -> None:

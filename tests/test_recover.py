@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_network, tiny_context
+from helpers import method_config, small_network, tiny_context
 
-from cvdd.chain.recover import _voters, recover_stack
+from cvdd.augment import normalise
+from cvdd.chain.recover import _less_memory, _voters, recover_stack
 from cvdd.chain.unit_files import UNITS
 from cvdd.context import Context
 from cvdd.engine import Engine
@@ -69,3 +70,28 @@ def test_terms_that_are_logged_add_up_to_the_loss(tmp_path: Path, monkeypatch: p
         ]
         assert values["distill/density"] > 0
         assert values["distill/loss"] == pytest.approx(sum(parts) + values["distill/density"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("round_trip", "expected"), [(True, 100), (False, 101)])
+def test_pixels_are_cut_to_whole_numbers_where_they_go_through_jpeg(
+    round_trip: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the published programs write them; elsewhere they are rounded."""
+    context = tiny_context(tmp_path, f"method.jpeg_round_trip={str(round_trip).lower()}")
+    written: list[torch.Tensor] = []
+    images = normalise(torch.full((1, 10, 3, 32, 32), 100.7), context.data().mean, context.data().std)
+    monkeypatch.setattr("cvdd.chain.recover._optimise", lambda *arguments: (images, [], Engine()))
+    monkeypatch.setattr("cvdd.chain.recover.jpeg_round_trip", lambda image: image)
+    monkeypatch.setattr("cvdd.chain.recover.write_unit", lambda folder, unit, pixels, *others: written.append(pixels))
+    stack = Stack(0, (0,), (Unit(0, 0, 0, 10),))
+    members = [(Voter("resnet18", small_network(10)), None)]
+    recover_stack(context, Engine(), stack, members, torch.ones(1, 1), None, tmp_path, lambda done: None)
+    assert written[0].unique().tolist() == [expected]
+
+
+def test_units_that_need_too_much_memory_are_to_be_halved() -> None:
+    together = Stack(0, (0,), tuple(Unit(slot, 0, 0, 10) for slot in range(6)))
+    method = method_config(statistics_of="stack")
+    assert "6 units of 10 images are judged together" in _less_memory(method, together)
+    assert "lower method.units_per_stack to at most 3" in _less_memory(method, together)
+    assert "lower method.classes_per_unit" in _less_memory(method, Stack(0, (0,), together.units[:1]))

@@ -133,12 +133,32 @@ def test_rows_come_at_the_asked_iterations() -> None:
     assert rows[-1].loss < rows[0].loss
 
 
+def test_terms_of_a_row_are_means_over_units() -> None:
+    """In the only iteration voters see the images as they were given; alone each unit has a row of its own."""
+    images, members = start(2), voters(a=small_network())
+    changes = {"iterations": 1, "composer": "classes", "density": 0.5, "density_scale": "dimension", "r_bn": 0.1}
+    units = [Unit(slot, 0, 0, 2, 2) for slot in range(2)]
+    (row,) = fit(module_of(images, units, members, **changes)).rows
+    alone = [fit(module_of(images[i : i + 1], units[i : i + 1], members, **changes)).rows[0] for i in range(2)]
+    assert row.density == pytest.approx(sum(one.density for one in alone) / 2, rel=1e-4)
+    assert row.loss == pytest.approx(sum(one.loss for one in alone) / 2, rel=1e-4)
+    assert row.loss == pytest.approx(row.ce["a"] + 0.1 * row.bn["a"] + 0.5 * row.density, rel=1e-4)
+
+
 def test_images_stay_between_black_and_white() -> None:
     module = fit(module_of(5 * start(1), SLOTS[:1], voters(a=small_network()), lr=5.0))
     low, high = pixel_bounds(MEAN, STD)
     images = module.images.detach()
     assert bool((images >= low).all() and (images <= high).all())
     assert bool(((images == low) | (images == high)).any())
+
+
+def test_images_are_moved_by_the_methods_adam() -> None:
+    changes = {"betas": (0.7, 0.95), "eps": 1e-6, "lr": 0.03}
+    optimizer = module_of(start(1), SLOTS[:1], voters(a=small_network()), **changes).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Adam)
+    (group,) = optimizer.param_groups
+    assert {name: group[name] for name in changes} == changes
 
 
 def test_checkpoints_hold_images_and_not_members() -> None:
