@@ -358,5 +358,8 @@ def test_recipes_that_contradict_themselves(changes: dict, message: str) -> None
         label_config(**changes)
 
 
-def test_small_batches_with_running_statistics() -> None:
-    assert label_config(batch_size=2, bn_mode="running").halves
+def test_batches_of_two_are_labelled_with_running_statistics() -> None:
+    """Nothing is normalised over halves, so that these may have one sample."""
+    network, samples = small_network(), noise(6)
+    label = label_config(batch_size=2, bn_mode="running", halves=True)
+    torch.testing.assert_close(Teachers([network], [1.0], label).score(samples, 2), network(samples))

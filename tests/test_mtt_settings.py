@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import with_source
 from mtt_helpers import mtt_context
 
 from cvdd.artifact import Artifact
 from cvdd.chain.mtt import _start, make_mtt_images, make_mtt_student
-from cvdd.chain.space import input_space
+from cvdd.chain.space import input_space, whitening_of
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.data import FileSource
 from cvdd.sgd_training import SgdModule, SgdRecipe
 from cvdd.trajectories import TrajectoryLayout, TrajectoryWriter
 
@@ -88,3 +90,12 @@ def test_experts_of_another_network_are_refused(tmp_path: Path) -> None:
     message = rf"holds networks of {snapshots.shape[1]} parameters, and method\.mtt\.experts\.backbone has {size}"
     with pytest.raises(ConfigError, match=message):
         open_trajectories(wider, trajectories)
+
+
+def test_images_that_are_not_in_memory_are_not_whitened(tmp_path: Path) -> None:
+    whitened, plain = mtt_context(tmp_path), mtt_context(tmp_path, *PLAIN)
+    train = whitened.data().train
+    files = FileSource(tmp_path, [f"{index}.png" for index in range(len(train))], train.labels, train.groups)
+    with pytest.raises(ConfigError, match=r"out of reach; set method\.mtt\.whitening=false$"):
+        whitening_of(with_source(whitened, files))
+    assert whitening_of(with_source(plain, files)) is None
