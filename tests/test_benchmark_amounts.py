@@ -92,7 +92,8 @@ def test_only_what_is_inside_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def sum_of_ones() -> timing.Program:
-    """A program that holds 256 MiB."""
+    """A program that holds 256 MiB; threads of the process before it are not there."""
+    torch.set_num_threads(1)
     return lambda: float(torch.ones(2**26).sum())
 
 
