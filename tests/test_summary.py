@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_context
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.labels import Labels
 from cvdd.chain.students import make_student
 from cvdd.chain.training import load_curve, save_student
 from cvdd.context import Context
@@ -19,7 +21,7 @@ pytest_plugins = ["chain_fixtures"]
 
 def artifact(kind: str, name: str, seconds: float, metrics: dict[str, float], files: dict[str, Any]) -> Artifact:
     cost = {"wall_seconds": seconds, "process_seconds": 2 * seconds, "peak_memory_bytes": 3 * 2**20}
-    return Artifact(Path(name), {"kind": kind, "metrics": metrics, "cost": cost, "files": files})
+    return Artifact(Path(name), {"kind": kind, "metrics": metrics, "cost": cost, "files": files, "parents": []})
 
 
 def student(seed: int, seconds: float, top1: float, best: float, top5: float, loss: float) -> Artifact:
@@ -27,17 +29,19 @@ def student(seed: int, seconds: float, top1: float, best: float, top5: float, lo
     return artifact("students", f"student{seed}", seconds, metrics, {})
 
 
-def test_a_summary_has_means_over_seeds_and_the_spread_of_a_sample() -> None:
-    images = artifact("images", "images", 40.0, {}, {"units": {"bytes": 700}})
+def test_a_summary_has_means_over_seeds_and_the_spread_of_a_sample(tmp_path: Path) -> None:
+    images = artifact("images", "images", 40.0, {"images": 20}, {"units": {"bytes": 700}})
+    stored = artifact("labels", "labels", 5.0, {}, {"logits": {"bytes": 900}})
+    labels = Labels({}, [images], stored, tiny_context(tmp_path), images, [], {})
     students = (student(0, 10.0, 60.0, 61.0, 90.0, 1.0), student(1, 30.0, 64.0, 67.0, 96.0, 2.0))
-    summary = Result("cvdd", "small", "short", (0, 1), students, images, None).summary()
+    summary = Result("cvdd", "small", "short", (0, 1), students, images, labels).summary()
     means = {"top1": 62.0, "best_top1": 64.0, "top5": 93.0, "loss": 1.5, "student_seconds": 20.0}
     assert {name: summary[name] for name in means} == means
     # Deviations of 2 each: 8 divided by one seed less than there are, and that divided by two seeds.
     assert summary["std"] == pytest.approx(8**0.5)
     assert summary["standard_error"] == pytest.approx(2)
     assert summary["top1_by_seed"] == [60.0, 64.0]
-    assert summary["image_bytes"] == 700
+    assert (summary["image_count"], summary["image_bytes"], summary["label_bytes"]) == (20, 700, 900)
     assert (summary["image_seconds"], summary["image_process_seconds"]) == (40.0, 80.0)
     assert summary["image_peak_memory_bytes"] == 3 * 2**20
     assert (summary["images"], summary["students"]) == ("images", ["student0", "student1"])
