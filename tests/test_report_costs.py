@@ -17,7 +17,7 @@ from report_helpers import MEMBERS, Maker, Page
 
 import cvdd.runtime
 from cvdd.artifact import Artifact, Store
-from cvdd.chain.compare import Distilled, spent_on
+from cvdd.chain.compare import Distilled
 from cvdd.config_base import ConfigError
 from cvdd.outcome import OUTCOME
 from cvdd.report.columns import best_shown
@@ -27,6 +27,7 @@ from cvdd.report.sweeps import csv_table, read_directory
 from cvdd.report.tables import print_artifact, print_results
 from cvdd.report.watch import Watch
 from cvdd.runtime import Invocation, run
+from cvdd.spent import spent_on
 
 
 @pytest.fixture

@@ -133,10 +133,17 @@ def read_manifest(path: Path, remedy: str = DELETE) -> Artifact:
     return artifact
 
 
-def parents_of(artifact: Artifact) -> list[Artifact]:
-    """Read the manifests of what an artefact was made from, as far as its store holds them whole."""
+def parents_of(artifact: Artifact, kind: str | None = None) -> list[Artifact]:
+    """Read the manifests of what an artefact was made from, as far as its store holds them whole.
+
+    Args:
+        artifact: sealed.
+        kind: of the parents that are wanted; None for all.
+    """
     found, root = [], artifact.path.parent.parent
     for parent in artifact.manifest["parents"]:
+        if kind not in (None, parent["kind"]):
+            continue
         path = sealed_as(root / parent["kind"] / f"{parent['name']}-{parent['digest']}")
         if path is not None:
             with contextlib.suppress(DamagedArtifact):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cvdd.artifact import Artifact, parents_of
+from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.given_labels import given_labels
@@ -23,6 +23,7 @@ from cvdd.context import Context
 from cvdd.readable import standard_error
 from cvdd.schema import teachers_of
 from cvdd.seeds import derive_seed
+from cvdd.spent import spent_on
 from cvdd.surroundings import FULL_DATA_ROW
 
 log = logging.getLogger(__name__)
@@ -102,32 +103,6 @@ def _without_bytes(labels: Labels) -> str | None:
         return "not stored"
     own = own_engine(config.method) if config.protocol.student == "method" else None
     return "with images" if own and own.learns_labels(labels.context) else "hard"
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What an artefact took.
-
-    Attributes:
-        seconds: of making it; processes side by side count once.
-        process_seconds: of all processes together.
-        peak_memory: in bytes, of the process that needed most.
-    """
-
-    seconds: float
-    process_seconds: float
-    peak_memory: int
-
-
-def spent_on(artifact: Artifact) -> Spent:
-    """Return what an artefact took, images with the parts that prediction matching makes as artefacts of their own."""
-    parts = [parent for parent in parents_of(artifact) if parent.kind == "image_parts"]
-    costs = [one.manifest["cost"] for one in (artifact, *parts)]
-    return Spent(
-        sum(float(cost["wall_seconds"]) for cost in costs),
-        sum(float(cost["process_seconds"]) for cost in costs),
-        max(int(cost["peak_memory_bytes"]) for cost in costs),
-    )
 
 
 @dataclass(frozen=True)

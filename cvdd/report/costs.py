@@ -12,6 +12,7 @@ from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.priors import Priors
 from cvdd.context import Context
+from cvdd.spent import spent_on_all
 from cvdd.stages import STAGES, stage_of
 
 
@@ -90,10 +91,11 @@ def stage_costs(
     lines: list[tuple[str, str, list[Artifact]]] = []
     if members:
         lines.append(("members", ", ".join(members), list(members.values())))
-    priors = {tuple(one.path for one in measuring(made.priors)): made.priors for made in distilled}
-    priors.pop((), None)
     # The labels of the measurement are computed while its students are trained.
-    lines += [("priors", f"images and students for {', '.join(one.values)}", measuring(one)) for one in priors.values()]
+    of_priors = (
+        (measuring(made.priors), f"images and students for {', '.join(made.priors.values)}") for made in distilled
+    )
+    lines += [("priors", members_measured, made) for made, members_measured in _shared(of_priors)]
     lines += [("images", rows, made) for made, rows in _shared((made.all_images, made.row) for made in distilled)]
     lines += [("labels", rows, made) for made, rows in _shared((made.all_labels, made.row) for made in distilled)]
     of_students = ((list(result.students), f"{result.row}, {result.student}") for result in results)
@@ -133,15 +135,6 @@ def machine_seconds(artifacts: Iterable[Artifact]) -> dict[str, float]:
     return found
 
 
-def _cost(stage: str, what: str, artifacts: Iterable[Artifact]) -> Cost:
-    made = list(artifacts)
-    costs = [artifact.manifest["cost"] for artifact in made]
-    return Cost(
-        stage,
-        what,
-        len(made),
-        sum(artifact.bytes for artifact in made),
-        sum(float(cost["wall_seconds"]) for cost in costs),
-        sum(float(cost["process_seconds"]) for cost in costs),
-        max(int(cost["peak_memory_bytes"]) for cost in costs),
-    )
+def _cost(stage: str, what: str, made: Sequence[Artifact]) -> Cost:
+    spent, size = spent_on_all(made), sum(artifact.bytes for artifact in made)
+    return Cost(stage, what, len(made), size, spent.seconds, spent.process_seconds, spent.peak_memory)

@@ -121,7 +121,8 @@ def _environment() -> Environment:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    return {**(summary := result.summary()), "labels_kept": labels_shown(summary), "best": best_shown(summary)}
+    summary = result.summary()
+    return {**summary, "labels_kept": labels_shown(summary), "best": best_shown(summary)}
 
 
 def _verdict(results: Sequence[Result]) -> str:

@@ -188,10 +188,11 @@ def _points_without_names(directory: Path, config: DictConfig) -> tuple[tuple[st
 
 
 def _numbered_point(folder: Path, at: tuple[str | None, ...], verb: str, overrides: Sequence[str]) -> Point:
-    outcome, metrics = _load(folder / OUTCOME), _load(folder / METRICS)
+    outcome = _load(folder / OUTCOME)
     if outcome is None:
         # Earlier versions noted none, and then only results tell a point that is done.
-        outcome = {"status": "running" if metrics is None else "done", "error": "", "overrides": overrides}
+        status = "running" if _load(folder / METRICS) is None else "done"
+        outcome = {"status": status, "error": "", "overrides": overrides}
     if not is_of_command(outcome, verb, overrides):
         return Point(folder.name, at, "missing")
     if outcome["status"] == "failed":

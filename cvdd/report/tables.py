@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cvdd.artifact import Artifact
-from cvdd.chain.compare import spent_on
 from cvdd.console import new_console
 from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report.columns import best_shown, labels_shown
 from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
+from cvdd.spent import spent_on
 
 
 def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
