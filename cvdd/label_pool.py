@@ -77,3 +77,18 @@ class LabelPool:
         drawn = torch.randint(self.stored, (self.batches,), generator=generator(seed, "pool", epoch)).tolist()
         short = self.count % self.batch_size > 0
         return [batch - 1 if short and batch % self.batches == self.batches - 1 else batch for batch in drawn]
+
+    def draw_in_rounds(self, seed: int, epoch: int) -> list[int]:
+        """Draw the batches that an epoch shows where each is shown once before any is again (HALD, arXiv 2512.15647).
+
+        Everything is stored. Short batches stay at the end of an epoch.
+        """
+        assert self.stored == self.epochs * self.batches
+        full = self.count // self.batch_size
+        number, within = divmod(epoch, self.epochs)
+        order = torch.randperm(full * self.epochs, generator=generator(seed, "round", number)).tolist()
+        drawn = [batch // full * self.batches + batch % full for batch in order[within * full : (within + 1) * full]]
+        if full < self.batches:
+            ends = torch.randperm(self.epochs, generator=generator(seed, "round of ends", number)).tolist()
+            drawn.append(ends[within] * self.batches + full)
+        return drawn

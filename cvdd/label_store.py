@@ -205,7 +205,8 @@ def _write(path: Path, offset: int, content: bytes) -> None:
 class StoredLabels:
     """Labels read from a store; logits and parameters are memory-mapped.
 
-    Of a store that holds all label batches an epoch shows its own; of a pruned one, batches that are drawn from it.
+    Of a store that holds all label batches an epoch shows its own, or batches that are drawn in rounds; of a pruned
+    one, batches that are drawn with replacement.
 
     Args:
         folder: of a sealed label artefact.
@@ -213,12 +214,22 @@ class StoredLabels:
         label: the recipe that it was made with.
         size: side of the images, to redraw parameters that are not stored.
         seed: of the labels, for the same and for the draws from a pool.
+        in_rounds: whether each label batch is shown once before any is again, in as many epochs as one likes.
 
     Raises:
         ConfigError: a file does not have the size that the layout says.
     """
 
-    def __init__(self, folder: Path, layout: LabelLayout, label: LabelConfig, size: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: LabelLayout,
+        label: LabelConfig,
+        size: int,
+        seed: int,
+        in_rounds: bool = False,
+    ) -> None:
+        self._in_rounds = in_rounds
         self.pool, self.label, self.size, self.seed = layout.pool, label, size, seed
         self.batch_size, self.count, self.epochs = label.batch_size, layout.pool.shown, label.epochs
         sizes = {LOGITS: layout.logits_bytes, PARAMETERS: layout.parameters_bytes}
@@ -236,8 +247,10 @@ class StoredLabels:
 
     def epoch(self, epoch: int) -> tuple[Replay, Tensor]:
         """Read one epoch."""
+        if self._in_rounds:
+            return self._drawn(self.pool.draw_in_rounds(self.seed, epoch))
         if self.pool.keep < 1:
-            return self._drawn(epoch)
+            return self._drawn(self.pool.draw(self.seed, epoch))
         rows = slice(epoch * self.count, (epoch + 1) * self.count)
         if self._records is None:
             plan = draw_epoch(self.label, self.count, self.size, self.seed, epoch)
@@ -245,10 +258,10 @@ class StoredLabels:
             plan = Replay.from_record(np.asarray(self._records[rows]))
         return plan, read_rows(self._logits[rows], self._classes)
 
-    def _drawn(self, epoch: int) -> tuple[Replay, Tensor]:
+    def _drawn(self, batches: Sequence[int]) -> tuple[Replay, Tensor]:
         assert self._records is not None
         records, logits = [], []
-        for place, batch in enumerate(self.pool.draw(self.seed, epoch)):
+        for place, batch in enumerate(batches):
             start, stop = self.pool.samples_of(batch)
             record = np.array(self._records[start:stop])
             # Partners are counted from the first sample of an epoch: once of that of the labels, now of this one.

@@ -64,7 +64,9 @@ def refined_cosine_loss(
     return 1 - nn.functional.cosine_similarity(student, refined, dim=1).mean()
 
 
-def mixed_cross_entropy(student: Tensor, classes: Tensor, partners: Tensor, share: Tensor) -> Tensor:
+def mixed_cross_entropy(
+    student: Tensor, classes: Tensor, partners: Tensor, share: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of mixed images: that of each of the two classes, by its share of the image.
 
     Args:
@@ -72,7 +74,10 @@ def mixed_cross_entropy(student: Tensor, classes: Tensor, partners: Tensor, shar
         classes: [n] of the images themselves.
         partners: [n] classes of the images that they are mixed with.
         share: [n] of the image itself.
+        smoothing: share of a label that all classes have alike.
     """
-    own = nn.functional.cross_entropy(student, classes, reduction="none")
-    other = nn.functional.cross_entropy(student, partners, reduction="none")
+    own, other = (
+        nn.functional.cross_entropy(student, which, reduction="none", label_smoothing=smoothing)
+        for which in (classes, partners)
+    )
     return (share * own + (1 - share) * other).mean()

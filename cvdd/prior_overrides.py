@@ -41,6 +41,9 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "protocol.student": "protocol",
         "protocol.loss": "kl",
         "protocol.hard_label_weight": 0.0,
+        "protocol.hard_share": 0.0,
+        "protocol.repeat_labels": False,
+        "protocol.label_smoothing": 0.0,
     }
 )
 """Of a prior's measurement: the recover loop from patches, labels with the statistics of half-batches, and KL, whatever

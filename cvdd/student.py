@@ -108,11 +108,12 @@ class StudentModule(Classifier):
     def _loss_of_part(self, student: Tensor, batch: LabelledBatch, part: slice) -> Tensor:
         protocol, plan = self.protocol, batch.replay
         classes = self.classes[plan.index]
-        if protocol.loss in ("cross_entropy", "gift"):
+        hard = protocol.loss == "cross_entropy" or not batch.logits.shape[1]
+        if hard or protocol.loss == "gift":
             both = classes[part], classes[plan.partner][part]
             share = plan.own_share(self.images.shape[-1])[part]
-        if protocol.loss == "cross_entropy":
-            return mixed_cross_entropy(student, *both, share)
+        if hard:
+            return mixed_cross_entropy(student, *both, share, protocol.label_smoothing)
         teacher = batch.logits[part].float()
         if protocol.loss == "gift":
             return refined_cosine_loss(student, teacher, *both, share, protocol.hard_label_weight)

@@ -19,6 +19,7 @@ from mtt_helpers import mtt_context
 from simulated_gpu import simulated_gpu
 from simulated_tensors import Device
 from test_interruption import PulledPlug, epochs_begun, stop_at
+from test_label_phases import FEW_LABELS, curve_of
 
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.unit_files import load_images
@@ -101,6 +102,19 @@ def test_every_method_runs_on_a_gpu(
     context = on_gpu(root, f"method={method}", *settings)
     compare(context)
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.gpu
+def test_hard_and_soft_epochs_are_recorded(of_the_cpu: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    """A step with classes and one with logits are two recordings; losses are those of a CPU."""
+    losses = {}
+    for place in (on_gpu, tiny_context):
+        root = of_the_cpu("data", "members", "patches", "images")
+        _, results = compare(place(root, *FEW_LABELS, "protocol.accumulation=1"))
+        losses[place] = [row["train_loss"] for row in curve_of(results[0].students[0])]
+    assert warnings_of(caplog) == []
+    assert losses[on_gpu] == pytest.approx(losses[tiny_context], rel=0.1)
+    assert min(losses[on_gpu][2:6]) > 10 * max(losses[on_gpu][:2] + losses[on_gpu][6:])
 
 
 @pytest.mark.gpu

@@ -48,10 +48,10 @@ class GivenLabels(Labels):
         """Size on disk."""
         return self.size
 
-    def open(self, pixels: Tensor) -> SoftLabels:
+    def open(self, pixels: Tensor, in_rounds: bool = False) -> SoftLabels:
         """Return the labels for reading; see :meth:`Labels.open`."""
         if self.artifact is not None:
-            return open_labels(self.context, self.artifact, self.images, pixels)
+            return open_labels(self.context, self.artifact, self.images, pixels, in_rounds)
         return _published(self.context, self.folder, len(pixels))
 
 
@@ -136,6 +136,11 @@ def _check_images(context: Context, labels: Artifact, images: Artifact) -> None:
 def _check_recipe(context: Context) -> None:
     label = context.config.label
     said, read = label.model_dump(mode="json"), recipe_of(label.given)
+    if context.config.protocol.repeat_labels and is_published(_given(context)):
+        raise ConfigError(
+            f"{FIELD}={label.given} are records of the published programs, which are read epoch by epoch; type "
+            "protocol.repeat_labels=false"
+        )
     if unknown := sorted(read.keys() - said.keys()):
         raise ConfigError(
             f"{FIELD}={label.given} is of another version, which this one cannot read: it says label.{unknown[0]}"

@@ -68,21 +68,25 @@ class Labels:
         """Size on disk."""
         return 0 if self.artifact is None else self.artifact.bytes
 
-    def open(self, pixels: Tensor) -> SoftLabels:
+    def open(self, pixels: Tensor, in_rounds: bool = False) -> SoftLabels:
         """Return the labels for reading.
 
         Args:
             pixels: [count, 3, size, size] uint8, the labelled images.
+            in_rounds: see :class:`cvdd.label_store.StoredLabels`.
 
         Raises:
             ConfigError: the labels were made for other images.
         """
         if not self.teachers:
-            label, side = self.context.config.label, self.context.data().image_size
-            return HardLabels(label, len(pixels), side, _seed(self.context))
+            return self.hard(len(pixels), _seed(self.context))
         if self.artifact is None:
             return _computed(self.context, self.teachers, self.weights, pixels)
-        return open_labels(self.context, self.artifact, self.images, pixels)
+        return open_labels(self.context, self.artifact, self.images, pixels, in_rounds)
+
+    def hard(self, count: int, seed: int) -> HardLabels:
+        """Return the classes of so many images, shown as these labels show them."""
+        return HardLabels(self.context.config.label, count, self.context.data().image_size, seed)
 
 
 def make_labels(context: Context, images: Artifact, priors: Mapping[str, float]) -> Labels:
@@ -176,7 +180,9 @@ def _ignored(label: LabelConfig) -> set[str]:
     return ignored | ({"top"} if label.top is None else set())
 
 
-def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: Tensor) -> StoredLabels:
+def open_labels(
+    context: Context, artifact: Artifact, images: Artifact, pixels: Tensor, in_rounds: bool
+) -> StoredLabels:
     """Open a label store for the images that it was made for.
 
     Raises:
@@ -192,7 +198,7 @@ def open_labels(context: Context, artifact: Artifact, images: Artifact, pixels: 
     check_same_classes(list(data.classes), made_for["classes"], f"labels {artifact.name}")
     label = context.config.label
     layout = LabelLayout.of(label, len(pixels), len(data.classes))
-    return StoredLabels(artifact.path, layout, label, data.image_size, made_for["seed"])
+    return StoredLabels(artifact.path, layout, label, data.image_size, made_for["seed"], in_rounds)
 
 
 def _seed(context: Context) -> int:

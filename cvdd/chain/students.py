@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.labels import Labels
@@ -13,6 +15,8 @@ from cvdd.chain.unit_files import load_images
 from cvdd.compiler import compiling
 from cvdd.context import Context
 from cvdd.label_batches import SoftLabelDataset
+from cvdd.label_phases import HardBetweenSoft
+from cvdd.labels import SoftLabels
 from cvdd.memory import enough_memory
 from cvdd.passes import passes_of_students
 from cvdd.recorded_student import make_student_module
@@ -20,11 +24,22 @@ from cvdd.schema import ProtocolConfig
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule
 
+ADDED = ("part_weights", "hard_share", "repeat_labels", "label_smoothing")
+"""Fields that came after the first students were made; a student that does not use them is what it was."""
+
 
 def _ignored(protocol: ProtocolConfig) -> set[str]:
-    ignored = {"name", "seeds", "images", "full_data", "eval_batch"}
-    # All students had them alike before it could be said.
-    return ignored | ({"part_weights"} if protocol.part_weights == "alike" else set())
+    unused = {name for name in ADDED if getattr(protocol, name) == ProtocolConfig.model_fields[name].default}
+    return {"name", "seeds", "images", "full_data", "eval_batch"} | unused
+
+
+def _labels(labels: Labels, protocol: ProtocolConfig, pixels: Tensor, seed: int) -> SoftLabels:
+    """Return what each epoch of a student teaches."""
+    soft = labels.open(pixels, protocol.repeat_labels)
+    if not protocol.hard_epochs:
+        return soft
+    hard = labels.hard(len(pixels), derive_seed(seed, "hard epochs"))
+    return HardBetweenSoft(soft, hard, protocol.epochs, protocol.hard_epochs)
 
 
 def make_student(
@@ -62,7 +77,7 @@ def make_student(
     def train(work: Path) -> StudentModule:
         evaluator = evaluator_of(context, part)
         pixels, classes = load_images(labels.images)
-        dataset = SoftLabelDataset(labels.open(pixels), context.device)
+        dataset = SoftLabelDataset(_labels(labels, protocol, pixels, seed), context.device)
         title = f"student {name} seed {seed}"
         with context.progress(title, protocol.epochs) as advance:
             module, loader = make_student_module(

@@ -123,13 +123,14 @@ def _student(piece: Piece, work: Work) -> None:
     pool = LabelPool.of(label, int(images.metrics["images"]))
     batches = len(batch_bounds(pool.shown, label.batch_size))
     work.steps = batches * protocol.epochs
-    work.use(StudentStep.of(network, protocol, label), protocol.epochs * pool.shown / label.batch_size)
+    shown = protocol.soft_epochs * pool.shown + protocol.hard_epochs * pool.count
+    work.use(StudentStep.of(network, protocol, label), shown / label.batch_size)
     work.around(fit=1, epoch=protocol.epochs, batch=work.steps)
     work.parts["epochs"] = protocol.epochs
     if identity.get("compiled"):
         work.around(compile=1)
     if label.store == "none" and label.given is None:
-        _score(piece, work, label, teachers, pool.shown * protocol.epochs)
+        _score(piece, work, label, teachers, pool.shown * protocol.soft_epochs)
     measured = len(data.test) if identity["measured_on"] == "test" else len(data.train)
     times = sum(map(every(protocol.eval_every, protocol.epochs), range(protocol.epochs)))
     _measure(piece, work, network, measured * times, protocol.eval_batch)

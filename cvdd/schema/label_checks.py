@@ -39,9 +39,32 @@ def label_problems(
         yield from parts_problems(protocol.accumulation, "protocol", label.batch_size, "label", because)
     if label.shuffle > 1 and image_size % label.shuffle:
         yield f"label.shuffle={label.shuffle} needs an even dataset.image_size, not {image_size}; set label.shuffle=1"
-    if protocol.epochs > label.epochs:
-        more = "" if label.given is not None else f"label.epochs={protocol.epochs} or "
+    yield from _epoch_problems(label, protocol)
+
+
+def _epoch_problems(label: LabelConfig, protocol: ProtocolConfig) -> Iterator[str]:
+    given, soft, hard = label.given is not None, protocol.soft_epochs, protocol.hard_epochs
+    if label.hard and protocol.hard_share:
         yield (
-            f"protocol.epochs={protocol.epochs} needs labels of as many epochs, and label.epochs is "
-            f"{label.epochs}; set {more}protocol.epochs={label.epochs}"
+            f"protocol.hard_share={protocol.hard_share} is beside the labels of teachers, and label.teachers=none; set "
+            "protocol.hard_share=0.0"
+        )
+    if protocol.repeat_labels:
+        stored = label.store == "logits" or given
+        if not stored or label.parameters != "stored" or label.keep < 1:
+            yield (
+                "protocol.repeat_labels=true draws from stored label batches; set label.store=logits, "
+                "label.parameters=stored and label.keep=1, or protocol.repeat_labels=false"
+            )
+    elif soft > label.epochs:
+        more = "" if given else f"label.epochs={soft} or "
+        beside = f" without the {hard} of protocol.hard_share" if hard else ""
+        yield (
+            f"protocol.epochs={protocol.epochs}{beside} needs labels of as many epochs, and label.epochs is "
+            f"{label.epochs}; set {more}protocol.epochs={label.epochs + hard}"
+        )
+    if hard and not given and not label.hard and label.epochs > soft:
+        yield (
+            f"label.epochs={label.epochs} are more than students see, as protocol.hard_share={protocol.hard_share} of "
+            f"protocol.epochs={protocol.epochs} need none; set label.epochs={soft}"
         )

@@ -19,7 +19,18 @@ class ProtocolConfig(CheckedConfig):
     student: Literal["protocol", "method"] = Field(
         "protocol", description="who says how students are trained: this protocol, or the method itself (APM, MTT)"
     )
-    epochs: Positive = Field(description="epochs over the distilled set; at most label.epochs")
+    epochs: Positive = Field(
+        description="epochs over the distilled set; without those of hard_share at most label.epochs, unless labels "
+        "are repeated"
+    )
+    hard_share: float = Field(
+        0.0, ge=0, lt=1, description="of the epochs, in the middle, that teach the images' own classes instead (HALD)"
+    )
+    repeat_labels: bool = Field(
+        False,
+        description="draw label batches in rounds, each once before any comes again, so that fewer label.epochs do "
+        "(HALD)",
+    )
     loss: Literal["kl", "mse", "gift", "cross_entropy"] = Field(
         "kl",
         description="kl: divergence from the teachers, mse: of the logits, gift: angle to the logits, cross_entropy: "
@@ -32,6 +43,13 @@ class ProtocolConfig(CheckedConfig):
         ge=0,
         description="of the classes beside the teachers: of the unmixed image's cross-entropy in loss=mse, of the "
         "smoothed label in loss=gift",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a label that all classes have alike, where students learn the images' own classes: with "
+        "loss=cross_entropy, or in the epochs of hard_share",
     )
     optimizer: Literal["adamw", "sgd", "muon"] = Field(
         "adamw",
@@ -67,11 +85,27 @@ class ProtocolConfig(CheckedConfig):
     eval_batch: Positive = Field(256, description="images per forward pass when measuring")
     full_data: bool = Field(False, description="also train each student on all real data with the members' recipe")
 
+    @property
+    def hard_epochs(self) -> int:
+        """Epochs that teach the images' own classes between those that teach what the label recipe says."""
+        # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
+        return int(round(self.hard_share * self.epochs, 6))
+
+    @property
+    def soft_epochs(self) -> int:
+        """Epochs that teach what the label recipe says."""
+        return self.epochs - self.hard_epochs
+
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
             yield f"protocol.seeds={self.seeds} repeats a seed"
         yield from unread_fields(self, "protocol")
         if self.decay != "matrices" and not self.weight_decay:
             yield "protocol.decay=all is of protocol.weight_decay, which is 0; set protocol.decay=matrices"
+        if self.label_smoothing and not self.hard_share and self.loss != "cross_entropy":
+            yield (
+                f"protocol.label_smoothing={self.label_smoothing} is of the images' own classes, which protocol.loss="
+                f"{self.loss} does not teach; set protocol.label_smoothing=0.0, or a protocol.hard_share"
+            )
         if self.warmup >= self.epochs:
             yield f"protocol.warmup={self.warmup} must be less than protocol.epochs={self.epochs}"

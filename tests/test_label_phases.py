@@ -1,0 +1,189 @@
+"""Few soft labels for many epochs: drawn in rounds, with epochs of the images' own classes between them (HALD)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Compose
+from helpers import label_config, random_pixels, tiny_context
+from test_label_store import COUNT, SEED, SIZE, layout, written
+from test_student import soft_labels, student, trainable
+
+from cvdd.artifact import Artifact
+from cvdd.chain.compare import compare
+from cvdd.chain.training import CURVE
+from cvdd.config_base import ConfigError
+from cvdd.label_batches import SoftLabelDataset
+from cvdd.label_phases import HardBetweenSoft
+from cvdd.label_pool import LabelPool
+from cvdd.label_store import StoredLabels
+from cvdd.labels import HardLabels
+from cvdd.losses import mixed_cross_entropy
+from cvdd.replay import replay
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [16, 20, 5])
+def test_each_batch_comes_once_before_any_comes_again(count: int) -> None:
+    """Of 16 images in batches of 8 all are full, of 20 the third has 4, and 5 are a single batch."""
+    pool = LabelPool(count=count, batch_size=min(8, count), epochs=3, keep=1.0)
+    for number in range(4):
+        epochs = [pool.draw_in_rounds(SEED, number * 3 + within) for within in range(3)]
+        assert Counter(batch for epoch in epochs for batch in epoch) == Counter(range(3 * pool.batches))
+        for epoch in epochs:
+            sizes = [stop - start for start, stop in map(pool.samples_of, epoch)]
+            assert sizes == [stop - start for start, stop in map(pool.samples_of, range(pool.batches))]
+
+
+def test_rounds_differ_and_mix_the_epochs() -> None:
+    pool = LabelPool(count=80, batch_size=8, epochs=3, keep=1.0)
+    first, second = ([pool.draw_in_rounds(SEED, 3 * number + e) for e in range(3)] for number in range(2))
+    assert first != second
+    assert first == [pool.draw_in_rounds(SEED, epoch) for epoch in range(3)]
+    assert first != [pool.draw_in_rounds(SEED + 1, epoch) for epoch in range(3)]
+    assert all(len({batch // pool.batches for batch in epoch}) > 1 for epoch in first)
+
+
+def test_an_epoch_of_a_round_is_what_was_stored(tmp_path: Path) -> None:
+    """Each batch with the views, mix partners and logits that it has in the epoch that it was labelled in."""
+    whole = written(tmp_path)
+    rounds = StoredLabels(tmp_path, layout(), label_config(), SIZE, SEED, in_rounds=True)
+    pixels = random_pixels(COUNT, SIZE)
+    mean, std = [0.5] * 3, [0.25] * 3
+    for epoch in (0, 4, 11):
+        plan, logits = rounds.epoch(epoch)
+        assert len(plan) == len(logits) == rounds.count == COUNT
+        shown = replay(pixels, plan, mean, std)
+        for place, batch in enumerate(rounds.pool.draw_in_rounds(SEED, epoch)):
+            own, start = divmod(batch, rounds.pool.batches)
+            theirs, labels = whole.epoch(own)
+            stop = min((start + 1) * 8, COUNT)
+            here = slice(place * 8, place * 8 + stop - start * 8)
+            assert torch.equal(logits[here], labels[start * 8 : stop])
+            assert torch.equal(shown[here], replay(pixels, theirs.batch(start * 8, stop), mean, std))
+
+
+# --- epochs of hard labels --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "hard", "expected"),
+    [
+        (6, 2, ["soft 0", "soft 1", "hard 0", "hard 1", "soft 2", "soft 3"]),
+        (5, 2, ["soft 0", "hard 0", "hard 1", "soft 1", "soft 2"]),
+        (3, 2, ["hard 0", "hard 1", "soft 0"]),
+    ],
+)
+def test_hard_epochs_are_in_the_middle(epochs: int, hard: int, expected: list[str], tmp_path: Path) -> None:
+    """As released: half of the soft epochs, rounded down, then the hard ones, then the rest."""
+    soft = written(tmp_path, epochs=4)
+    classes = HardLabels(label_config(epochs=4), COUNT, SIZE, SEED + 1)
+    both = HardBetweenSoft(soft, classes, epochs, hard)
+    assert (both.batch_size, both.count) == (8, COUNT)
+    for epoch, name in enumerate(expected):
+        kind, number = name.split()
+        plan, logits = both.epoch(epoch)
+        own, theirs = (soft if kind == "soft" else classes).epoch(int(number))
+        assert torch.equal(logits, theirs)
+        assert plan.record().tobytes() == own.record().tobytes()
+        assert logits.shape[1] == (4 if kind == "soft" else 0)
+
+
+@pytest.mark.parametrize(("share", "epochs", "hard"), [(0.5, 300, 150), (0.29, 100, 29), (0.5, 1, 0), (0.9, 5, 4)])
+def test_a_share_is_of_whole_epochs(share: float, epochs: int, hard: int, compose: Compose) -> None:
+    typed = f"protocol.hard_share={share}", f"protocol.epochs={epochs}", f"label.epochs={epochs - hard}"
+    protocol = compose("evaluate", *typed).protocol
+    assert (protocol.hard_epochs, protocol.soft_epochs) == (hard, epochs - hard)
+
+
+def test_a_smoothed_label_gives_all_classes_their_share() -> None:
+    """Of four classes 0.8 is spread: 0.4 for the own one and 0.2 for each other, before the mix."""
+    logits, own, other = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1, 1, 0, 2, 3, 2])
+    share = torch.tensor([1.0, 0.5, 0.25, 0.9, 0.0, 0.7])
+    mixed = share[:, None] * torch.eye(4)[own] + (1 - share)[:, None] * torch.eye(4)[other]
+    target = 0.2 * mixed + 0.8 / 4
+    expected = -(target * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
+    assert mixed_cross_entropy(logits, own, other, share, 0.8).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_learns_classes_where_there_are_no_logits() -> None:
+    """The loss of such a batch is that of loss=cross_entropy, smoothed, whatever the protocol's is."""
+    item = SoftLabelDataset(HardLabels(label_config(batch_size=16), COUNT, SIZE, SEED))[0]
+    network, images = trainable(), soft_labels(COUNT, 16)
+    plain, smoothed, classes = (
+        student(network, images, accumulation=1, **changes).training_step(item, 0).item()
+        for changes in (
+            {"hard_share": 0.5},
+            {"hard_share": 0.5, "label_smoothing": 0.8},
+            {"loss": "cross_entropy", "label_smoothing": 0.8},
+        )
+    )
+    assert smoothed == pytest.approx(classes, rel=1e-6)
+    assert plain != pytest.approx(smoothed, rel=1e-2)
+
+
+# --- the chain --------------------------------------------------------------------------------------------------------
+
+FEW_LABELS = (
+    "label.epochs=2",
+    "label.halves=false",
+    "protocol.epochs=8",
+    "protocol.hard_share=0.5",
+    "protocol.repeat_labels=true",
+    "protocol.label_smoothing=0.8",
+)
+
+
+def test_a_few_labels_teach_many_epochs(tmp_path: Path) -> None:
+    """Labels are stored for their own epochs alone; students of the same labels differ by how they go through them."""
+    context = tiny_context(tmp_path, *FEW_LABELS)
+    distilled, results = compare(context)
+    labels = distilled[0].labels.artifact
+    assert labels is not None
+    assert labels.manifest["identity"]["label"]["epochs"] == 2
+    assert [row["epoch"] for row in curve_of(results[0].students[0])][-1] == 8
+    plain, of_plain = compare(context.differing({"protocol.hard_share": 0.0, "protocol.label_smoothing": 0.0}, ""))
+    assert plain[0].labels.artifact is not None
+    assert plain[0].labels.artifact.path == labels.path
+    assert of_plain[0].students[0].path != results[0].students[0].path
+
+
+def curve_of(student: Artifact) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = json.loads((student.path / CURVE).read_text())
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("protocol.label_smoothing=0.1", "set protocol.label_smoothing=0.0, or a protocol.hard_share"),
+        ("label=hard protocol=hard protocol.hard_share=0.5", "set protocol.hard_share=0.0"),
+        ("label=hard protocol=hard protocol.repeat_labels=true", "or protocol.repeat_labels=false"),
+        ("label.store=none protocol.repeat_labels=true", "set label.store=logits"),
+        ("label.parameters=seed protocol.repeat_labels=true", "label.parameters=stored"),
+        ("label.keep=0.5 protocol.repeat_labels=true", "label.keep=1"),
+        ("protocol.epochs=10 protocol.hard_share=0.5", "set label.epochs=5"),
+        (
+            "protocol.epochs=10 protocol.hard_share=0.5 label.epochs=4",
+            "without the 5 of protocol.hard_share needs labels of as many epochs, and label.epochs is 4; set "
+            "label.epochs=5 or protocol.epochs=9",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(typed: str, said: str, compose: Compose) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose("evaluate", *typed.split())
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("more", [(), ("debug=smoke",), ("compare=dd_ranking",)])
+def test_the_published_recipe_goes_with_the_rest(more: tuple[str, ...], compose: Compose) -> None:
+    config = compose("evaluate", "label=hald", "protocol=hald", *more)
+    assert (config.label.epochs, config.label.batch_size, config.label.halves) == (10, 16, False)
+    if not more:
+        assert (config.protocol.hard_epochs, config.protocol.soft_epochs) == (150, 150)
