@@ -18,7 +18,7 @@ from cvdd.artifact import DamagedArtifact, write_atomically
 from cvdd.artifact.files import reserve
 from cvdd.config_base import ConfigError
 from cvdd.label_pool import LabelPool
-from cvdd.label_rows import read_rows, row_type, write_rows
+from cvdd.label_rows import Rest, read_rows, row_type, write_rows
 from cvdd.labels import ComputedLabels, epochs_together
 from cvdd.replay import Replay, draw_epoch, record_type
 from cvdd.schema import LabelConfig
@@ -41,6 +41,7 @@ class LabelLayout:
         classes: length of a logit vector.
         dtype: of the logits.
         top: of them that are kept; None is all (:mod:`cvdd.label_rows`).
+        rest: what stands for the others.
         record: of one sample's view and mix; None if they are not stored.
         together: epochs that are labelled in the same forward passes.
     """
@@ -49,6 +50,7 @@ class LabelLayout:
     classes: int
     dtype: str
     top: int | None
+    rest: Rest
     record: np.dtype[Any] | None
     together: int = 1
 
@@ -57,7 +59,7 @@ class LabelLayout:
         """Return the layout of a recipe for so many images and classes."""
         record = record_type(label) if label.parameters == "stored" else None
         pool, together = LabelPool.of(label, count), epochs_together(label, count)
-        return LabelLayout(pool, classes, label.dtype, label.top, record, together)
+        return LabelLayout(pool, classes, label.dtype, label.top, label.rest, record, together)
 
     @property
     def blocks(self) -> list[range]:
@@ -70,9 +72,14 @@ class LabelLayout:
         return [range(first, min(first + length, stop)) for first in range(0, stop, length)]
 
     @property
+    def row(self) -> np.dtype[Any]:
+        """One sample's logits on disk."""
+        return row_type(self.dtype, self.classes, self.top, self.rest)
+
+    @property
     def logits_row(self) -> int:
         """Bytes of one sample's logits."""
-        return row_type(self.dtype, self.classes, self.top).itemsize
+        return self.row.itemsize
 
     @property
     def parameters_row(self) -> int:
@@ -176,7 +183,7 @@ def write_epochs(
         for epoch in range(first, block.stop):
             plan, logits = computed.epoch(epoch)
             parameters = b"" if layout.record is None else plan.record().tobytes()
-            pending.append((write_rows(logits, layout.top), parameters))
+            pending.append((write_rows(logits, layout.top, layout.rest), parameters))
             held += len(pending[-1][0])
             advance(1)
             due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES or held > BYTES_BETWEEN_SAVES
@@ -238,7 +245,7 @@ class StoredLabels:
             if found != expected:
                 raise ConfigError(f"{folder / name} has {found} bytes instead of {expected}: the labels are damaged")
         samples = layout.pool.samples
-        self._classes, row = layout.classes, row_type(layout.dtype, layout.classes, layout.top)
+        self._classes, row = layout.classes, layout.row
         # A row of all logits becomes an axis of the array.
         self._logits = np.memmap(folder / LOGITS, row, "r", shape=(samples,))
         self._records = (

@@ -102,7 +102,7 @@ class ComputedLabels:
             self._plans = {first + together: self._draw(first + together, together)}
             dtype = getattr(torch, self.label.dtype)
             rounded = [_finite(torch.cat([part.cpu() for part in parts]), dtype) for parts in launched]
-            logits = [shortened(one, self.label.top) for one in rounded]
+            logits = [shortened(one, self.label.top, self.label.rest) for one in rounded]
             self._last = (first, list(zip(plans, logits, strict=True)))
         return self._last[1][epoch - first]
 

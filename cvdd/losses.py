@@ -6,16 +6,20 @@ import torch
 from torch import Tensor, nn
 
 
-def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft_label_loss(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, of_student: float | Tensor | None = None
+) -> Tensor:
     """Kullback-Leibler divergence of the softened predictions, mean over the batch, without a factor T^2.
 
     Args:
         student: logits [n, classes].
-        teacher: logits [n, classes].
-        temperature: of both softmaxes.
+        teacher: logits [n, classes]; minus infinity is no probability.
+        temperature: of the teachers' softmax.
+        of_student: of the student's; None is the same.
     """
     target = torch.softmax(teacher / temperature, dim=1)
-    return nn.functional.kl_div(torch.log_softmax(student / temperature, dim=1), target, reduction="batchmean")
+    softened = student / (temperature if of_student is None else of_student)
+    return nn.functional.kl_div(torch.log_softmax(softened, dim=1), target, reduction="batchmean")
 
 
 def logit_loss(student: Tensor, teacher: Tensor, classes: Tensor, hard_label_weight: float) -> Tensor:

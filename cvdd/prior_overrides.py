@@ -38,12 +38,17 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "label.given": None,
         "label.keep": 1.0,
         "label.top": None,
+        "label.rest": "mean",
         "protocol.student": "protocol",
         "protocol.loss": "kl",
         "protocol.hard_label_weight": 0.0,
         "protocol.hard_share": 0.0,
         "protocol.repeat_labels": False,
         "protocol.label_smoothing": 0.0,
+        "protocol.temperature_factor": 1.0,
+        "protocol.temperature_epochs": 30,
+        "protocol.temperature_least": 2.0,
+        "protocol.student_temperature": "teachers",
     }
 )
 """Of a prior's measurement: the recover loop from patches, labels with the statistics of half-batches, and KL, whatever

@@ -45,6 +45,15 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
     return cosine(done, total * protocol.eta)
 
 
+def teacher_temperature(protocol: ProtocolConfig, epoch: int) -> float:
+    """Return the temperature of the teachers' softmax in an epoch, counted from 0 (LPQLD, arXiv 2604.18135).
+
+    As released, epochs are counted from 1 when they are divided into steps.
+    """
+    lowered = protocol.temperature * protocol.temperature_factor ** ((epoch + 1) // protocol.temperature_epochs)
+    return max(lowered, protocol.temperature_least) if protocol.temperature_factor < 1 else protocol.temperature
+
+
 def optimizer_of(module: pl.LightningModule) -> torch.optim.Optimizer:
     """Return the only optimiser of a module that is fitted, without Lightning's wrapper."""
     optimizer = module.optimizers(use_pl_optimizer=False)

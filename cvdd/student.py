@@ -19,6 +19,7 @@ from cvdd.passes import Passes
 from cvdd.replay import replay
 from cvdd.schedules import optimizer_of, student_rate
 from cvdd.schema import ProtocolConfig
+from cvdd.temperatures import temperatures_of
 
 PartLoss = Callable[..., Tensor]
 """The share of a part in a batch's loss, forwarded through the network, or through another that it is given."""
@@ -64,6 +65,7 @@ class StudentModule(Classifier):
         self.part = part_size(batch_size, protocol.accumulation)
         self._passes = passes or Passes()
         self._compiled = self._passes.compiled(self.network)
+        self.temperatures = temperatures_of(protocol)
         self.average = None if protocol.ema is None else copy.deepcopy(self.network).requires_grad_(False)
 
     def on_fit_start(self) -> None:
@@ -73,9 +75,11 @@ class StudentModule(Classifier):
                 self._passes.prepare(network, self.device)
 
     def on_train_epoch_start(self) -> None:
-        """Set the rate of the epoch: from its number, so that whatever a student was interrupted in, it goes on."""
+        """Set rate and temperatures of the epoch: from its number, so that an interrupted student goes on as it was."""
         super().on_train_epoch_start()
         self._set_rate(self.protocol.lr * student_rate(self.protocol, self.current_epoch))
+        if self.temperatures is not None:
+            self.temperatures.begin(self.current_epoch)
 
     def _set_rate(self, rate: float) -> None:
         for group in optimizer_of(self).param_groups:
@@ -120,6 +124,9 @@ class StudentModule(Classifier):
         if protocol.loss == "mse":
             # The released programs take the class of the unmixed image also for mixed ones.
             return logit_loss(student, teacher, classes[part], protocol.hard_label_weight)
+        if self.temperatures is not None:
+            loss, temperature = self.temperatures.loss(student, teacher), self.temperatures.teachers
+            return loss * temperature**2 if protocol.temperature_squared else loss
         loss = soft_label_loss(student, teacher, protocol.temperature)
         return loss * protocol.temperature**2 if protocol.temperature_squared else loss
 

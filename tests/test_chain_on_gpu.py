@@ -19,9 +19,10 @@ from mtt_helpers import mtt_context
 from simulated_gpu import simulated_gpu
 from simulated_tensors import Device
 from test_interruption import PulledPlug, epochs_begun, stop_at
-from test_label_phases import FEW_LABELS, curve_of
+from test_label_phases import FEW_LABELS
 
 from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
 from cvdd.classifier import Classifier
 from cvdd.context import Context
@@ -105,13 +106,16 @@ def test_every_method_runs_on_a_gpu(
 
 
 @pytest.mark.gpu
-def test_hard_and_soft_epochs_are_recorded(of_the_cpu: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("more", [(), ("protocol.temperature_factor=0.7", "protocol.student_temperature=calibrated")])
+def test_hard_and_soft_epochs_are_recorded(
+    more: tuple[str, ...], of_the_cpu: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """A step with classes and one with logits are two recordings; losses are those of a CPU."""
     losses = {}
     for place in (on_gpu, tiny_context):
         root = of_the_cpu("data", "members", "patches", "images")
-        _, results = compare(place(root, *FEW_LABELS, "protocol.accumulation=1"))
-        losses[place] = [row["train_loss"] for row in curve_of(results[0].students[0])]
+        _, results = compare(place(root, *FEW_LABELS, "protocol.accumulation=1", *more))
+        losses[place] = [row["train_loss"] for row in load_curve(results[0].students[0])]
     assert warnings_of(caplog) == []
     assert losses[on_gpu] == pytest.approx(losses[tiny_context], rel=0.1)
     assert min(losses[on_gpu][2:6]) > 10 * max(losses[on_gpu][:2] + losses[on_gpu][6:])

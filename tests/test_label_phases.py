@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from helpers import label_config, random_pixels, tiny_context
 from test_label_store import COUNT, SEED, SIZE, layout, written
 from test_student import soft_labels, student, trainable
 
-from cvdd.artifact import Artifact
 from cvdd.chain.compare import compare
-from cvdd.chain.training import CURVE
+from cvdd.chain.training import load_curve
 from cvdd.config_base import ConfigError
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_phases import HardBetweenSoft
@@ -146,16 +144,11 @@ def test_a_few_labels_teach_many_epochs(tmp_path: Path) -> None:
     labels = distilled[0].labels.artifact
     assert labels is not None
     assert labels.manifest["identity"]["label"]["epochs"] == 2
-    assert [row["epoch"] for row in curve_of(results[0].students[0])][-1] == 8
+    assert [row["epoch"] for row in load_curve(results[0].students[0])][-1] == 8
     plain, of_plain = compare(context.differing({"protocol.hard_share": 0.0, "protocol.label_smoothing": 0.0}, ""))
     assert plain[0].labels.artifact is not None
     assert plain[0].labels.artifact.path == labels.path
     assert of_plain[0].students[0].path != results[0].students[0].path
-
-
-def curve_of(student: Artifact) -> list[dict[str, float]]:
-    rows: list[dict[str, float]] = json.loads((student.path / CURVE).read_text())
-    return rows
 
 
 @pytest.mark.parametrize(

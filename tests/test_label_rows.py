@@ -13,7 +13,7 @@ from helpers import tiny_context
 from cvdd.chain.compare import distil
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
-from cvdd.label_rows import check_top, read_rows, row_type, shortened, write_rows
+from cvdd.label_rows import Rest, check_top, read_rows, row_type, shortened, write_rows
 from cvdd.labels import ComputedLabels
 from cvdd.preflight import check_before_work
 
@@ -23,6 +23,17 @@ LOGITS = torch.tensor([[4.0, -1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
 def test_the_others_become_their_mean() -> None:
     assert torch.equal(shortened(LOGITS, 2), torch.tensor([[4.0, 0.0, 2.0, 0.0, 0.0], [0.0] * 5]))
     assert shortened(LOGITS, None) is LOGITS
+
+
+def test_or_nothing_is_left_of_them() -> None:
+    short = shortened(LOGITS.half(), 2, "nothing")
+    none = -float("inf")
+    assert torch.equal(short[0], torch.tensor([4.0, none, 2.0, none, none]).half())
+    assert short[1].isfinite().sum() == 2
+    rows = np.frombuffer(write_rows(short, 2, "nothing"), row_type("float16", 5, 2, "nothing"))
+    assert rows.itemsize == 2 * (1 + 2)
+    assert torch.equal(read_rows(rows, 5), short)
+    assert read_rows(rows, 5).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -67,18 +78,20 @@ def test_hard_labels_have_none(compose: Compose) -> None:
         compose("evaluate", "label=hard", "protocol=hard_tiny", "label.top=3")
 
 
-def test_stored_and_computed_labels_are_shortened_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rest", "bytes_of_rest"), [("mean", 4), ("nothing", 0)])
+def test_stored_and_computed_labels_are_shortened_alike(rest: Rest, bytes_of_rest: int, tmp_path: Path) -> None:
+    short = ("label.top=3", f"label.rest={rest}")
     made = [
-        distil(tiny_context(tmp_path, f"label.store={store}", f"label.top={top}", "label.dtype=float32"), "")
-        for store, top in (("logits", 3), ("none", 3), ("none", "null"))
+        distil(tiny_context(tmp_path, f"label.store={store}", *kept, "label.dtype=float32"), "")
+        for store, kept in (("logits", short), ("none", short), ("none", ()))
     ]
     pixels = load_images(made[0].images)[0]
     stored, computed, whole = (one.labels.open(pixels) for one in made)
     assert isinstance(computed, ComputedLabels)
     for epoch in range(3):
         assert torch.equal(stored.epoch(epoch)[1], computed.epoch(epoch)[1])
-        assert torch.equal(stored.epoch(epoch)[1], shortened(whole.epoch(epoch)[1], 3))
-    # Of 20 images in 3 epochs: three places of a byte and three logits each, and the mean.
+        assert torch.equal(stored.epoch(epoch)[1], shortened(whole.epoch(epoch)[1], 3, rest))
+    # Of 20 images in 3 epochs: three places of a byte and three logits each, and the mean or nothing.
     artifact = made[0].labels.artifact
     assert artifact is not None
-    assert artifact.manifest["files"]["logits.bin"]["bytes"] == 60 * (3 * (1 + 4) + 4)
+    assert artifact.manifest["files"]["logits.bin"]["bytes"] == 60 * (3 * (1 + 4) + bytes_of_rest)

@@ -84,6 +84,8 @@ UNREAD = (
     ("protocol.loss=gift", "protocol.temperature=4"),
     ("protocol=hard label=hard protocol.loss=cross_entropy", "protocol.temperature=4"),
     ("protocol.loss=mse", "protocol.temperature_squared=true"),
+    ("protocol.loss=mse", "protocol.temperature_factor=0.7"),
+    ("protocol.accumulation=1 protocol.loss=mse", "protocol.student_temperature=calibrated"),
     ("protocol.loss=kl", "protocol.hard_label_weight=0.1"),
     ("protocol.optimizer=sgd", "protocol.betas=[0.8,0.9]"),
     ("protocol.optimizer=adamw", "protocol.momentum=0.8"),

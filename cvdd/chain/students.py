@@ -24,7 +24,16 @@ from cvdd.schema import ProtocolConfig
 from cvdd.seeds import derive_seed
 from cvdd.student import StudentModule
 
-ADDED = ("part_weights", "hard_share", "repeat_labels", "label_smoothing")
+ADDED = (
+    "part_weights",
+    "hard_share",
+    "repeat_labels",
+    "label_smoothing",
+    "temperature_factor",
+    "temperature_epochs",
+    "temperature_least",
+    "student_temperature",
+)
 """Fields that came after the first students were made; a student that does not use them is what it was."""
 
 

@@ -43,8 +43,11 @@ class LabelConfig(CheckedConfig):
     keep: Share = Field(
         1.0, description="share of the label batches that is stored; epochs then draw from it with replacement (LPLD)"
     )
-    top: Positive | None = Field(
-        None, description="logits of each label that are kept, the largest; the others become their mean. null is all"
+    top: Positive | None = Field(None, description="logits of each label that are kept, the largest; null is all")
+    rest: Literal["mean", "nothing"] = Field(
+        "mean",
+        description="what label.top leaves out: the mean of these logits, or nothing, so that these classes have a "
+        "probability of 0 (LPQLD)",
     )
     stack: Positive = Field(32, description="batches that share a forward pass")
     given: Path | None = Field(
@@ -74,6 +77,8 @@ class LabelConfig(CheckedConfig):
             yield "label.teachers=none gives hard labels, of which there is nothing to store; set label.store=none"
         if self.hard and self.top is not None:
             yield f"label.top={self.top} is of teachers, and label.teachers=none; set label.top=null"
+        if self.top is None and self.rest != "mean":
+            yield f"label.rest={self.rest} is of label.top, which is null; set label.rest=mean, or a label.top"
         if self.hard and self.dropout:
             yield "label.dropout=true is of teachers, and label.teachers=none; set label.dropout=false"
         stored = self.store == "logits" or self.given is not None

@@ -34,6 +34,11 @@ def label_problems(
             "protocol.loss=cross_entropy would not use the labels of label.teachers; choose label=hard, or "
             "protocol.loss=kl or mse"
         )
+    if label.rest == "nothing" and protocol.loss != "kl":
+        yield (
+            f"label.rest=nothing leaves classes without a logit, which protocol.loss={protocol.loss} needs; set "
+            "label.rest=mean, or protocol.loss=kl"
+        )
     if protocol.student == "protocol":
         because = ", which together count more than a batch"
         yield from parts_problems(protocol.accumulation, "protocol", label.batch_size, "label", because)

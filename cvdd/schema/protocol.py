@@ -37,6 +37,20 @@ class ProtocolConfig(CheckedConfig):
         "for label.teachers=none",
     )
     temperature: float = Field(20.0, gt=0, description="of both softmaxes of loss=kl; must be greater than 0")
+    temperature_factor: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="on the temperature after every temperature_epochs, for other lessons of few labels "
+        "(LPQLD); 1 leaves it",
+    )
+    temperature_epochs: Positive = Field(30, description="epochs between two factors on the temperature")
+    temperature_least: float = Field(2.0, gt=0, description="below which no factor takes the temperature")
+    student_temperature: Literal["teachers", "calibrated"] = Field(
+        "teachers",
+        description="of the student's softmax: that of the teachers', or the one from 0.01 to 1 that fitted the last "
+        "batch of the epoch before best (LPQLD)",
+    )
     temperature_squared: bool = Field(False, description="multiply the divergence by temperature^2")
     hard_label_weight: float = Field(
         0.0,
@@ -102,6 +116,7 @@ class ProtocolConfig(CheckedConfig):
         yield from unread_fields(self, "protocol")
         if self.decay != "matrices" and not self.weight_decay:
             yield "protocol.decay=all is of protocol.weight_decay, which is 0; set protocol.decay=matrices"
+        yield from self._temperature_problems()
         if self.label_smoothing and not self.hard_share and self.loss != "cross_entropy":
             yield (
                 f"protocol.label_smoothing={self.label_smoothing} is of the images' own classes, which protocol.loss="
@@ -109,3 +124,22 @@ class ProtocolConfig(CheckedConfig):
             )
         if self.warmup >= self.epochs:
             yield f"protocol.warmup={self.warmup} must be less than protocol.epochs={self.epochs}"
+
+    def _temperature_problems(self) -> Iterator[str]:
+        for name in ("temperature_epochs", "temperature_least"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.temperature_factor == 1 and value != default:
+                yield (
+                    f"protocol.{name}={value} is of protocol.temperature_factor, and a factor of 1 changes nothing; "
+                    f"set protocol.{name}={default}, or a protocol.temperature_factor"
+                )
+        if self.temperature_factor < 1 and self.temperature_least > self.temperature:
+            yield (
+                f"protocol.temperature_least={self.temperature_least} is above the temperature to begin with; set it "
+                f"to at most protocol.temperature={self.temperature}"
+            )
+        if self.student_temperature == "calibrated" and self.accumulation > 1:
+            yield (
+                "protocol.student_temperature=calibrated is of whole batches, and protocol.accumulation="
+                f"{self.accumulation}; set protocol.accumulation=1, or protocol.student_temperature=teachers"
+            )

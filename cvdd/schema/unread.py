@@ -19,6 +19,8 @@ READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
         "recipe.pad": {"crop": ("pad",)},
         "recipe.crop_scale": {"crop": ("resized",)},
         "protocol.temperature": {**_TRAINED, "loss": ("kl",)},
+        "protocol.temperature_factor": {**_TRAINED, "loss": ("kl",)},
+        "protocol.student_temperature": {**_TRAINED, "loss": ("kl",)},
         "protocol.temperature_squared": {**_TRAINED, "loss": ("kl",)},
         "protocol.hard_label_weight": {**_TRAINED, "loss": ("mse", "gift")},
         "protocol.hard_share": _TRAINED,
