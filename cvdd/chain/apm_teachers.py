@@ -17,7 +17,7 @@ from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
 from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
-from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights, ten_times
+from cvdd.chain.training import CURVE, WEIGHTS, count_parameters, log_epochs, save_curve, save_weights, ten_times
 from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -136,7 +136,7 @@ def _train(
     last = module.curve[-1]
     return {
         **{f"test_{key}": last[key] for key in ("top1", "top5", "loss")},
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": count_parameters(network),
     }
 
 

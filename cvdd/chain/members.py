@@ -23,7 +23,16 @@ from cvdd.backbones import (
     weights_chosen_by_timm,
 )
 from cvdd.batch_parts import part_size
-from cvdd.chain.training import CURVE, WEIGHTS, evaluator_of, log_epochs, save_curve, save_weights, ten_times
+from cvdd.chain.training import (
+    CURVE,
+    WEIGHTS,
+    count_parameters,
+    evaluator_of,
+    log_epochs,
+    save_curve,
+    save_weights,
+    ten_times,
+)
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
@@ -223,7 +232,7 @@ def _finish(context: Context, network: nn.Module, curve: Sequence[dict[str, floa
     if data.train.in_memory:
         on_train = Evaluator(data, MEASURED_AT_ONCE, context.device, part="train", test_resize=None)(network)
         metrics |= {f"train_{key}": value for key, value in on_train.as_dict().items()}
-    metrics["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    metrics["parameters"] = count_parameters(network)
     metrics["batchnorm_layers"] = len(batchnorm_layers(network))
     save_weights(work, network)
     return metrics

@@ -10,7 +10,7 @@ from torch import Tensor
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.labels import Labels
-from cvdd.chain.training import evaluator_of, every, log_epochs, save_student
+from cvdd.chain.training import count_parameters, evaluator_of, every, log_epochs, save_student
 from cvdd.chain.unit_files import load_images
 from cvdd.compiler import compiling
 from cvdd.context import Context
@@ -117,8 +117,7 @@ def make_student(
 
     def build(work: Path) -> dict[str, Any]:
         module = train(work)
-        parameters = sum(parameter.numel() for parameter in module.network.parameters())
-        return {**save_student(work, module.curve), "parameters": parameters}
+        return {**save_student(work, module.curve), "parameters": count_parameters(module.network)}
 
     title = f"{labels.images.name}-{name}-seed{seed}"
     return context.make_network("students", title, identity, labels.parents, build, train, protocol.accumulation)

@@ -76,6 +76,11 @@ def save_weights(work: Path, network: nn.Module) -> None:
     save_tensors(work / WEIGHTS, {key: value.contiguous().cpu() for key, value in network.state_dict().items()})
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Return how many numbers of a network are trained."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def save_student(work: Path, curve: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Write a student's curve and return its metrics: the last measurement, and the best by top-1."""
     save_curve(work / CURVE, curve)
