@@ -164,7 +164,7 @@ def test_a_few_labels_teach_many_epochs(tmp_path: Path) -> None:
         (
             "protocol.epochs=10 protocol.hard_share=0.5 label.epochs=4",
             "without the 5 of protocol.hard_share needs labels of as many epochs, and label.epochs is 4; set "
-            "label.epochs=5 or protocol.epochs=9",
+            "label.epochs=5 or protocol.epochs=8",
         ),
     ],
 )

@@ -102,13 +102,17 @@ class ProtocolConfig(CheckedConfig):
     @property
     def hard_epochs(self) -> int:
         """Epochs that teach the images' own classes between those that teach what the label recipe says."""
-        # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
-        return int(round(self.hard_share * self.epochs, 6))
+        return self.epochs - self.soft_epochs
 
     @property
     def soft_epochs(self) -> int:
         """Epochs that teach what the label recipe says."""
-        return self.epochs - self.hard_epochs
+        return self.soft_epochs_of(self.epochs)
+
+    def soft_epochs_of(self, epochs: int) -> int:
+        """Return how many of so many epochs would teach what the label recipe says."""
+        # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
+        return epochs - int(round(self.hard_share * epochs, 6))
 
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):
