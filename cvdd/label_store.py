@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ class StoredLabels:
         seed: int,
         in_rounds: bool = False,
     ) -> None:
-        self._in_rounds = in_rounds
+        self._in_rounds, self._draws = in_rounds, in_rounds or label.keep < 1
+        self._plans: dict[int, Replay] = {}
         self.pool, self.label, self.size, self.seed = layout.pool, label, size, seed
         self.batch_size, self.count, self.epochs = label.batch_size, layout.pool.shown, label.epochs
         sizes = {LOGITS: layout.logits_bytes, PARAMETERS: layout.parameters_bytes}
@@ -258,21 +259,30 @@ class StoredLabels:
             return self._drawn(self.pool.draw_in_rounds(self.seed, epoch))
         if self.pool.keep < 1:
             return self._drawn(self.pool.draw(self.seed, epoch))
-        rows = slice(epoch * self.count, (epoch + 1) * self.count)
-        if self._records is None:
-            plan = draw_epoch(self.label, self.count, self.size, self.seed, epoch)
-        else:
-            plan = Replay.from_record(np.asarray(self._records[rows]))
-        return plan, read_rows(self._logits[rows], self._classes)
+        first = epoch * self.count
+        return self._plan(first, first + self.count), self._read(first, first + self.count)
 
     def _drawn(self, batches: Sequence[int]) -> tuple[Replay, Tensor]:
-        assert self._records is not None
-        records, logits = [], []
-        for place, batch in enumerate(batches):
-            start, stop = self.pool.samples_of(batch)
-            record = np.array(self._records[start:stop])
-            # Partners are counted from the first sample of an epoch: once of that of the labels, now of this one.
-            record["partner"] += place * self.pool.batch_size - start % self.pool.count
-            records.append(record)
-            logits.append(read_rows(self._logits[start:stop], self._classes))
-        return Replay.from_record(np.concatenate(records)), torch.cat(logits)
+        places = [self.pool.samples_of(batch) for batch in batches]
+        plans, logits = ([each(*place) for place in places] for each in (self._plan, self._read))
+        return Replay.cat(plans), torch.cat(logits)
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        return read_rows(self._logits[start:stop], self._classes)
+
+    def _plan(self, start: int, stop: int) -> Replay:
+        """Views and mixes of stored samples of one epoch, which are whole batches."""
+        epoch, first = divmod(start, self.pool.count)
+        if self._records is None:
+            return self._redrawn(epoch).batch(first, first + stop - start)
+        plan = Replay.from_record(np.asarray(self._records[start:stop]))
+        # Partners are counted from the first sample of the epoch.
+        return replace(plan, partner=plan.partner - first)
+
+    def _redrawn(self, epoch: int) -> Replay:
+        if epoch not in self._plans:
+            if not self._draws:
+                # Epochs come one after the other; drawn batches are of any.
+                self._plans.clear()
+            self._plans[epoch] = draw_epoch(self.label, self.pool.count, self.size, self.seed, epoch)
+        return self._plans[epoch]

@@ -47,10 +47,12 @@ def test_rounds_differ_and_mix_the_epochs() -> None:
     assert all(len({batch // pool.batches for batch in epoch}) > 1 for epoch in first)
 
 
-def test_an_epoch_of_a_round_is_what_was_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parameters", ["stored", "seed"])
+def test_an_epoch_of_a_round_is_what_was_stored(parameters: str, tmp_path: Path) -> None:
     """Each batch with the views, mix partners and logits that it has in the epoch that it was labelled in."""
-    whole = written(tmp_path)
-    rounds = StoredLabels(tmp_path, layout(), label_config(), SIZE, SEED, in_rounds=True)
+    recipe = {"parameters": parameters, "shuffle": 2, "randaugment": True}
+    whole = written(tmp_path, **recipe)
+    rounds = StoredLabels(tmp_path, layout(**recipe), label_config(**recipe), SIZE, SEED, in_rounds=True)
     pixels = random_pixels(COUNT, SIZE)
     mean, std = [0.5] * 3, [0.25] * 3
     for epoch in (0, 4, 11):
@@ -158,7 +160,6 @@ def test_a_few_labels_teach_many_epochs(tmp_path: Path) -> None:
         ("label=hard protocol=hard protocol.hard_share=0.5", "set protocol.hard_share=0.0"),
         ("label=hard protocol=hard protocol.repeat_labels=true", "or protocol.repeat_labels=false"),
         ("label.store=none protocol.repeat_labels=true", "set label.store=logits"),
-        ("label.parameters=seed protocol.repeat_labels=true", "label.parameters=stored"),
         ("label.keep=0.5 protocol.repeat_labels=true", "label.keep=1"),
         ("protocol.epochs=10 protocol.hard_share=0.5", "set label.epochs=5"),
         (

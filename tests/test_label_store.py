@@ -169,9 +169,10 @@ def test_half_a_pool_computes_and_stores_half(tmp_path: Path) -> None:
     assert (tmp_path / PARAMETERS).stat().st_size == form.parameters_bytes == 28 * RECORD.itemsize
 
 
-def test_every_batch_of_an_epoch_is_a_stored_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parameters", ["stored", "seed"])
+def test_every_batch_of_an_epoch_is_a_stored_one(parameters: str, tmp_path: Path) -> None:
     """With its images, views, mixes and logits, whatever place it has in the epoch."""
-    stored, whole = written(tmp_path, keep=0.5), computed()
+    stored, whole = written(tmp_path, keep=0.5, parameters=parameters), computed()
     pool = stored.pool
     known = {}
     for batch in (0, 1, 3):

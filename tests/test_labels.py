@@ -348,7 +348,6 @@ def test_a_pool_without_a_batch_is_refused() -> None:
         ({"teachers": "none", "store": "none", "dropout": True}, r"label\.dropout=true .* label\.teachers=none"),
         ({"teachers": []}, r"label\.teachers is empty"),
         ({"keep": 0.5, "store": "none"}, r"label\.keep=0\.5 .* label\.store=logits"),
-        ({"keep": 0.5, "parameters": "seed"}, r"label\.keep=0\.5 .* label\.parameters=stored"),
         ({"keep": 0}, "greater than 0"),
         ({"batch_size": 2}, r"label\.halves=true leaves halves of one"),
     ],

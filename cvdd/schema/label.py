@@ -81,9 +81,5 @@ class LabelConfig(CheckedConfig):
             yield f"label.rest={self.rest} is of label.top, which is null; set label.rest=mean, or a label.top"
         if self.hard and self.dropout:
             yield "label.dropout=true is of teachers, and label.teachers=none; set label.dropout=false"
-        stored = self.store == "logits" or self.given is not None
-        if self.keep < 1 and not (stored and self.parameters == "stored"):
-            yield (
-                f"label.keep={self.keep} reads stored batches out of order; set label.store=logits and "
-                "label.parameters=stored, or label.keep=1"
-            )
+        if self.keep < 1 and self.store != "logits" and self.given is None:
+            yield f"label.keep={self.keep} reads stored batches out of order; set label.store=logits, or label.keep=1"

@@ -54,17 +54,16 @@ def _epoch_problems(label: LabelConfig, protocol: ProtocolConfig) -> Iterator[st
             f"protocol.hard_share={protocol.hard_share} is beside the labels of teachers, and label.teachers=none; set "
             "protocol.hard_share=0.0"
         )
-    stored = label.store == "logits" or given
-    can_repeat = stored and label.parameters == "stored" and label.keep == 1
+    can_repeat = (label.store == "logits" or given) and label.keep == 1
     if protocol.repeat_labels:
         if not can_repeat:
             yield (
-                "protocol.repeat_labels=true draws from stored label batches; set label.store=logits, "
-                "label.parameters=stored and label.keep=1, or protocol.repeat_labels=false"
+                "protocol.repeat_labels=true draws from stored label batches, from all of them; set label.store=logits "
+                "and label.keep=1, or protocol.repeat_labels=false"
             )
     elif soft > label.epochs:
         more = "" if given else f"label.epochs={soft} or "
-        again = ", or protocol.repeat_labels=true to see them more than once" if can_repeat else ""
+        again = ", or protocol.repeat_labels=true to see them more than once" if can_repeat and not given else ""
         beside = f" without the {hard} of protocol.hard_share" if hard else ""
         fewer = range(label.epochs, protocol.epochs)
         enough = max(epochs for epochs in fewer if protocol.soft_epochs_of(epochs) <= label.epochs)
