@@ -264,8 +264,8 @@ class StoredLabels:
 
     def _drawn(self, batches: Sequence[int]) -> tuple[Replay, Tensor]:
         places = [self.pool.samples_of(batch) for batch in batches]
-        plans, logits = ([each(*place) for place in places] for each in (self._plan, self._read))
-        return Replay.cat(plans), torch.cat(logits)
+        plans = [self._plan(*place) for place in places]
+        return Replay.cat(plans), torch.cat([self._read(*place) for place in places])
 
     def _read(self, start: int, stop: int) -> Tensor:
         return read_rows(self._logits[start:stop], self._classes)
