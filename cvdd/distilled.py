@@ -64,7 +64,8 @@ class DistilledSet:
             epoch: from 0 to ``epochs - 1``; crops, flips and mixes differ from one to the next.
 
         Yields:
-            Samples, [b, 3, h, w] float32, normalised, and logits, [b, classes] float32.
+            Samples, [b, 3, h, w] float32, normalised, and logits, [b, classes] float32; minus infinity for classes that
+            ``label.rest=nothing`` left out.
 
         Raises:
             ValueError: there is no such epoch, or there are no soft labels.

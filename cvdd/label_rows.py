@@ -19,16 +19,18 @@ Rest = Literal["mean", "nothing"]
 """What stands for the logits that are left out."""
 
 
-def check_top(top: int | None, classes: int) -> None:
-    """Refuse to keep as many logits as there are.
+def check_top(top: int | None, classes: int, rest: Rest = "mean") -> None:
+    """Refuse to keep as many logits as there are, or all but one that would be their mean.
 
     Raises:
         ConfigError: names numbers that work.
     """
-    if top is not None and top > classes - 2:
+    most = classes - (2 if rest == "mean" else 1)
+    if top is not None and top > most:
+        left, null = ("become their mean", "") if rest == "mean" else ("are left out", " label.rest=mean")
         raise ConfigError(
-            f"label.top={top}: of {classes} logits at most {classes - 2} are kept where others become their mean; set "
-            "label.top to no more, or label.top=null for all"
+            f"label.top={top}: of {classes} logits at most {most} are kept where others {left}; set label.top to no "
+            f"more, or label.top=null{null} for all"
         )
 
 

@@ -237,7 +237,7 @@ class StoredLabels:
         in_rounds: bool = False,
     ) -> None:
         self._in_rounds, self._draws = in_rounds, in_rounds or label.keep < 1
-        self._plans: dict[int, Replay] = {}
+        self._drawn_again: dict[int, np.ndarray] = {}
         self.pool, self.label, self.size, self.seed = layout.pool, label, size, seed
         self.batch_size, self.count, self.epochs = label.batch_size, layout.pool.shown, label.epochs
         sizes = {LOGITS: layout.logits_bytes, PARAMETERS: layout.parameters_bytes}
@@ -274,15 +274,18 @@ class StoredLabels:
         """Views and mixes of stored samples of one epoch, which are whole batches."""
         epoch, first = divmod(start, self.pool.count)
         if self._records is None:
-            return self._redrawn(epoch).batch(first, first + stop - start)
-        plan = Replay.from_record(np.asarray(self._records[start:stop]))
+            record = self._redrawn(epoch)[first : first + stop - start]
+        else:
+            record = np.asarray(self._records[start:stop])
+        plan = Replay.from_record(record)
         # Partners are counted from the first sample of the epoch.
         return replace(plan, partner=plan.partner - first)
 
-    def _redrawn(self, epoch: int) -> Replay:
-        if epoch not in self._plans:
+    def _redrawn(self, epoch: int) -> np.ndarray:
+        if epoch not in self._drawn_again:
             if not self._draws:
                 # Epochs come one after the other; drawn batches are of any.
-                self._plans.clear()
-            self._plans[epoch] = draw_epoch(self.label, self.pool.count, self.size, self.seed, epoch)
-        return self._plans[epoch]
+                self._drawn_again.clear()
+            # As small as on disk.
+            self._drawn_again[epoch] = draw_epoch(self.label, self.pool.count, self.size, self.seed, epoch).record()
+        return self._drawn_again[epoch]

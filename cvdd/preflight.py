@@ -53,7 +53,7 @@ def check_before_work(context: Context) -> None:
     for name, row in rows.items() if labels else ():
         with _said_of(name):
             check_batches(_images(row), row.config.label)
-            check_top(row.config.label.top, _classes(row))
+            check_top(row.config.label.top, _classes(row), row.config.label.rest)
     for name, row in measuring.items():
         with _said_of(name):
             check_batches(_images(row), row.config.label, measures_prior=True)

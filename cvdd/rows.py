@@ -63,6 +63,9 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
         limits = {**limits, _LABELLED: limits[_TRAINED]}
     # What was typed beside debug=smoke holds for all rows.
     limits = {key: max(limit, _number(base, key) or limit) for key, limit in limits.items()}
+    if _TRAINED in limits:
+        # A row of hard labels has as many epochs of them as it trains, however few are labelled elsewhere.
+        limits[_LABELLED] = max(limits[_LABELLED], limits[_TRAINED])
     cut: dict[str, list[str]] = {}
     expanded = composed.copy()
     with open_dict(expanded):

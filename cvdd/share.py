@@ -22,6 +22,7 @@ from torchvision.utils import make_grid
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifests_of
+from cvdd.chain.students import ADDED
 from cvdd.config_base import ConfigError
 from cvdd.distilled import DistilledSet, load, open_set
 from cvdd.outcome import told
@@ -29,6 +30,7 @@ from cvdd.pictures import write_png
 from cvdd.readable import standard_error, with_error
 from cvdd.refusals import place_errors
 from cvdd.report.columns import measured_images
+from cvdd.schema.unread import as_typed
 
 _SEED = re.compile(r"-seed\d+$")
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"
@@ -45,6 +47,7 @@ class Students:
         parameters: of the network; None of students that earlier versions trained.
         epochs: of their training.
         measured_on: ``test``, ``validation`` or ``train`` images.
+        protocol: how they were trained, by the fields of ``protocol``.
         seeds: of their initialisation.
         top1: of each, in percent, after the last epoch.
         best_top1: of each, at its best epoch.
@@ -54,6 +57,7 @@ class Students:
     parameters: int | None
     epochs: int
     measured_on: str
+    protocol: Mapping[str, Any]
     seeds: list[int] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     best_top1: list[float] = field(default_factory=list)
@@ -127,6 +131,7 @@ def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> st
     environment = Environment(
         loader=PackageLoader("cvdd", "report"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
     )
+    students = students_of(store, images, labels)
     environment.filters["number"] = lambda number: "unknown" if number is None else f"{number:,}"
     text: str = environment.get_template(TEMPLATE).render(
         title=made[-1].name,
@@ -139,20 +144,33 @@ def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> st
         data=identity["data"],
         measured=measured_images(identity["data"]),
         epochs=shared.epochs,
-        students=students_of(store, images, labels),
+        left_out=_left_out(labels),
+        students=students,
         members=_members(store, made),
         code={"commit": None, **images.manifest["code"]},
-        command=_command(images, labels, shared),
+        command=_command(images, labels, shared, students),
     )
     return text
 
 
-def _command(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:
+def _left_out(labels: Artifact | None) -> int | None:
+    """Return how many logits of each label are kept, if nothing stands for the others."""
+    recipe: Mapping[str, Any] = labels.manifest["identity"]["label"] if labels else {}
+    return recipe.get("top") if recipe.get("rest") == "nothing" else None
+
+
+def _command(images: Artifact, labels: Artifact | None, shared: DistilledSet, students: Sequence[Students]) -> str:
     ipc = len(shared.images) // len(shared.classes)
     given = f"python evaluate.py method=given method.given=images/{images.path.name} ipc={ipc}"
     if labels is None:
         return given
-    return f"{given} label=given label.given=labels/{labels.path.name} compare=none protocol.epochs={shared.epochs}"
+    given = f"{given} label=given label.given=labels/{labels.path.name} compare=none"
+    for one in students:
+        if one.protocol.get("repeat_labels"):
+            # Labels of few epochs were made for how these students go through them.
+            told = [name for name in ("epochs", "accumulation", *ADDED) if name in one.protocol]
+            return " ".join([given, *(f"protocol.{name}={as_typed(one.protocol[name])}" for name in told)])
+    return f"{given} protocol.epochs={shared.epochs}"
 
 
 def students_of(store: Path, images: Artifact, labels: Artifact | None) -> list[Students]:
@@ -175,7 +193,7 @@ def students_of(store: Path, images: Artifact, labels: Artifact | None) -> list[
         # A backbone of another width or depth may have the same name.
         images_name, parameters = student.manifest["parents"][0]["name"], student.metrics.get("parameters")
         name = _SEED.sub("", student.name.removeprefix(f"{images_name}-"))
-        group = found.setdefault(key, Students(name, parameters, epochs, measured_on))
+        group = found.setdefault(key, Students(name, parameters, epochs, measured_on, identity["protocol"]))
         group.seeds.append(identity["seed"])
         group.top1.append(student.metrics["top1"])
         group.best_top1.append(student.metrics["best_top1"])

@@ -47,6 +47,13 @@ METHODS = {
 """What goes with each in a tiny run, of its own labels and students where they fit."""
 
 
+LPQLD = (
+    "protocol.temperature_factor=0.7",
+    "protocol.temperature_epochs=2",
+    "protocol.student_temperature=calibrated",
+)
+
+
 @pytest.fixture
 def simulated() -> Iterator[Device]:
     with simulated_gpu() as gpu:
@@ -106,7 +113,7 @@ def test_every_method_runs_on_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [(), ("protocol.temperature_factor=0.7", "protocol.student_temperature=calibrated")])
+@pytest.mark.parametrize("more", [(), LPQLD])
 def test_hard_and_soft_epochs_are_recorded(
     more: tuple[str, ...], of_the_cpu: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:

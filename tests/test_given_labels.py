@@ -13,9 +13,11 @@ from given_helpers import HARD, given, labels, one, refused
 from helpers import PUBLISHED_IMAGES as IMAGES
 from helpers import PUBLISHED_LABELS as RECORDS
 from helpers import TINY, configure, tiny_context
+from test_label_phases import FEW_LABELS
 
 from cvdd.artifact.cleaning import sealed as sealed_in
 from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.given_recipe import recipe_of
@@ -116,6 +118,24 @@ def test_more_epochs_than_are_labelled(compose: Compose) -> None:
     typed = ("compare=none", *given(IMAGES), *labels(RECORDS), "protocol.epochs=4")
     with pytest.raises(ConfigError, match=r"and label\.epochs is 3; set protocol\.epochs=3$"):
         compose("evaluate", *typed)
+
+
+def test_records_are_not_seen_more_than_once(tmp_path: Path) -> None:
+    """They are read epoch by epoch, and what is said can be typed."""
+    said = refused(tmp_path, *given(IMAGES), *labels(RECORDS), "protocol.repeat_labels=true")
+    assert said.endswith("type protocol.repeat_labels=false")
+
+
+def test_few_labels_of_a_store_teach_as_they_did_there(tmp_path: Path) -> None:
+    """With what was left out of them, in the same rounds, with the same epochs of classes."""
+    typed = (*FEW_LABELS, "protocol.temperature_factor=0.9", "protocol.temperature_epochs=2")
+    original = compare(tiny_context(tmp_path / "one", *typed, "label.top=3", "label.rest=nothing"))
+    made = original[0][0].labels.artifact
+    assert made is not None
+    images, stored = original[0][0].images.path, made.path
+    learnt = [override for override in typed if override.startswith("protocol.")]
+    again = compare(tiny_context(tmp_path / "other", *given(images), *labels(stored), *learnt))
+    assert load_curve(again[1][0].students[0]) == load_curve(original[1][0].students[0])
 
 
 def test_labels_that_do_not_fit(row: Distilled, files: Path, theirs: Path, tmp_path: Path) -> None:

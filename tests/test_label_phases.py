@@ -12,8 +12,10 @@ from helpers import label_config, random_pixels, tiny_context
 from test_label_store import COUNT, SEED, SIZE, layout, written
 from test_student import soft_labels, student, trainable
 
-from cvdd.chain.compare import compare
+from cvdd.chain.compare import compare, distil
+from cvdd.chain.students import labels_of
 from cvdd.chain.training import load_curve
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_phases import HardBetweenSoft
@@ -22,6 +24,7 @@ from cvdd.label_store import StoredLabels
 from cvdd.labels import HardLabels
 from cvdd.losses import mixed_cross_entropy
 from cvdd.replay import replay
+from cvdd.schema import with_overrides
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
@@ -158,7 +161,8 @@ def test_a_few_labels_teach_many_epochs(tmp_path: Path) -> None:
     [
         ("protocol.label_smoothing=0.1", "set protocol.label_smoothing=0.0, or a protocol.hard_share"),
         ("label=hard protocol=hard protocol.hard_share=0.5", "set protocol.hard_share=0.0"),
-        ("label=hard protocol=hard protocol.repeat_labels=true", "or protocol.repeat_labels=false"),
+        ("label=hard protocol=hard protocol.repeat_labels=true", "set protocol.repeat_labels=false"),
+        ("protocol.epochs=5 protocol.hard_share=0.1 label.epochs=5", "set protocol.hard_share to at least 0.2"),
         ("label.store=none protocol.repeat_labels=true", "set label.store=logits"),
         ("label.keep=0.5 protocol.repeat_labels=true", "label.keep=1"),
         ("protocol.epochs=10 protocol.hard_share=0.5", "set label.epochs=5"),
@@ -175,9 +179,55 @@ def test_what_cannot_be_is_refused(typed: str, said: str, compose: Compose) -> N
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("more", [(), ("debug=smoke",), ("compare=dd_ranking",)])
+SMOKE_OF_FEW = ("debug=smoke", "label.epochs=2", "protocol.epochs=4", "compare=dd_ranking")
+
+
+@pytest.mark.parametrize("more", [(), ("debug=smoke",), ("compare=dd_ranking",), SMOKE_OF_FEW])
 def test_the_published_recipe_goes_with_the_rest(more: tuple[str, ...], compose: Compose) -> None:
     config = compose("evaluate", "label=hald", "protocol=hald", *more)
-    assert (config.label.epochs, config.label.batch_size, config.label.halves) == (10, 16, False)
+    assert (config.label.epochs, config.label.batch_size, config.label.halves) == (
+        2 if more == SMOKE_OF_FEW else 10,
+        16,
+        False,
+    )
     if not more:
         assert (config.protocol.hard_epochs, config.protocol.soft_epochs) == (150, 150)
+
+
+def test_a_pool_is_seen_whole_whatever_is_between(compose: Compose) -> None:
+    """Its batches are drawn in every epoch of soft labels, however few these are."""
+    config = compose("evaluate", "label.keep=0.5", "protocol.hard_share=0.5")
+    assert config.label.epochs == config.protocol.epochs == 2 * config.protocol.soft_epochs
+
+
+def test_rows_of_classes_learn_nothing_else(compose: Compose) -> None:
+    """What DD-Ranking's scores call hard labels is the same beside any labels."""
+    found = []
+    for chosen in (("label=hald", "protocol=hald"), ("label=lpqld", "protocol=lpqld"), ("protocol=paper",)):
+        config = compose("evaluate", *chosen, "compare=dd_ranking", "protocol.eta=1", "protocol.accumulation=1")
+        row = with_overrides(config, {**config.compare["hard_labels"], "compare": {}})
+        batches = {"batch_size", "crop_scale", "stack", "weights"}
+        found.append((row.protocol, row.label.model_dump(exclude=batches)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_each_seed_sees_other_hard_epochs(tmp_path: Path) -> None:
+    """Soft labels are shared by all students; what is drawn beside them is not."""
+    context = tiny_context(tmp_path, *FEW_LABELS)
+    labels = distil(context, "").labels
+    pixels = load_images(labels.images)[0]
+    first, second, again = (labels_of(labels, context.config.protocol, pixels, seed) for seed in (0, 1, 0))
+    for epoch in range(8):
+        plans = [one.epoch(epoch)[0].record().tobytes() for one in (first, second, again)]
+        assert plans[0] == plans[2]
+        assert (plans[0] == plans[1]) == (epoch not in range(2, 6))
+
+
+def test_whole_epochs_are_not_kept(tmp_path: Path) -> None:
+    """Only who draws batches of any epoch needs them all."""
+    for changes, kept in (({}, 1), ({"keep": 0.7}, 3)):
+        (tmp_path / str(kept)).mkdir()
+        stored = written(tmp_path / str(kept), parameters="seed", **changes)
+        for epoch in range(3):
+            stored.epoch(epoch)
+        assert len(stored._drawn_again) <= kept

@@ -68,6 +68,12 @@ def test_numbers_that_leave_nothing_out_are_refused(top: int, classes: int) -> N
         check_top(top, classes)
 
 
+def test_all_but_one_may_be_kept_where_nothing_stands_for_the_others() -> None:
+    check_top(9, 10, "nothing")
+    with pytest.raises(ConfigError, match=r"at most 9 are kept .* label\.top=null label\.rest=mean for all"):
+        check_top(10, 10, "nothing")
+
+
 def test_a_command_refuses_them_before_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^label\.top=9: of 10 logits"):
         check_before_work(tiny_context(tmp_path, "label.top=9"))

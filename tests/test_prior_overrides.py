@@ -45,6 +45,8 @@ def measured(config: RunConfig, member: str = "resnet18") -> RunConfig:
             "label.randaugment=true",
             "label.keep=0.5",
         ),
+        ("label=lpqld", "protocol=lpqld", "label.teachers=committee", "label.weights=prior"),
+        ("label=hald", "protocol=hald", "label.teachers=committee", "label.weights=prior", "protocol.loss=kl"),
     ],
     ids=" ".join,
 )
@@ -65,7 +67,9 @@ def test_a_prior_is_measured_in_the_plain_loop_with_plain_labels(overrides: tupl
         "keep": 1.0,
     }
     assert found.label.model_dump(include=set(label)) == label
-    assert (found.label.teachers, found.protocol.loss) == (["resnet18"], "kl")
+    assert (found.label.teachers, found.label.top, found.protocol.loss) == (["resnet18"], None, "kl")
+    ways = {"hard_share", "repeat_labels", "label_smoothing", "temperature_factor", "student_temperature"}
+    assert found.protocol.model_dump(include=ways) == usual.protocol.model_dump(include=ways)
     assert found.compare == {}
     assert not needs_priors(found)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_context
+from test_label_phases import FEW_LABELS
 from torchvision.io import ImageReadMode, decode_image
 
 import cvdd
 from cvdd.artifact import DamagedArtifact
-from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.compare import Distilled, Result, compare
 from cvdd.config_base import ConfigError
 from cvdd.share import CARD, PREVIEW, main, students_of
 
@@ -52,6 +54,19 @@ def test_a_folder_has_all_that_others_need(
     # Ten classes of two images, a pixel between them.
     assert preview.shape == (3, 10 * 33 + 1, 2 * 33 + 1)
     assert torch.equal(preview[:, 1:33, 1:33], ours.images[0])
+
+
+def test_a_card_says_how_students_go_through_few_labels(tmp_path: Path) -> None:
+    distilled, _ = compare(tiny_context(tmp_path, *FEW_LABELS, "label.top=3", "label.rest=nothing"))
+    labels = distilled[0].labels.artifact
+    assert labels is not None
+    main([str(labels.path), str(tmp_path / "set")])
+    card = (tmp_path / "set" / CARD).read_text()
+    told = "protocol.epochs=8 protocol.accumulation=2 protocol.hard_share=0.5 protocol.repeat_labels=true"
+    assert f"compare=none {told} protocol.label_smoothing=0.8\n" in card
+    assert "the 3 largest logits are kept" in card
+    (_, logits), *_ = cvdd.load(labels.path).batches(0)
+    assert logits.isfinite().sum(dim=1).tolist() == [3] * 8
 
 
 def test_students_of_other_labels_are_not_counted(made: tuple[Distilled, Result]) -> None:

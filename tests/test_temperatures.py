@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose
-from helpers import protocol_config, quiet_trainer
+from helpers import MEAN, STD, protocol_config, quiet_trainer, random_pixels
 from test_graphs import fit, student_of
-from test_student import soft_labels, student, trainable
+from test_student import SIZE, soft_labels, student, trainable
 
 from cvdd.config_base import ConfigError
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.losses import soft_label_loss
 from cvdd.passes import Passes
 from cvdd.recorded_student import RecordedStudent
+from cvdd.replay import replay
 from cvdd.schedules import teacher_temperature
-from cvdd.temperatures import CALIBRATED, calibrated_temperature, temperatures_of
+from cvdd.temperatures import CALIBRATED, Temperatures, calibrated_temperature, temperatures_of
 
 LPQLD = {"temperature_factor": 0.7, "student_temperature": "calibrated", "accumulation": 1}
 
@@ -64,7 +65,11 @@ def test_classes_without_a_logit_have_no_probability() -> None:
 
 def test_constant_temperatures_are_numbers() -> None:
     assert temperatures_of(protocol_config()) is None
-    assert temperatures_of(protocol_config(temperature_factor=0.5)) is not None
+    for changes in (
+        {"temperature_factor": 0.5, "temperature_epochs": 2},
+        {"student_temperature": "calibrated", "accumulation": 1},
+    ):
+        assert temperatures_of(protocol_config(**changes)) is not None
 
 
 def test_a_student_takes_what_fitted_the_last_batch() -> None:
@@ -89,27 +94,82 @@ def test_a_student_takes_what_fitted_the_last_batch() -> None:
     assert float(module.temperatures.student) == pytest.approx(fitted)
 
 
-@pytest.mark.parametrize("changes", [LPQLD, {"temperature_factor": 0.7, "temperature_squared": True}])
+FALLING = {"temperature_factor": 0.7, "temperature": 1.5, "temperature_epochs": 2, "temperature_least": 0.5}
+"""Low enough that a student does not always want the highest temperature there is."""
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("student_temperature", ["teachers", "calibrated"])
+def test_the_loss_is_that_of_the_epochs_temperatures(student_temperature: str, squared: bool) -> None:
+    labels = soft_labels()
+    item = SoftLabelDataset(labels)[0]
+    changes = {**FALLING, "accumulation": 1, "student_temperature": student_temperature, "temperature_squared": squared}
+    module = student(trainable(), labels, **changes)
+    assert module.temperatures is not None
+    module.temperatures.following.fill_(0.3)
+    for epoch, temperature in ((0, 1.5), (1, 1.05), (3, 0.735), (7, 0.5)):
+        module.temperatures.begin(epoch)
+        own = float(module.temperatures.student)
+        assert own == pytest.approx(temperature if student_temperature == "teachers" else own)
+        shown = replay(random_pixels(20, SIZE), item.replay, MEAN, STD)
+        expected = soft_label_loss(module.network(shown), item.logits, temperature, own).item()
+        found = module.training_step(item, 0).item()
+        assert found == pytest.approx(expected * (temperature**2 if squared else 1), rel=1e-4)
+        with torch.no_grad():
+            liked = calibrated_temperature(module.network(shown), item.logits, torch.tensor(temperature), CALIBRATED)
+        if student_temperature == "calibrated":
+            assert float(module.temperatures.following) == pytest.approx(float(liked), abs=0.011)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("stop", [3, 6])
-def test_it_goes_on_at_the_temperature_that_it_had(changes: dict[str, Any], stop: int, tmp_path: Path) -> None:
-    """Recorded or not, whole or interrupted, it is the same training."""
-    more = {**changes, "temperature_epochs": 2, "temperature_least": 1.0}
-    accumulation = more.pop("accumulation", 2)
-    curves = []
+def test_it_goes_on_at_the_temperature_that_it_had(
+    calibrated: bool, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded or not, whole or interrupted, it is the same training, whose temperatures differ from epoch to epoch."""
+    changes = {**FALLING, "student_temperature": "calibrated" if calibrated else "teachers"}
+    begun_at: list[tuple[float, float]] = []
+    begin = Temperatures.begin
+
+    def noting(self: Temperatures, epoch: int) -> None:
+        begin(self, epoch)
+        begun_at.append((round(float(self.teachers), 4), round(float(self.student), 4)))
+
+    monkeypatch.setattr(Temperatures, "begin", noting)
+    curves, passed = [], []
     for record in (False, True):
-        module, loader = student_of(accumulation, "cpu", Passes(record=record), trainable(), **more)
+        module, loader = student_of(1, "cpu", Passes(record=record), trainable(), **changes)
         assert isinstance(module, RecordedStudent) == record
         fit(module, loader, 8, "cpu")
         curves.append(module.curve)
+        passed.append(begun_at.copy())
+        begun_at.clear()
     assert curves[0] == curves[1]
-    begun, loader = student_of(accumulation, "cpu", Passes(), trainable(), **more)
+    assert passed[0] == passed[1]
+    assert [teachers for teachers, _ in passed[0]] == [1.5, 1.05, 1.05, 0.735, 0.735, 0.5145, 0.5145, 0.5]
+    if calibrated:
+        assert len({own for _, own in passed[0]}) > 3
+    begun, loader = student_of(1, "cpu", Passes(), trainable(), **changes)
     trainer = quiet_trainer(stop, loader, "cpu")
     trainer.fit(begun, loader)
     trainer.save_checkpoint(tmp_path / "begun.ckpt")
-    other, loader = student_of(accumulation, "cpu", Passes(), trainable(seed=5), **more)
+    other, loader = student_of(1, "cpu", Passes(), trainable(seed=5), **changes)
     loader.sampler.set_epoch(stop)
     quiet_trainer(8, loader, "cpu").fit(other, loader, ckpt_path=str(tmp_path / "begun.ckpt"), weights_only=True)
     assert other.curve == curves[0]
+    assert begun_at == passed[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [{}, {"student_temperature": "calibrated"}])
+def test_a_recorded_step_reads_the_temperatures(more: dict[str, Any]) -> None:
+    """They lie where they lay when it was recorded."""
+    curves = []
+    for record in (False, True):
+        module, loader = student_of(1, "cuda", Passes(record=record), trainable(), **FALLING, **more)
+        fit(module, loader, 8, "cuda")
+        curves.append([row["train_loss"] for row in module.curve])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +177,8 @@ def test_it_goes_on_at_the_temperature_that_it_had(changes: dict[str, Any], stop
     [
         ("protocol.temperature_epochs=10", "set protocol.temperature_epochs=30, or a protocol.temperature_factor"),
         ("protocol.temperature_least=1", "set protocol.temperature_least=2.0, or a protocol.temperature_factor"),
-        ("protocol.temperature=1 protocol.temperature_factor=0.5", "at most protocol.temperature=1.0"),
+        ("protocol.temperature=2 protocol.temperature_factor=0.5", "less than protocol.temperature=2.0"),
+        ("protocol.epochs=20 protocol.temperature_factor=0.7", "set protocol.temperature_epochs to at most 20"),
         ("protocol.student_temperature=calibrated", "set protocol.accumulation=1, or"),
         ("label.rest=nothing", "set label.rest=mean, or a label.top"),
         ("label.top=3 label.rest=nothing protocol.loss=mse", "set label.rest=mean, or protocol.loss=kl"),

@@ -104,7 +104,7 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
     weights = _weights(context, names, priors)
     count = int(images.metrics["images"])
     check_batches(count, label)
-    check_top(label.top, len(data.classes))
+    check_top(label.top, len(data.classes), label.rest)
     identity = {
         "label": label.model_dump(mode="json", exclude=_ignored(label)),
         # A balanced average has equal weights too, and other logits.

@@ -42,8 +42,15 @@ def _ignored(protocol: ProtocolConfig) -> set[str]:
     return {"name", "seeds", "images", "full_data", "eval_batch"} | unused
 
 
-def _labels(labels: Labels, protocol: ProtocolConfig, pixels: Tensor, seed: int) -> SoftLabels:
-    """Return what each epoch of a student teaches."""
+def labels_of(labels: Labels, protocol: ProtocolConfig, pixels: Tensor, seed: int) -> SoftLabels:
+    """Return what each epoch of a student teaches.
+
+    Args:
+        labels: of the images that it is trained on.
+        protocol: of the student.
+        pixels: [n, 3, size, size] uint8, these images.
+        seed: of the student, from which views and mixes of its hard epochs are drawn.
+    """
     soft = labels.open(pixels, protocol.repeat_labels)
     if not protocol.hard_epochs:
         return soft
@@ -86,7 +93,7 @@ def make_student(
     def train(work: Path) -> StudentModule:
         evaluator = evaluator_of(context, part)
         pixels, classes = load_images(labels.images)
-        dataset = SoftLabelDataset(_labels(labels, protocol, pixels, seed), context.device)
+        dataset = SoftLabelDataset(labels_of(labels, protocol, pixels, seed), context.device)
         title = f"student {name} seed {seed}"
         with context.progress(title, protocol.epochs) as advance:
             module, loader = make_student_module(

@@ -35,9 +35,10 @@ def label_problems(
             "protocol.loss=kl or mse"
         )
     if label.rest == "nothing" and protocol.loss != "kl":
+        mean = "" if label.given is not None else "label.rest=mean, or "
         yield (
-            f"label.rest=nothing leaves classes without a logit, which protocol.loss={protocol.loss} needs; set "
-            "label.rest=mean, or protocol.loss=kl"
+            f"label.rest=nothing leaves classes without a logit, which protocol.loss={protocol.loss} needs; set {mean}"
+            "protocol.loss=kl"
         )
     if protocol.student == "protocol":
         because = ", which together count more than a batch"
@@ -57,21 +58,23 @@ def _epoch_problems(label: LabelConfig, protocol: ProtocolConfig) -> Iterator[st
     can_repeat = (label.store == "logits" or given) and label.keep == 1
     if protocol.repeat_labels:
         if not can_repeat:
+            stored = "" if given or label.hard else "label.store=logits and label.keep=1, or "
             yield (
-                "protocol.repeat_labels=true draws from stored label batches, from all of them; set label.store=logits "
-                "and label.keep=1, or protocol.repeat_labels=false"
+                "protocol.repeat_labels=true draws from stored label batches, from all of them; set "
+                f"{stored}protocol.repeat_labels=false"
             )
     elif soft > label.epochs:
-        more = "" if given else f"label.epochs={soft} or "
-        again = ", or protocol.repeat_labels=true to see them more than once" if can_repeat and not given else ""
         beside = f" without the {hard} of protocol.hard_share" if hard else ""
         fewer = range(label.epochs, protocol.epochs)
         enough = max(epochs for epochs in fewer if protocol.soft_epochs_of(epochs) <= label.epochs)
+        ways = [*([] if given else [f"label.epochs={soft}"]), f"protocol.epochs={enough}"]
+        # Records of the published programs are given labels that cannot.
+        again = ", or protocol.repeat_labels=true to see them more than once" if can_repeat and not given else ""
         yield (
             f"protocol.epochs={protocol.epochs}{beside} needs labels of as many epochs, and label.epochs is "
-            f"{label.epochs}; set {more}protocol.epochs={enough}{again}"
+            f"{label.epochs}; set {' or '.join(ways)}{again}"
         )
-    if hard and not given and not label.hard and label.epochs > soft:
+    if hard and not given and not label.hard and label.keep == 1 and label.epochs > soft:
         yield (
             f"label.epochs={label.epochs} are more than students see, as protocol.hard_share={protocol.hard_share} of "
             f"protocol.epochs={protocol.epochs} need none; set label.epochs={soft}"

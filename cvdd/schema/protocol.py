@@ -121,6 +121,11 @@ class ProtocolConfig(CheckedConfig):
         if self.decay != "matrices" and not self.weight_decay:
             yield "protocol.decay=all is of protocol.weight_decay, which is 0; set protocol.decay=matrices"
         yield from self._temperature_problems()
+        if self.hard_share and not self.hard_epochs and self.epochs > 1:
+            yield (
+                f"protocol.hard_share={self.hard_share} of protocol.epochs={self.epochs} is no epoch; set "
+                f"protocol.hard_share to at least {1 / self.epochs:.2g}, or to 0.0"
+            )
         if self.label_smoothing and not self.hard_share and self.loss != "cross_entropy":
             yield (
                 f"protocol.label_smoothing={self.label_smoothing} is of the images' own classes, which protocol.loss="
@@ -137,10 +142,17 @@ class ProtocolConfig(CheckedConfig):
                     f"protocol.{name}={value} is of protocol.temperature_factor, and a factor of 1 changes nothing; "
                     f"set protocol.{name}={default}, or a protocol.temperature_factor"
                 )
-        if self.temperature_factor < 1 and self.temperature_least > self.temperature:
+        if self.temperature_factor < 1 and self.temperature_least >= self.temperature:
             yield (
-                f"protocol.temperature_least={self.temperature_least} is above the temperature to begin with; set it "
-                f"to at most protocol.temperature={self.temperature}"
+                f"protocol.temperature_least={self.temperature_least} is not below the temperature to begin with; set "
+                f"it to less than protocol.temperature={self.temperature}, or protocol.temperature_factor=1.0"
+            )
+        # A single epoch is debug=smoke.
+        if self.temperature_factor < 1 and 1 < self.epochs < self.temperature_epochs:
+            yield (
+                f"protocol.temperature_epochs={self.temperature_epochs} of protocol.epochs={self.epochs} leave the "
+                f"temperature as it is; set protocol.temperature_epochs to at most {self.epochs}, or "
+                "protocol.temperature_factor=1.0"
             )
         if self.student_temperature == "calibrated" and self.accumulation > 1:
             yield (
