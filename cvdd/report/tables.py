@@ -68,7 +68,7 @@ def print_results(results: Sequence[Mapping[str, Any]], measured: str = "test") 
     protocols = list(dict.fromkeys(result["protocol"] for result in results))
     title = f"top-1 in percent on {measured} images, last epoch, with standard error"
     if len(protocols) == 1:
-        title += f"; protocol {protocols[0]}"
+        title += f"\nprotocol {protocols[0]}"
     table = new_table(title)
     names = ["row", "student"] + (["protocol"] if len(protocols) > 1 else [])
     for column in names:
