@@ -94,16 +94,6 @@ def test_digits_at_ipc_10(compose: Compose) -> None:
     assert list(costs) == ["members", "patches", "priors", "images", "labels", "students"]
 
 
-def test_epochs_of_hard_labels_are_not_scored(compose: Compose) -> None:
-    """Half of 200 epochs; an epoch of a pool shows batches of 16 in the place of the last four images."""
-    halved = ("compare=none", "protocol.hard_share=0.5", "label.epochs=100", "protocol.seeds=[0]")
-    fresh = works(compose("evaluate", *halved, "label.store=none"))
-    assert total(fresh, "students", ScoreStep) == 5 * 100 * 100
-    assert total(fresh, "students", StudentStep) == 200 * 10
-    pool = works(compose("evaluate", *halved, "label.epochs=200", "label.keep=0.5", "label.batch_size=16"))
-    assert total(pool, "students", StudentStep) == pytest.approx(100 * 7 + 100 * 100 / 16)
-
-
 def test_imagenet_at_ipc_50_without_its_images(compose: Compose) -> None:
     config = compose("evaluate", "experiment=cvdd_table1_imagenet1k_ipc50_r18")
     counted = works(config)

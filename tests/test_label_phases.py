@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Compose
 from helpers import label_config, random_pixels, tiny_context
+from test_cost import total, works
 from test_label_store import COUNT, SEED, SIZE, layout, written
 from test_student import soft_labels, student, trainable
 
@@ -17,6 +18,7 @@ from cvdd.chain.students import labels_of
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
+from cvdd.cost.steps import ScoreStep, StudentStep
 from cvdd.label_batches import SoftLabelDataset
 from cvdd.label_phases import HardBetweenSoft
 from cvdd.label_pool import LabelPool
@@ -231,3 +233,13 @@ def test_whole_epochs_are_not_kept(tmp_path: Path) -> None:
         for epoch in range(3):
             stored.epoch(epoch)
         assert len(stored._drawn_again) <= kept
+
+
+def test_epochs_of_hard_labels_are_not_scored(compose: Compose) -> None:
+    """Half of 200 epochs; an epoch of a pool shows batches of 16 in the place of the last four images."""
+    halved = ("compare=none", "protocol.hard_share=0.5", "label.epochs=100", "protocol.seeds=[0]")
+    fresh = works(compose("evaluate", *halved, "label.store=none"))
+    assert total(fresh, "students", ScoreStep) == 5 * 100 * 100
+    assert total(fresh, "students", StudentStep) == 200 * 10
+    pool = works(compose("evaluate", *halved, "label.epochs=200", "label.keep=0.5", "label.batch_size=16"))
+    assert total(pool, "students", StudentStep) == pytest.approx(100 * 7 + 100 * 100 / 16)

@@ -181,7 +181,7 @@ def _ignored(label: LabelConfig) -> set[str]:
 
 
 def open_labels(
-    context: Context, artifact: Artifact, images: Artifact, pixels: Tensor, in_rounds: bool
+    context: Context, artifact: Artifact, images: Artifact, pixels: Tensor, in_rounds: bool = False
 ) -> StoredLabels:
     """Open a label store for the images that it was made for.
 
