@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,12 +22,18 @@ from cvdd.chain.priors import priors_needed, shares_priors
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.label_pool import LabelPool
 from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, members_used, teachers_of, votes_by_priors
 from cvdd.units import plan_units
+
+log = logging.getLogger(__name__)
+
+MEMORIES = 20
+"""Of AdamW: 12 until squares of gradients that were 400 times as large are as small as others, and some to forget them."""
 
 
 def check_before_work(context: Context) -> None:
@@ -54,6 +61,8 @@ def check_before_work(context: Context) -> None:
         with _said_of(name):
             check_batches(_images(row), row.config.label)
             check_top(row.config.label.top, _classes(row), row.config.label.rest)
+    for name, row in rows.items() if config.verb == "evaluate" else ():
+        _warn_of_hard_epochs(name, row)
     for name, row in measuring.items():
         with _said_of(name):
             check_batches(_images(row), row.config.label, measures_prior=True)
@@ -105,6 +114,28 @@ def _said_of(row: str) -> Iterator[None]:
         if not row:
             raise
         raise ConfigError(f"{row}: {error}") from error
+
+
+def _warn_of_hard_epochs(name: str, row: Context) -> None:
+    """Say where students cannot go on after hard epochs.
+
+    AdamW divides by the size of the last 1 / (1 - beta2) steps' gradients, and without T^2 those of a divergence are
+    some T^2 times smaller than those of classes.
+    """
+    protocol = row.config.protocol
+    if not protocol.hard_epochs or protocol.optimizer != "adamw" or protocol.loss != "kl":
+        return
+    batches = LabelPool.of(row.config.label, _images(row)).batches
+    steps = batches * (protocol.soft_epochs - protocol.soft_epochs // 2)
+    remembered = round(1 / (1 - protocol.betas[1]))
+    if not protocol.temperature_squared and steps < MEMORIES * remembered:
+        log.warning(
+            "%sAdamW remembers the gradients of %d steps, and those of hard epochs are far larger than those of soft "
+            "labels: in the %d steps after them students hardly learn. Type protocol.temperature_squared=true",
+            f"{name}: " if name else "",
+            remembered,
+            steps,
+        )
 
 
 def _measuring(rows: Mapping[str, Context]) -> dict[str, Context]:

@@ -25,6 +25,7 @@ from cvdd.label_pool import LabelPool
 from cvdd.label_store import StoredLabels
 from cvdd.labels import HardLabels
 from cvdd.losses import mixed_cross_entropy
+from cvdd.preflight import check_before_work
 from cvdd.replay import replay
 from cvdd.schema import with_overrides
 
@@ -243,3 +244,27 @@ def test_epochs_of_hard_labels_are_not_scored(compose: Compose) -> None:
     assert total(fresh, "students", StudentStep) == 200 * 10
     pool = works(compose("evaluate", *halved, "label.epochs=200", "label.keep=0.5", "label.batch_size=16"))
     assert total(pool, "students", StudentStep) == pytest.approx(100 * 7 + 100 * 100 / 16)
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ((), True),
+        (("protocol.temperature_squared=true",), False),
+        (("protocol.optimizer=muon",), False),
+        (("protocol.hard_share=0.0", "protocol.label_smoothing=0.0"), False),
+        # Ten epochs of three batches, and a memory of one step.
+        (("protocol.betas=[0.0,0.1]", "protocol.epochs=40"), False),
+    ],
+)
+def test_students_that_hard_epochs_would_still_are_named(
+    more: tuple[str, ...], warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of 4 soft epochs of 3 batches are 6 steps, and AdamW remembers a thousand."""
+    check_before_work(tiny_context(tmp_path, *FEW_LABELS, *more))
+    said = [record.getMessage() for record in caplog.records if record.name == "cvdd.preflight"]
+    assert bool(said) == warned
+    if warned:
+        assert "remembers the gradients of 1000 steps" in said[0]
+        assert "in the 6 steps after them" in said[0]
+        assert said[0].endswith("Type protocol.temperature_squared=true")
