@@ -33,7 +33,7 @@ from cvdd.units import plan_units
 log = logging.getLogger(__name__)
 
 MEMORIES = 20
-"""Of AdamW: 12 until squares of gradients that were 400 times as large are as small as others, and some to forget them."""
+"""Of AdamW: 12 until squares of gradients that were 400 times as large are as small as others, and some more."""
 
 
 def check_before_work(context: Context) -> None:
@@ -61,8 +61,8 @@ def check_before_work(context: Context) -> None:
         with _said_of(name):
             check_batches(_images(row), row.config.label)
             check_top(row.config.label.top, _classes(row), row.config.label.rest)
-    for name, row in rows.items() if config.verb == "evaluate" else ():
-        _warn_of_hard_epochs(name, row)
+    if config.verb == "evaluate":
+        _warn_of_hard_epochs(rows)
     for name, row in measuring.items():
         with _said_of(name):
             check_batches(_images(row), row.config.label, measures_prior=True)
@@ -116,26 +116,34 @@ def _said_of(row: str) -> Iterator[None]:
         raise ConfigError(f"{row}: {error}") from error
 
 
-def _warn_of_hard_epochs(name: str, row: Context) -> None:
-    """Say where students cannot go on after hard epochs.
+def _warn_of_hard_epochs(rows: Mapping[str, Context]) -> None:
+    """Say, of rows that are alike once, where students hardly learn after hard epochs."""
+    said: dict[str, str] = {}
+    for name, row in rows.items():
+        if text := _standstill(row):
+            said.setdefault(text, f"{name}: " if name else "")
+    for text, where in said.items():
+        log.warning("%s%s", where, text)
+
+
+def _standstill(row: Context) -> str | None:
+    """Why students of a row hardly learn after hard epochs, if so.
 
     AdamW divides by the size of the last 1 / (1 - beta2) steps' gradients, and without T^2 those of a divergence are
     some T^2 times smaller than those of classes.
     """
     protocol = row.config.protocol
     if not protocol.hard_epochs or protocol.optimizer != "adamw" or protocol.loss != "kl":
-        return
+        return None
     batches = LabelPool.of(row.config.label, _images(row)).batches
     steps = batches * (protocol.soft_epochs - protocol.soft_epochs // 2)
     remembered = round(1 / (1 - protocol.betas[1]))
-    if not protocol.temperature_squared and steps < MEMORIES * remembered:
-        log.warning(
-            "%sAdamW remembers the gradients of %d steps, and those of hard epochs are far larger than those of soft "
-            "labels: in the %d steps after them students hardly learn. Type protocol.temperature_squared=true",
-            f"{name}: " if name else "",
-            remembered,
-            steps,
-        )
+    if protocol.temperature_squared or steps >= MEMORIES * remembered:
+        return None
+    return (
+        f"AdamW remembers the gradients of {remembered} steps, and those of hard epochs are far larger than those of "
+        f"soft labels: in the {steps} steps after them students hardly learn. Type protocol.temperature_squared=true"
+    )
 
 
 def _measuring(rows: Mapping[str, Context]) -> dict[str, Context]:
