@@ -22,6 +22,10 @@ class StrictConfig(BaseModel):
         extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
     )
 
+    def at_default(self, name: str) -> bool:
+        """Whether a field is what it would be if nobody had said anything."""
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
+
 
 class CheckedConfig(StrictConfig):
     """A part of the configuration whose fields must agree with each other.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cvdd.schema import LabelConfig
+from cvdd.schema.types import whole_part
 from cvdd.seeds import generator
 
 
@@ -39,8 +40,7 @@ class LabelPool:
     @property
     def stored(self) -> int:
         """Batches that are stored."""
-        # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
-        return int(round(self.keep * self.epochs * self.batches, 6))
+        return whole_part(self.keep, self.epochs * self.batches)
 
     @property
     def labelled_epochs(self) -> int:

@@ -124,11 +124,12 @@ class StudentModule(Classifier):
         if protocol.loss == "mse":
             # The released programs take the class of the unmixed image also for mixed ones.
             return logit_loss(student, teacher, classes[part], protocol.hard_label_weight)
-        if self.temperatures is not None:
+        temperature: float | Tensor
+        if self.temperatures is None:
+            loss, temperature = soft_label_loss(student, teacher, protocol.temperature), protocol.temperature
+        else:
             loss, temperature = self.temperatures.loss(student, teacher), self.temperatures.teachers
-            return loss * temperature**2 if protocol.temperature_squared else loss
-        loss = soft_label_loss(student, teacher, protocol.temperature)
-        return loss * protocol.temperature**2 if protocol.temperature_squared else loss
+        return loss * temperature**2 if protocol.temperature_squared else loss
 
     def on_train_batch_end(self, outputs: Any, batch: LabelledBatch, batch_index: int) -> None:
         """Move the average towards the parameters of this step."""

@@ -175,9 +175,9 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
 
 
 def _ignored(label: LabelConfig) -> set[str]:
-    ignored = {"name", "teachers", "weights", "store", "parameters", "given"}
     # Whole logits are what every label had before they could be shortened, and the mean is what others became.
-    return ignored | ({"top"} if label.top is None else set()) | ({"rest"} if label.rest == "mean" else set())
+    added = filter(label.at_default, ("top", "rest"))
+    return {"name", "teachers", "weights", "store", "parameters", "given", *added}
 
 
 def open_labels(

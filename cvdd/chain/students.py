@@ -38,8 +38,7 @@ ADDED = (
 
 
 def _ignored(protocol: ProtocolConfig) -> set[str]:
-    unused = {name for name in ADDED if getattr(protocol, name) == ProtocolConfig.model_fields[name].default}
-    return {"name", "seeds", "images", "full_data", "eval_batch"} | unused
+    return {"name", "seeds", "images", "full_data", "eval_batch", *filter(protocol.at_default, ADDED)}
 
 
 def labels_of(labels: Labels, protocol: ProtocolConfig, pixels: Tensor, seed: int) -> SoftLabels:

@@ -99,7 +99,7 @@ class ApmConfig(CheckedConfig):
             yield f"method.apm.first_part={self.first_part}: choose 0 to {self.parts - 1} (method.apm.parts - 1)"
         if len(set(self.augmentations)) != len(self.augmentations):
             yield f"method.apm.augmentations={self.augmentations} repeats a family"
-        if not self.whitening and self.whitening_eps != type(self).model_fields["whitening_eps"].default:
+        if not self.whitening and not self.at_default("whitening_eps"):
             yield "method.apm.whitening_eps is of method.apm.whitening, which is false"
         if self.discrepancy == 0 and self.ce == 0:
             yield "method.apm.discrepancy=0 and method.apm.ce=0 leave nothing to optimise"

@@ -105,5 +105,5 @@ class MttConfig(CheckedConfig):
             yield f"method.mtt.steps_in_graph is of gradient=unrolled; gradient={self.gradient} always holds one step"
         if len(set(self.augmentations)) != len(self.augmentations):
             yield f"method.mtt.augmentations={self.augmentations} repeats a family"
-        if not self.whitening and self.whitening_eps != type(self).model_fields["whitening_eps"].default:
+        if not self.whitening and not self.at_default("whitening_eps"):
             yield "method.mtt.whitening_eps is of method.mtt.whitening, which is false"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cvdd.config_base import CheckedConfig
-from cvdd.schema.types import Betas, Name, Positive
+from cvdd.schema.types import Betas, Name, Positive, whole_part
 from cvdd.schema.unread import unread_fields
 
 
@@ -111,8 +111,7 @@ class ProtocolConfig(CheckedConfig):
 
     def soft_epochs_of(self, epochs: int) -> int:
         """Return how many of so many epochs would teach what the label recipe says."""
-        # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
-        return epochs - int(round(self.hard_share * epochs, 6))
+        return epochs - whole_part(self.hard_share, epochs)
 
     def _problems(self) -> Iterator[str]:
         if len(set(self.seeds)) != len(self.seeds):

@@ -42,3 +42,9 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[_Decay, _Decay], BeforeValidator(_pair)]
 # In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
 Numbers = Annotated[dict[str, float], BeforeValidator(_none_is_empty)]
+
+
+def whole_part(share: float, count: int) -> int:
+    """Return how many of ``count`` things a share of them is, rounded down."""
+    # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
+    return int(round(share * count, 6))
