@@ -37,6 +37,11 @@ class BatchStatistics(InputWatch[Moments]):
         return channel_moments(inputs, self.groups, self._across)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What it keeps of the network besides the layers themselves."""
+        return []
+
+    @property
     def layers(self) -> list[nn.BatchNorm2d]:
         """The layers that the forward pass went through."""
         return [self._batchnorm[name] for name in self.measured]

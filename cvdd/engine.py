@@ -205,6 +205,23 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
     return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
 
 
+def hand_over(voter: Voter, other: Voter) -> None:
+    """Give a voter the weights and statistics of another one that was made ready alike, and keep its compiled code.
+
+    Args:
+        voter: stays the same object.
+        other: of the same network.
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(_tensors(voter), _tensors(other), strict=True):
+            mine.copy_(theirs)
+
+
+def _tensors(voter: Voter) -> list[torch.Tensor]:
+    watched = voter.watch.tensors if voter.watch is not None else []
+    return [*voter.network.parameters(), *voter.network.buffers(), *watched]
+
+
 def _for_gpus(network: nn.Module) -> nn.Module:
     if not has_compiler("cuda"):
         return network

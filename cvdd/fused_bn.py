@@ -186,6 +186,11 @@ class FusedStatistics(BatchStatistics):
             moments = [running_moments(layer) for layer in self._batchnorm.values()]
             self._rows = StatisticsRows(moments, self._centres, list(self._composed.values()))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is compared with, laid out in one row."""
+        return [] if self._rows is None else list(self._rows.buffers())
+
     def note(self, name: str, mean: Tensor, square: Tensor) -> None:
         """Take down mean deviation and mean squared deviation of a map, [images, channels] each."""
         self._deviations[name] = mean, square

@@ -22,6 +22,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.residual": 1.0,
         "method.statistics_of": "unit",
         "method.statistics": StatisticsConfig().model_dump(),
+        "method.difficulty": None,
         "method.density": 0.0,
         "method.density_scale": "none",
         "method.crop_schedule": "constant",

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,6 +18,15 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0
 
 Advance = Callable[[int], None]
+
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
+    """Yield items, and count each when the next is asked for."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ _OF_KIND = {
     "patches": "patches",
     "herds": "patches",
     "given": "patches",
+    "difficulty": "patches",
     "labels": "labels",
     "students": "students",
 }

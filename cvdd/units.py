@@ -86,21 +86,25 @@ def plan_units(ipc: int, classes: int, method: MethodConfig) -> list[Unit]:
     ]
 
 
-def plan_stacks(units: Sequence[Unit], draws: Sequence[Draw], units_per_stack: int) -> list[Stack]:
-    """Partition units into stacks: by draw and shape, in order, at most ``units_per_stack`` each.
+def plan_stacks(units: Sequence[Unit], draws: Sequence[Draw], method: MethodConfig) -> list[Stack]:
+    """Partition units into stacks: by draw and shape, in order, at most ``method.units_per_stack`` each.
+
+    Where voters have statistics of their own for each slot, a stack has units of one slot.
 
     Args:
         units: all units.
         draws: the members that vote on each.
-        units_per_stack: the most that share a forward pass.
+        method: how images are made.
     """
-    groups: dict[tuple[Draw, int, int], list[Unit]] = {}
+    groups: dict[tuple[Draw, int, int, int], list[Unit]] = {}
     for unit, draw in zip(units, draws, strict=True):
-        groups.setdefault((draw, unit.stop - unit.start, unit.slots), []).append(unit)
+        slot = 0 if method.grades is None else unit.slot
+        groups.setdefault((draw, unit.stop - unit.start, unit.slots, slot), []).append(unit)
+    most = method.units_per_stack
     parts = [
-        (draw, tuple(group[first : first + units_per_stack]))
-        for (draw, _, _), group in groups.items()
-        for first in range(0, len(group), units_per_stack)
+        (draw, tuple(group[first : first + most]))
+        for (draw, *_), group in groups.items()
+        for first in range(0, len(group), most)
     ]
     return [Stack(index, draw, part) for index, (draw, part) in enumerate(parts)]
 

@@ -43,7 +43,7 @@ def test_stacks_hold_units_of_one_draw_and_one_shape() -> None:
     units = plan_units(5, 25, method_config(classes_per_unit=10))
     by_slot = {0: (0, 1), 1: (0, 2), 2: (0, 1), 3: (0, 2), 4: (0, 1)}
     draws = draw_per_unit(units, method_config(), by_slot.__getitem__)
-    stacks = plan_stacks(units, draws, 4)
+    stacks = plan_stacks(units, draws, method_config(units_per_stack=4))
     assert sorted(unit.name for stack in stacks for unit in stack.units) == sorted(unit.name for unit in units)
     for stack in stacks:
         assert {by_slot[unit.slot] for unit in stack.units} == {stack.draw}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.chain.difficulty import make_difficulty, make_group_statistics
 from cvdd.chain.elsewhere import as_it_was_made
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.given import kept_as_given
@@ -24,7 +25,7 @@ from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere
+from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over
 from cvdd.schema import MethodConfig
 from cvdd.tensor_files import is_whole
 from cvdd.units import Stack, Unit, as_composed, plan_stacks, plan_units
@@ -46,7 +47,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         return kept
     units = plan_units(ipc, len(data.classes), method)
     votes = plan_votes(config, units, priors)
-    stacks = plan_stacks(units, [vote.draw for vote in votes], method.units_per_stack)
+    stacks = plan_stacks(units, [vote.draw for vote in votes], method)
     weights = {unit: vote.weights for unit, vote in zip(units, votes, strict=True)}
     names = list(config.committee.members)
     voting = sorted({index for vote in votes for index in vote.draw})
@@ -70,7 +71,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         require_splittable(context, units)
         # Sums over ranks round in another way than one rank does.
         identity["ranks_of_a_unit"] = context.world.size
-    parents = [members[index] for index in voting] + [recorded[index] for index in recorded]
+    graded = {} if method.grades is None else _graded(context, voting)
+    parents = [members[index] for index in voting] + [*recorded.values(), *graded.values()]
     parents += [patches] if patches is not None else []
     engine = Engine()
     if method.iterations:
@@ -100,6 +102,11 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 stack = stacks[index]
                 if split and context.world.main:
                     context.world.say(f"{work.relative_to(context.store.root)} {index}")
+                for member in stack.draw if graded else ():
+                    # A stack is of one slot, whose statistics the member has from here on.
+                    of_slot = (graded[member], stack.units[0].slot)
+                    alike = load_voter(context, names[member], members[member], engine, of_slot)
+                    hand_over(voters[member], alike)
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
                 kept = replace(engine, **remembered(work))
@@ -122,6 +129,12 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     if split and context.world.main:
         context.world.say(None)
     return images
+
+
+def _graded(context: Context, voting: Sequence[int]) -> dict[int, Artifact]:
+    """Statistics that each member which votes has of the group of real images of each slot."""
+    difficulty, names = make_difficulty(context), list(context.config.committee.members)
+    return {index: make_group_statistics(context, names[index], difficulty) for index in voting}
 
 
 def _note_engine(work: Path, planned: Engine, used: Engine, stacks: Sequence[Stack]) -> None:
@@ -188,8 +201,10 @@ def _all_images(context: Context) -> Artifact:
 def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # Given images are known by their artefact, a parent.
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
+    # Ranks of real images and statistics of their groups are parents; methods without them are older than they are.
+    parts: dict[str, Any] = {"difficulty": True if method.difficulty is None else {"variance_weight", "forward_share"}}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
-        return {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
-    kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "jpeg_round_trip"}
-    return dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)
+        return parts | {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
+    kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "difficulty", "jpeg_round_trip"}
+    return parts | dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.augment import normalise
+from cvdd.chain.difficulty import graded_images, make_difficulty
 from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.unit_files import PATCHES
@@ -91,7 +92,13 @@ def make_herd(context: Context) -> Artifact:
 
 def make_start(context: Context) -> Artifact | None:
     """Return the artefact that holds the initial images, if the method's ``init`` needs one."""
-    makers = {"patches": make_initial_patches, "herding": make_herd, "given": given_start, "from_given": given_start}
+    makers = {
+        "patches": make_initial_patches,
+        "herding": make_herd,
+        "difficulty": make_difficulty,
+        "given": given_start,
+        "from_given": given_start,
+    }
     make = makers.get(context.config.method.init)
     return None if make is None else make(context)
 
@@ -100,8 +107,8 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     """Initial images of all slots: [classes, ipc, 3, size, size] uint8.
 
     With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th, with
-    ``given`` from the k-th of its class; with ``real`` from a random training image, so that the images of a smaller
-    IPC are the first ones of a larger.
+    ``given`` from the k-th of its class, with ``difficulty`` from one of group k; with ``real`` from a random training
+    image, so that the images of a smaller IPC are the first ones of a larger.
 
     Args:
         context: the configuration and its surroundings.
@@ -114,6 +121,8 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     ipc = config.ipc.images_per_class
     if patches is not None and is_distilled(patches):
         return first_images(context, patches)
+    if patches is not None and config.method.init == "difficulty":
+        return graded_images(context, patches)
     if patches is not None:
         return load_file(patches.path / PATCHES)["images"][:, :ipc]
     data = context.data()

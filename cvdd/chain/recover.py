@@ -18,6 +18,7 @@ from torch import Tensor
 from cvdd.artifact import Artifact
 from cvdd.augment import denormalise, normalise, pixel_bounds
 from cvdd.bn import require_batchnorm
+from cvdd.chain.difficulty import take_group_statistics
 from cvdd.chain.members import load_network
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import effective_terms
@@ -216,14 +217,26 @@ def _load_stage(path: Path) -> tuple[Tensor, list[LogRow]]:
         return file.get_tensor("images"), [LogRow(**row) for row in json.loads(file.metadata()["rows"])]
 
 
-def load_voter(context: Context, name: str, artifact: Artifact, engine: Engine) -> Voter:
+def load_voter(
+    context: Context, name: str, artifact: Artifact, engine: Engine, of_group: tuple[Artifact, int] | None = None
+) -> Voter:
     """Load a member that votes, in the form in which it judges.
+
+    Args:
+        context: the configuration and its surroundings.
+        name: of the member.
+        artifact: its own.
+        engine: how it judges.
+        of_group: statistics of groups of real images, and the group whose statistics it has; None for its own.
 
     Raises:
         ConfigError: it has no BatchNorm layer whose statistics could be matched.
     """
     method, member = context.config.method, context.config.committee.members[name]
-    network = load_network(context, artifact, member.backbone).to(context.device)
+    network = load_network(context, artifact, member.backbone)
+    if of_group is not None:
+        take_group_statistics(network, *of_group)
+    network = network.to(context.device)
     if method.r_bn and member.bn_scale and method.statistics.layers == "bn":
         require_batchnorm(network, name)
     return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
-from cvdd.augment import normalise
-from cvdd.chain.members import RealImages, load_network, make_member, side_of_files
+from cvdd.chain.members import load_network, make_member
+from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.layer_statistics import Moments
-from cvdd.member import augment
+from cvdd.progress import counted
 from cvdd.recording import RealStatistics, Table, record_statistics
 from cvdd.seeds import derive_seed, generator
 
@@ -38,18 +36,17 @@ def make_statistics(context: Context, name: str) -> Artifact:
         ConfigError: classes have targets of their own, and one has no images.
     """
     config, data = context.config, context.data()
-    wanted, recipe = config.method.statistics, config.recipe
+    wanted = config.method.statistics
     assert wanted.recorded
     member = make_member(context, name)
     seed = derive_seed(config.seed, "statistics")
-    used = {"crop", "flip"} | ({"pad": {"pad"}, "resized": {"crop_scale"}}.get(recipe.crop) or set())
     identity: dict[str, Any] = {
         "data": data.identity,
         "classes": list(data.classes),
         "layers": wanted.layers,
         "patch": wanted.patch if wanted.layers == "bn_and_conv" else None,
         "class_statistics": wanted.class_statistics if wanted.class_share else None,
-        "augmentation": recipe.model_dump(mode="json", include=used),
+        "augmentation": drawn_by_augmentation(context),
         "batch": wanted.batch,
         "seed": seed,
     }
@@ -59,8 +56,10 @@ def make_statistics(context: Context, name: str) -> Artifact:
             _require_all_classes(context)
         backbone = config.committee.members[name].backbone
         network = load_network(context, member, backbone).to(context.device)
-        with context.progress(f"statistics of {name}", -(-len(data.train) // wanted.batch)) as advance:
-            recorded = record_statistics(network, _batches(context, seed, advance), wanted, len(data.classes))
+        order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(wanted.batch)
+        batches = augmented_batches(context, order, lambda index: generator(seed, "augment", index))
+        with context.progress(f"statistics of {name}", len(order)) as advance:
+            recorded = record_statistics(network, counted(batches, advance), wanted, len(data.classes))
         save_file(_flat(recorded), work / STATISTICS)
         layers = set(recorded.layers) | set(recorded.classes)
         return {"images": len(data.train), "layers": len(layers)}
@@ -103,27 +102,3 @@ def _require_all_classes(context: Context) -> None:
                 f"class {name} has no training images, so there is nothing to match its images to; set "
                 "method.statistics.class_share=0"
             )
-
-
-def _batches(context: Context, seed: int, advance: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all training images once, shuffled: normalised [n, 3, size, size] and their labels [n], on the device."""
-    data, recipe, device = context.data(), context.config.recipe, context.device
-    size = context.config.method.statistics.batch
-    order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(size)
-    for index, (pixels, labels) in enumerate(_pixels(context, list(order))):
-        seen = augment(pixels.to(device), recipe, data.image_size, generator(seed, "augment", index))
-        yield normalise(seen, data.mean, data.std), labels.to(device)
-        advance(1)
-
-
-def _pixels(context: Context, order: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    data = context.data()
-    if data.train.in_memory:
-        for chosen in order:
-            yield data.train.stacked()[chosen], data.train.labels[chosen]
-        return
-    side = side_of_files(data.image_size, context.config.recipe)
-    loader: DataLoader[Any] = DataLoader(
-        RealImages(data, side), sampler=order, batch_size=None, num_workers=context.config.trainer.workers
-    )
-    yield from loader

@@ -102,7 +102,7 @@ def plan_recover(
     """
     units = plan_units(ipc, classes, method)
     voting = [tuple(draw) for draw in draws] or [()] * len(units)
-    stacks = plan_stacks(units, voting, method.units_per_stack)
+    stacks = plan_stacks(units, voting, method)
     shares = dict(zip(units, weights, strict=True)) if method.iterations else {}
     work = []
     for stack in stacks if method.iterations else ():

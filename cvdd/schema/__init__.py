@@ -4,6 +4,7 @@ Hydra composes; this package decides whether the result can run. Nothing else in
 """
 
 from cvdd.schema.committee import CommitteeConfig, MemberConfig, PriorConfig, TemperatureConfig
+from cvdd.schema.difficulty import DifficultyConfig
 from cvdd.schema.engine import EngineConfig
 from cvdd.schema.expected import ExpectedConfig
 from cvdd.schema.label import LabelConfig
@@ -25,6 +26,7 @@ from cvdd.schema.types import Verb
 __all__ = [
     "SILENT",
     "CommitteeConfig",
+    "DifficultyConfig",
     "EngineConfig",
     "ExpectedConfig",
     "IpcConfig",

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.apm import ApmConfig
+from cvdd.schema.difficulty import DifficultyConfig, difficulty_problems
 from cvdd.schema.mtt import MttConfig
 from cvdd.schema.types import Betas, Name, Positive, Range, Share
 from cvdd.schema.unread import unread_settings
@@ -113,10 +114,10 @@ class MethodConfig(CheckedConfig):
 
     name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "herding", "noise", "all", "given", "from_given"] = Field(
+    init: Literal["patches", "real", "herding", "difficulty", "noise", "all", "given", "from_given"] = Field(
         description="initial images: herding chooses real ones whose mean is that of the class, in the members' "
-        "features; all takes every real image, whatever ipc says, and optimises nothing; given keeps those of "
-        "method.given as they are, and from_given begins with them"
+        "features; difficulty one of each group of method.difficulty; all takes every real image, whatever ipc says, "
+        "and optimises nothing; given keeps those of method.given as they are, and from_given begins with them"
     )
     given: Path | None = Field(
         None,
@@ -153,6 +154,9 @@ class MethodConfig(CheckedConfig):
         "unit", description="match statistics of each unit, as published, or of the whole stack"
     )
     statistics: StatisticsConfig = Field(default_factory=StatisticsConfig)
+    difficulty: DifficultyConfig | None = Field(
+        None, description="groups of real images by difficulty, one for each slot; null for none"
+    )
     density: float = Field(0.0, ge=0, description="weight of G-VBSM's data densification")
     density_scale: Literal["none", "dimension", "cosine"] = Field(
         "none", description="of the Gram matrix: none as released, divided by its dimension, or of unit vectors"
@@ -190,6 +194,12 @@ class MethodConfig(CheckedConfig):
     def recovers(self) -> bool:
         """Whether members vote on the images in the recover loop."""
         return self.iterations > 0 and not self.brings_students
+
+    @property
+    def grades(self) -> DifficultyConfig | None:
+        """Groups by difficulty of whose images the voters have the statistics, if they are to have any."""
+        graded = self.difficulty is not None and self.difficulty.forward_share > 0 and self.recovers
+        return self.difficulty if graded else None
 
     @property
     def keeps_given(self) -> bool:
@@ -240,6 +250,7 @@ class MethodConfig(CheckedConfig):
         if self.apm is not None:
             yield from unread_settings(self, "apm", "prediction matching", ("real", "patches", "noise"))
         yield from self._problems_of_given()
+        yield from difficulty_problems(self)
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.name in AS_THEY_ARE:

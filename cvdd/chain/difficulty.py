@@ -1,0 +1,190 @@
+"""Stage ``difficulty``: real images by difficulty, and members with the statistics of a group of them (PSM)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.backbones import batchnorm_layers, has_batchnorm
+from cvdd.bn import running_moments
+from cvdd.chain.members import load_network, make_member
+from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation, plain_batches
+from cvdd.classifier import ShuffledBatches
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import to_eval_tensor
+from cvdd.methods.psm import choose_start, difficulty_groups, precision_distance, ranks_in_class, update_statistics
+from cvdd.progress import counted
+from cvdd.schema import DifficultyConfig, RunConfig
+from cvdd.seeds import derive_seed, generator
+from cvdd.tensor_files import is_whole, save_tensors
+
+SCORES = "scores.safetensors"
+
+RANKED_AT_ONCE = 256
+"""Images in a forward pass that ranks them."""
+
+
+def ranking_members(config: RunConfig) -> list[str]:
+    """Names of the members by whose statistics images are ranked: all that may vote."""
+    voters = config.method.voters
+    return list(config.committee.members) if isinstance(voters, str) else [*voters]
+
+
+def make_difficulty(context: Context) -> Artifact:
+    """Return the difficulty of each training image: its rank in its class, in the mean over members (equation 4).
+
+    Images are shown once, as they are tested.
+
+    Raises:
+        ConfigError: no member has BatchNorm layers.
+    """
+    config, data = context.config, context.data()
+    names = ranking_members(config)
+    members = [make_member(context, name) for name in names]
+    weight = _settings(config).variance_weight
+    identity = {"data": data.identity, "classes": list(data.classes), "variance_weight": weight}
+
+    def build(work: Path) -> dict[str, Any]:
+        order = torch.arange(len(data.train)).split(RANKED_AT_ONCE)
+        ranks = []
+        with context.progress("difficulty", len(order) * len(names)) as advance:
+            for name, member in zip(names, members, strict=True):
+                network = load_network(context, member, config.committee.members[name].backbone).to(context.device)
+                if not has_batchnorm(network):
+                    advance(len(order))
+                    continue
+                shown = counted(plain_batches(context, order), advance)
+                distances = torch.cat([precision_distance(network, images, weight).cpu() for images in shown])
+                ranks.append(ranks_in_class(distances, data.train.labels))
+        if not ranks:
+            raise ConfigError(
+                f"method.difficulty ranks images by statistics of BatchNorm layers, and none of {', '.join(names)} has "
+                "any; choose other method.voters, or method.difficulty=null"
+            )
+        save_file({"scores": torch.stack(ranks).double().mean(dim=0)}, work / SCORES)
+        return {"images": len(data.train), "members": len(ranks)}
+
+    return context.store.make("difficulty", data.name, identity, members, build)
+
+
+def graded_images(context: Context, difficulty: Artifact) -> Tensor:
+    """Initial images of all slots, each out of the group of its slot: [classes, ipc, 3, size, size] uint8.
+
+    Args:
+        context: the configuration and its surroundings.
+        difficulty: of :func:`make_difficulty`.
+    """
+    config, data = context.config, context.data()
+    choice, seed = _settings(config).start, config.method.seed
+    groups = _groups(context, difficulty)
+    chosen = [
+        choose_start(group[label], choice, generator(seed, "difficulty", label, slot))
+        for label in range(len(data.classes))
+        for slot, group in enumerate(groups)
+    ]
+    pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, torch.tensor(chosen))
+    return pixels.view(len(data.classes), len(groups), *pixels.shape[1:])
+
+
+def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> Artifact:
+    """Return the running statistics of a member after it was shown each group alone (equation 6).
+
+    They start from its own. Batches are as large as in training and augmented by the recipe. Each group is a part,
+    which any process can make.
+
+    Args:
+        context: the configuration and its surroundings.
+        name: of the member.
+        difficulty: of :func:`make_difficulty`.
+    """
+    config, data = context.config, context.data()
+    recipe, member = config.recipe, make_member(context, name)
+    epochs = _settings(config).epochs(recipe.epochs)
+    seed = derive_seed(config.seed, "group_statistics")
+    count = config.ipc.images_per_class
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "groups": count,
+        "epochs": epochs,
+        "batch": recipe.batch_size,
+        "augmentation": drawn_by_augmentation(context),
+        "seed": seed,
+    }
+
+    def shown(group: int, images: Tensor) -> Iterator[Tensor]:
+        batches = ShuffledBatches(len(images), recipe.batch_size, derive_seed(seed, "group", group))
+        for epoch in range(epochs):
+            batches.set_epoch(epoch)
+            order = [images[index] for index in batches]
+            for views, _ in augmented_batches(context, order, partial(generator, seed, "augment", group, epoch)):
+                yield views
+
+    @contextlib.contextmanager
+    def maker(work: Path) -> Iterator[Maker]:
+        groups = [torch.cat(of_classes) for of_classes in _groups(context, difficulty)]
+        backbone = config.committee.members[name].backbone
+        with context.progress(f"statistics of groups, {name}", count) as advance:
+
+            def make(group: int) -> None:
+                network = load_network(context, member, backbone).to(context.device)
+                if has_batchnorm(network):
+                    update_statistics(network, shown(group, groups[group]))
+                save_tensors(work / _file_of(group), _statistics_of(network))
+                advance(1)
+
+            yield Maker(make, lambda groups: advance(len(groups)))
+
+    parts = Parts(
+        [f"group{group:04d}" for group in range(count)], lambda work, group: is_whole(work / _file_of(group)), maker
+    )
+    parents = [member, difficulty]
+    named = f"{data.name}-{name}-{count}"
+    return context.store.make_parts("group_statistics", named, identity, parents, parts, lambda work: {"groups": count})
+
+
+def take_group_statistics(network: nn.Module, statistics: Artifact, group: int) -> None:
+    """Replace the running statistics of a member by those that it has of a group.
+
+    Args:
+        network: of the member.
+        statistics: of :func:`make_group_statistics`.
+        group: that of the slot.
+    """
+    stored = load_file(statistics.path / _file_of(group))
+    with torch.no_grad():
+        for key, mine in _statistics_of(network).items():
+            mine.copy_(stored[key])
+
+
+def _settings(config: RunConfig) -> DifficultyConfig:
+    settings = config.method.difficulty
+    assert settings is not None
+    return settings
+
+
+def _groups(context: Context, difficulty: Artifact) -> list[list[Tensor]]:
+    data = context.data()
+    scores = load_file(difficulty.path / SCORES)["scores"]
+    return difficulty_groups(scores, data.train.labels, len(data.classes), context.config.ipc.images_per_class)
+
+
+def _file_of(group: int) -> str:
+    return f"group{group:04d}.safetensors"
+
+
+def _statistics_of(network: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, layer in batchnorm_layers(network):
+        moments = running_moments(layer)
+        found |= {f"{name}/mean": moments.mean, f"{name}/variance": moments.variance}
+    return found
