@@ -14,6 +14,7 @@ from cvdd.automatic import records
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
+from cvdd.chain.difficulty import ranking_members, require_ranking
 from cvdd.chain.given import check_given
 from cvdd.chain.given_labels import check_given_labels
 from cvdd.chain.initial import require_real_images
@@ -82,6 +83,8 @@ def check_before_work(context: Context) -> None:
             normalising += _measured(measuring[name].config) if name in measuring else []
             for member in dict.fromkeys(normalising):
                 require_batchnorm(members[name][member], member)
+            if row.config.method.init == "difficulty" or row.config.method.grades is not None:
+                require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():
         with _said_of(name):
             _check_real_images(row, "ipc.images_per_class")
@@ -296,9 +299,9 @@ def _check_real_images(context: Context, field: str) -> None:
     per_class = config.dataset.train_per_class
     for name, count in zip(data.classes, counts, strict=True):
         try:
-            if config.method.init == "real":
+            if config.method.init in ("real", "difficulty") or config.method.grades is not None:
                 require_real_images(name, count, ipc, field=field)
-            elif config.method.init == "herding":
+            if config.method.init == "herding":
                 require_real_images(name, count, ipc, patches.candidates, field)
             elif config.method.init == "patches":
                 require_candidates(name, count, patches, field)

@@ -143,6 +143,22 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        IMAGES | {"difficulty", "group_statistics"},
+        (
+            "method.difficulty={}",
+            'method.difficulty={} method.difficulty={"variance_weight":0.5}',
+        ),
+    ),
+    (IMAGES | {"group_statistics"}, ('method.difficulty={} method.difficulty={"forward_share":1.0}',)),
+    (PATCHES, ("method.difficulty={} method.init=difficulty",)),
+    (
+        IMAGES,
+        (
+            'method.init=difficulty method.difficulty={} method.difficulty={"start":"front"}',
+            "method.difficulty={} method.units_per_stack=1",
+        ),
+    ),
+    (
         LABELS,
         (
             "temperature.label=2",

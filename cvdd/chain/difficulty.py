@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,26 @@ def ranking_members(config: RunConfig) -> list[str]:
     return list(config.committee.members) if isinstance(voters, str) else [*voters]
 
 
+def require_ranking(networks: Mapping[str, nn.Module]) -> None:
+    """Refuse members by whose statistics nothing can be ranked.
+
+    Args:
+        networks: by name, those of :func:`ranking_members`.
+
+    Raises:
+        ConfigError: none has BatchNorm layers.
+    """
+    if not any(has_batchnorm(network) for network in networks.values()):
+        raise ConfigError(
+            f"method.difficulty ranks images by statistics of BatchNorm layers, and none of {', '.join(networks)} has "
+            "any; choose other method.voters, or method.difficulty=null and another method.init"
+        )
+
+
 def make_difficulty(context: Context) -> Artifact:
     """Return the difficulty of each training image: its rank in its class, in the mean over members (equation 4).
 
-    Images are shown once, as they are tested.
+    Images are shown once, as they are tested; members without BatchNorm layers rank nothing.
 
     Raises:
         ConfigError: no member has BatchNorm layers.
@@ -54,22 +70,20 @@ def make_difficulty(context: Context) -> Artifact:
     identity = {"data": data.identity, "classes": list(data.classes), "variance_weight": weight}
 
     def build(work: Path) -> dict[str, Any]:
+        networks = {
+            name: load_network(context, member, config.committee.members[name].backbone)
+            for name, member in zip(names, members, strict=True)
+        }
+        require_ranking(networks)
+        normalising = [network for network in networks.values() if has_batchnorm(network)]
         order = torch.arange(len(data.train)).split(RANKED_AT_ONCE)
         ranks = []
-        with context.progress("difficulty", len(order) * len(names)) as advance:
-            for name, member in zip(names, members, strict=True):
-                network = load_network(context, member, config.committee.members[name].backbone).to(context.device)
-                if not has_batchnorm(network):
-                    advance(len(order))
-                    continue
+        with context.progress("difficulty", len(order) * len(normalising)) as advance:
+            for network in normalising:
+                judge = network.to(context.device)
                 shown = counted(plain_batches(context, order), advance)
-                distances = torch.cat([precision_distance(network, images, weight).cpu() for images in shown])
+                distances = torch.cat([precision_distance(judge, images, weight).cpu() for images in shown])
                 ranks.append(ranks_in_class(distances, data.train.labels))
-        if not ranks:
-            raise ConfigError(
-                f"method.difficulty ranks images by statistics of BatchNorm layers, and none of {', '.join(names)} has "
-                "any; choose other method.voters, or method.difficulty=null"
-            )
         save_file({"scores": torch.stack(ranks).double().mean(dim=0)}, work / SCORES)
         return {"images": len(data.train), "members": len(ranks)}
 

@@ -201,10 +201,10 @@ def _all_images(context: Context) -> Artifact:
 def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # Given images are known by their artefact, a parent.
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
-    # Ranks of real images and statistics of their groups are parents; methods without them are older than they are.
-    parts: dict[str, Any] = {"difficulty": True if method.difficulty is None else {"variance_weight", "forward_share"}}
+    # Ranks of real images and statistics of their groups are parents; images without them are older than they are.
+    chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
-        return parts | {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
+        return chosen | {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
     kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "difficulty", "jpeg_round_trip"}
-    return parts | dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)
+    return chosen | dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cvdd.artifact import Artifact
+from cvdd.chain.difficulty import RANKED_AT_ONCE
 from cvdd.chain.members import MEASURED_AT_ONCE
 from cvdd.chain.training import every, ten_times
 from cvdd.classifier import ShuffledBatches
@@ -236,6 +237,20 @@ def _statistics(piece: Piece, work: Work) -> None:
     _measure(piece, work, network, len(piece.data.train), piece.config.method.statistics.batch)
 
 
+def _difficulty(piece: Piece, work: Work) -> None:
+    for member in piece.parents:
+        step = MeasureStep(_network(piece, member.manifest["identity"]), RANKED_AT_ONCE)
+        work.use(step, len(piece.data.train))
+        _decode(piece, work, len(piece.data.train))
+
+
+def _group_statistics(piece: Piece, work: Work) -> None:
+    network, groups = _network(piece, piece.parents[0].manifest["identity"]), piece.identity["groups"]
+    _measure(piece, work, network, len(piece.data.train) * piece.identity["epochs"], piece.identity["batch"])
+    work.parts["groups"] = groups
+    work.around(part=groups)
+
+
 _COUNTING = {
     "members": _member,
     "students": _student,
@@ -245,6 +260,8 @@ _COUNTING = {
     "herds": _herd,
     "given": _given,
     "statistics": _statistics,
+    "difficulty": _difficulty,
+    "group_statistics": _group_statistics,
 }
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
-from cvdd.chain.given import given_start, kept_as_given
-from cvdd.chain.initial import initial_images
+from cvdd.chain.given import kept_as_given
+from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.unit_files import PATCHES, UNITS
 from cvdd.context import Context
 
@@ -182,9 +182,9 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
                 stored = file.get_slice("images")
                 chosen = [stored[label : label + 1, :slots][0] for label in labels]
             return torch.stack(chosen), f"{STARTS[parent['kind']]} they started from"
-    if not few or method["init"] not in ("real", "from_given"):
+    if not few or method["init"] not in ("real", "difficulty", "from_given"):
         return None, None
-    real = method["init"] == "real"
     # Of a set of a store, whose images are no initial images by themselves.
-    start = initial_images(context, None if real else given_start(context))
-    return start[list(labels), :slots], f"{'real' if real else 'given'} images they started from"
+    start = initial_images(context, make_start(context))
+    what = "given" if method["init"] == "from_given" else "real"
+    return start[list(labels), :slots], f"{what} images they started from"

@@ -51,23 +51,27 @@ def difficulty_problems(method: MethodConfig) -> Iterator[str]:
             )
         return
     chooses = method.init == "difficulty"
-    moves = config.forward_share > 0 and method.recovers
-    if not chooses and not moves:
+    if not method.iterations:
+        # Where nothing is optimised, nothing of the loop is read; images may stand so beside those of any method.
+        return
+    if not chooses and not config.forward_share:
         yield (
-            "method.difficulty is for method.init=difficulty, or for images that are optimised with "
-            "method.difficulty.forward_share above 0; set method.difficulty=null, or one of these"
+            "method.difficulty is for method.init=difficulty, or for the statistics of groups, and "
+            "method.difficulty.forward_share=0; set method.difficulty=null, or one of these"
         )
-    if not chooses and config.start != type(config).model_fields["start"].default:
+    if not chooses and not config.at_default("start"):
         yield (
             f"method.difficulty.start={config.start} is of method.init=difficulty, and method.init={method.init}; set "
             "method.difficulty.start=back, or method.init=difficulty"
         )
-    if moves and method.composer != "slots":
+    if method.grades is None:
+        return
+    if method.composer != "slots":
         yield (
             f"method.difficulty has a group for each slot, and method.composer={method.composer} optimises slots "
             "together; set method.composer=slots, or method.difficulty=null"
         )
-    if moves and method.statistics.recorded:
+    if method.statistics.recorded:
         yield (
             "method.statistics is of all real images, and method.difficulty of a group of them; set "
             "method.statistics.layers=bn method.statistics.class_share=0, or method.difficulty.forward_share=0"
