@@ -31,7 +31,7 @@ RECIPES = {
 }
 STUDENTS = {"r18": "resnet18", "r50": "resnet50", "r101": "resnet101"}
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenette": 10, "imagewoof": 10, "imagenet1k": 1000}
-SETTINGS = {"sre2l_pp": "cvdd", "fadrm_plus": "fadrm"}
+SETTINGS = {"sre2l_pp": "cvdd", "fadrm_plus": "fadrm", "psm": "fadrm", "psm_plus": "fadrm"}
 """Methods whose students are trained like those of another one."""
 
 
@@ -93,7 +93,7 @@ def test_a_recipe_agrees_with_the_reference(name: str) -> None:
     config, result = composed(name), RESULTS[name]
     method, dataset, ipc = result["method"], result["dataset"], int(result["ipc"])
     assert (config.method.name, config.dataset.name, config.ipc.images_per_class) == (method, dataset, ipc)
-    agrees_about_members(config)
+    agrees_about_members(config, "psm" if method.startswith("psm") else "cvdd")
     agrees_about_images(config, row("images", method=method, dataset=dataset, ipc=ipc))
     agrees_about_labels(config, row("labels", method=method, dataset=dataset, ipc=ipc), result["variant"])
     agrees_about_students(config, result)
@@ -104,14 +104,15 @@ def test_a_recipe_agrees_with_the_reference(name: str) -> None:
     assert command in RECIPES[name].read_text()
 
 
-def agrees_about_members(config: RunConfig) -> None:
-    reference, recipe = row("members", dataset=config.dataset.name), config.recipe
+def agrees_about_members(config: RunConfig, settings: str) -> None:
+    reference, recipe = row("members", settings=settings, dataset=config.dataset.name), config.recipe
     pretrained = [member.backbone.pretrained for member in config.committee.members.values()]
-    if not reference["epochs"]:
+    if reference["epochs"]:
+        assert (recipe.epochs, recipe.batch_size) == (int(reference["epochs"]), int(reference["batch"]))
+    if not reference["optimizer"]:
         assert all(pretrained)
         return
     assert not any(pretrained)
-    assert (recipe.epochs, recipe.batch_size) == (int(reference["epochs"]), int(reference["batch"]))
     assert (recipe.optimizer, recipe.crop) == (reference["optimizer"], reference["crop"])
     assert (recipe.lr, recipe.weight_decay) == (float(reference["lr"]), float(reference["weight_decay"]))
     assert (recipe.cosine_period or recipe.epochs) == int(reference["cosine_period"])
@@ -131,6 +132,10 @@ def agrees_about_images(config: RunConfig, reference: dict[str, str]) -> None:
         assert patches.images_per_class == (50 if method.iterations else config.ipc.images_per_class)
     if not method.iterations:
         return
+    graded = reference["forward_share"] and (float(reference["forward_share"]), reference["start"])
+    found = method.difficulty
+    assert (found and (found.forward_share, found.start)) == (graded or None)
+    assert found is None or found.variance_weight == 1
     assert (method.classes_per_unit, method.jitter) == (int(reference["unit"]), int(reference["jitter"]))
     assert (method.lr, method.r_bn) == (float(reference["lr"]), float(reference["r_bn"]))
     assert method.first_bn_multiplier == float(reference["first_bn"])
