@@ -41,6 +41,7 @@ METHODS = {
     "lpld": ("label=lpld", "protocol=lpld", "label.keep=0.5"),
     "fadrm": ("label=fadrm",),
     "fadrm_plus": ("method.voters=[resnet18,shufflenetv2]",),
+    "psm": ("label=fadrm",),
     "sampled_residual": (),
     "full": ("method.iterations=0",),
 }

@@ -44,6 +44,8 @@ def images_of(home: Path, *overrides: str) -> Artifact:
         (("method=lpld", FOUR), ["resnet18"]),
         (("method=fadrm", FOUR), ["resnet18"]),
         (("method=fadrm_plus", FOUR, PLUS), ["resnet18", "shufflenetv2"]),
+        (("method=psm", FOUR), ["resnet18"]),
+        (("method=psm_plus", FOUR, PLUS), ["resnet18", "shufflenetv2"]),
         (("method=rded", "patches=easy", "method.iterations=0"), []),
         (("method=random_real", "method.iterations=0"), []),
     ],

@@ -35,6 +35,7 @@ def measured(config: RunConfig, member: str = "resnet18") -> RunConfig:
         ("method=lpld", "label=committee"),
         ("method=cda", "label=committee"),
         ("method=fadrm_plus", "label=committee"),
+        ("method=psm", "label=committee"),
         ("method=sampled_residual", "label=hard", "protocol=hard"),
         ("method=cvdd", "label=hard", "protocol=hard"),
         (

@@ -153,7 +153,7 @@ def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> 
                 network = load_network(context, member, backbone).to(context.device)
                 if has_batchnorm(network):
                     update_statistics(network, shown(group, groups[group]))
-                save_tensors(work / _file_of(group), _statistics_of(network))
+                save_tensors(work / _file_of(group), _statistics_of(network.cpu()))
                 advance(1)
 
             yield Maker(make, lambda groups: advance(len(groups)))
