@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,21 @@ def draw_views(
     flips = torch.rand(count, generator=generator) < 0.5 if flip else whole.flips
     shifts = torch.randint(0, jitter + 1, (count, 2), generator=generator) if jitter else whole.shifts
     return Views(boxes, flips, shifts)
+
+
+def in_cells(views: Views, factor: int, height: int, width: int, generator: torch.Generator) -> Views:
+    """Move views of one cell of an image into drawn cells of images that have ``factor`` by ``factor`` of them.
+
+    Args:
+        views: n, drawn for images of the size of a cell.
+        factor: cells on a side.
+        height: of a cell in pixels.
+        width: of a cell in pixels.
+        generator: of the draws.
+    """
+    cells = torch.randint(factor, (len(views.boxes), 2), generator=generator)
+    places = views.boxes[:, :2] + cells * torch.tensor([height, width])
+    return replace(views, boxes=torch.cat([places, views.boxes[:, 2:]], dim=1))
 
 
 def resampling_matrices(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:

@@ -13,6 +13,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
     {
         "method.init": "patches",
         "method.given": None,
+        "method.factor": 1,
         "method.composer": "slots",
         "method.slots_per_unit": None,
         "method.voters": "drawn",
@@ -31,6 +32,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         **{f"method.{section}": None for section in OWN_SECTIONS},
         "label.bn_mode": "batch",
         "label.halves": True,
+        "label.factor": 1,
         "label.shuffle": 1,
         "label.randaugment": False,
         "label.mix": "cutmix",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.augment import Mix, Views, apply_views, draw_mix, draw_swaps, draw_views, normalise, swap_halves
+from cvdd.augment import Mix, Views, apply_views, draw_mix, draw_swaps, draw_views, in_cells, normalise, swap_halves
 from cvdd.randaugment import apply_operations, draw_operations
 from cvdd.schema import LabelConfig
 from cvdd.seeds import generator
@@ -129,7 +129,7 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     """Draw the order, views and mixes of one epoch; they depend on (seed, epoch) alone.
 
     Args:
-        label: crop range, flip, mix, batch size, and whether halves are shuffled and RandAugment is on.
+        label: crop range, flip, mix, batch size, cells, and whether halves are shuffled and RandAugment is on.
         count: number of images.
         size: side of the images in pixels.
         seed: of the labels.
@@ -137,12 +137,15 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     """
     source = generator(seed, "relabel", epoch)
     order = torch.randperm(count, generator=source)
-    views = draw_views(count, size, size, label.crop_scale, label.flip, 0, source)
+    side = size // label.factor
+    views = draw_views(count, side, side, label.crop_scale, label.flip, 0, source)
     mixes = [
         (start, stop, draw_mix(label.mix, label.mix_alpha, stop - start, size, source))
         for start, stop in batch_bounds(count, label.batch_size)
     ]
     # From generators of their own, so that they change nothing else.
+    if label.factor > 1:
+        views = in_cells(views, label.factor, side, side, generator(seed, "cells", epoch))
     swap = draw_swaps(count, generator(seed, "shuffle", epoch)) if label.shuffle > 1 else None
     operations = draw_operations(count, generator(seed, "randaugment", epoch)) if label.randaugment else None
     return replace(join(order, views, mixes), swap=swap, operations=operations)

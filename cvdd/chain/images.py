@@ -202,9 +202,20 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # Given images are known by their artefact, a parent.
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     # Ranks of real images and statistics of their groups are parents; images without them are older than they are.
+    # So are images of one real one each.
+    ignored |= {"factor"} if method.at_default("factor") or method.init == "all" else set()
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
         return chosen | {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)
-    kept = {"init", "iterations", "composer", "classes_per_unit", "slots_per_unit", "difficulty", "jpeg_round_trip"}
+    kept = {
+        "init",
+        "iterations",
+        "composer",
+        "classes_per_unit",
+        "slots_per_unit",
+        "difficulty",
+        "factor",
+        "jpeg_round_trip",
+    }
     return chosen | dict.fromkeys(ignored | (set(MethodConfig.model_fields) - kept), True)

@@ -17,8 +17,8 @@ from cvdd.chain.members import load_network, make_member
 from cvdd.chain.unit_files import PATCHES
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.data import to_eval_tensor
-from cvdd.patches import make_patches
+from cvdd.data import resize_and_crop, to_eval_tensor
+from cvdd.patches import make_patches, stitch
 from cvdd.seeds import derive_seed, generator
 from cvdd.selection import herd, member_features
 
@@ -108,7 +108,7 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
 
     With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th, with
     ``given`` from the k-th of its class, with ``difficulty`` from one of group k; with ``real`` from a random training
-    image, so that the images of a smaller IPC are the first ones of a larger.
+    image, or with ``method.factor`` from several, so that the images of a smaller IPC are the first ones of a larger.
 
     Args:
         context: the configuration and its surroundings.
@@ -125,16 +125,29 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
         return graded_images(context, patches)
     if patches is not None:
         return load_file(patches.path / PATCHES)["images"][:, :ipc]
-    data = context.data()
+    data, factor = context.data(), config.method.factor
     chosen = []
     for label, name in enumerate(data.classes):
         members = (data.train.labels == label).nonzero()[:, 0]
-        require_real_images(name, len(members), ipc)
+        require_real_images(name, len(members), ipc * factor**2)
         order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
-        chosen.append(members[order[:ipc]])
+        chosen.append(members[order[: ipc * factor**2]])
+    if factor > 1:
+        return torch.stack([_mosaics(context, indices) for indices in chosen])
     indices = torch.cat(chosen)
     pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
     return pixels.view(len(data.classes), ipc, *pixels.shape[1:])
+
+
+def _mosaics(context: Context, indices: Tensor) -> Tensor:
+    """Images of several real ones each, cell by cell: [n, 3, size, size] uint8."""
+    data, factor = context.data(), context.config.method.factor
+    whole = to_eval_tensor(data.train, data.image_size, context.config.dataset.test_resize, indices)
+    small = resize_and_crop(whole, data.image_size // factor)
+    count = len(indices) // factor**2
+    # Cell by cell, as they are stitched; an image has neighbours of the order, whatever IPC is.
+    by_cell = small.unflatten(0, (count, factor**2)).transpose(0, 1).flatten(0, 1)
+    return stitch(by_cell, count, factor, data.image_size)
 
 
 def require_real_images(

@@ -29,7 +29,10 @@ class LabelConfig(CheckedConfig):
     dropout: bool = Field(False, description="keep the teachers' dropout active, as the release does; labels get noisy")
     epochs: Positive = Field(description="epochs that are labelled")
     batch_size: int = Field(ge=2, description="images per batch")
-    crop_scale: Range = Field((0.08, 1.0), description="area range of the crop")
+    factor: Literal[1, 2] = Field(
+        1, description="2: images are made of four, and a view is a crop of one of them, drawn anew in each epoch (CIM)"
+    )
+    crop_scale: Range = Field((0.08, 1.0), description="area range of the crop; with factor=2 of one of the four")
     flip: bool = Field(True, description="random horizontal flip")
     shuffle: Literal[1, 2] = Field(
         1, description="2: swap the halves of each image at random, on both axes, before the crop (RDED); 1: leave them"

@@ -124,6 +124,9 @@ class MethodConfig(CheckedConfig):
         description="for init=given and from_given: images that somebody else made, a folder with one for each class, "
         "or store/images/NAME-HASH",
     )
+    factor: Literal[1, 2] = Field(
+        1, description="2: each image is made of four real ones at half the side, and members are shown one of the four"
+    )
     composer: Literal["slots", "classes"] = Field(
         "slots",
         description="images that are optimised together: one of each of classes_per_unit classes, or all of a few "
@@ -281,6 +284,16 @@ class MethodConfig(CheckedConfig):
             yield "method.crop_schedule needs method.crop_scale"
         if self.crop_milestone < 1 and self.crop_schedule == "constant":
             yield "method.crop_milestone is of a crop_schedule; choose step, linear or cosine"
+        if self.factor > 1 and self.init in ("herding", "difficulty", "all"):
+            yield (
+                f"method.factor={self.factor} makes an image of several real ones, and method.init={self.init} has "
+                "whole ones; set method.factor=1, or method.init=real or patches"
+            )
+        if self.factor > 1 and self.pad:
+            yield f"method.pad shifts whole images, and method.factor={self.factor} shows parts; set method.pad=0"
+        for side in self.sizes or ():
+            if side % self.factor:
+                yield f"method.sizes={self.sizes}: {side} pixels cannot be cut into {self.factor}; choose even sides"
         if self.pad and self.crop_scale is not None:
             yield "method.pad shifts whole images; set method.crop_scale=null"
         if self.jitter_both_ways and not self.jitter:

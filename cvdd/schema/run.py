@@ -84,6 +84,7 @@ class RunConfig(CheckedConfig):
                 f"expected.student={self.expected.student} is not among the students ({', '.join(self.students)}); "
                 "choose one of them, or leave the published number out with expected=null"
             )
+        yield from self._problems_of_factors()
         if self.method.init == "patches" and self.patches.images_per_class < self.ipc.images_per_class:
             yield (
                 f"patches.images_per_class={self.patches.images_per_class} is less than "
@@ -110,6 +111,22 @@ class RunConfig(CheckedConfig):
                     "protocol.student=method trains students in full precision without a compiler; set "
                     "engine.compile_students=false engine.precision_students=fp32"
                 )
+
+    def _problems_of_factors(self) -> Iterator[str]:
+        method, label, size = self.method, self.label, self.dataset.image_size
+        if size % max(method.factor, label.factor):
+            yield f"method.factor=2 and label.factor=2 need an even dataset.image_size, not {size}; set both to 1"
+        if method.factor > 1 and method.init == "patches" and self.patches.factor != method.factor:
+            yield (
+                f"method.factor={method.factor} shows parts of images that are made of several, and patches.factor="
+                f"{self.patches.factor} makes each of one; set patches.factor={method.factor}, or method.factor=1"
+            )
+        stitched = method.init == "patches" and self.patches.factor == label.factor
+        if label.factor > max(method.factor, 1) and not stitched and method.given is None:
+            yield (
+                f"label.factor={label.factor} shows a part of each image, and method.factor={method.factor} makes "
+                f"whole ones; set label.factor=1, or method.factor={label.factor}"
+            )
 
 
 def teachers_of(config: RunConfig) -> list[str]:
