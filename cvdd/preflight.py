@@ -300,7 +300,7 @@ def _check_real_images(context: Context, field: str) -> None:
     for name, count in zip(data.classes, counts, strict=True):
         try:
             if config.method.init in ("real", "difficulty") or config.method.grades is not None:
-                require_real_images(name, count, ipc * config.method.factor**2, field=field)
+                require_real_images(name, count, ipc, field=field, factor=config.method.factor)
             if config.method.init == "herding":
                 require_real_images(name, count, ipc, patches.candidates, field)
             elif config.method.init == "patches":

@@ -129,7 +129,7 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
     chosen = []
     for label, name in enumerate(data.classes):
         members = (data.train.labels == label).nonzero()[:, 0]
-        require_real_images(name, len(members), ipc * factor**2)
+        require_real_images(name, len(members), ipc, factor=factor)
         order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
         chosen.append(members[order[: ipc * factor**2]])
     if factor > 1:
@@ -151,7 +151,12 @@ def _mosaics(context: Context, indices: Tensor) -> Tensor:
 
 
 def require_real_images(
-    name: str, images: int, needed: int, candidates: int | None = None, field: str = "ipc.images_per_class"
+    name: str,
+    images: int,
+    needed: int,
+    candidates: int | None = None,
+    field: str = "ipc.images_per_class",
+    factor: int = 1,
 ) -> None:
     """Refuse to start more images of a class than it has.
 
@@ -161,10 +166,17 @@ def require_real_images(
         needed: images to start.
         candidates: of the real images, how many are looked at; None for all.
         field: that says how many are needed.
+        factor: of the method; an image is made of as many real ones on a side.
 
     Raises:
         ConfigError: there are too few.
     """
+    if images < needed * factor**2 and factor > 1:
+        each = factor**2
+        raise ConfigError(
+            f"class {name} has {images} images; {field}={needed} of method.factor={factor}, {each} real images each, "
+            f"needs {needed * each}"
+        )
     if images < needed:
         raise ConfigError(f"class {name} has {images} images; {field}={needed} needs as many")
     if candidates is not None and candidates < needed:
