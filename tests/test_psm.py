@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v2, shufflenet_v2_x0_5
 
+import cvdd.chain.difficulty
 import cvdd.chain.images
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Store
 from cvdd.chain.difficulty import SCORES, graded_images, make_difficulty, make_group_statistics
 from cvdd.chain.images import make_images
 from cvdd.chain.members import load_network, make_member
@@ -24,6 +27,7 @@ from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.engine import Engine, hand_over, ready_voter
 from cvdd.methods.psm import choose_start, difficulty_groups, precision_distance, ranks_in_class, update_statistics
+from cvdd.preflight import check_before_work
 from cvdd.schema import with_overrides
 from cvdd.voting import Voter
 
@@ -213,28 +217,23 @@ def test_voters_have_the_statistics_of_the_group_of_their_slot(
         for voter, _ in members:
             values = load_file(stored[voter.name].path / f"group{slot:04d}.safetensors")
             state = voter.network.state_dict()
+            buffers = {"mean": "running_mean", "variance": "running_var", "batches": "num_batches_tracked"}
             for key, value in values.items():
                 layer, kind = key.rsplit("/", 1)
-                assert torch.equal(state[f"{layer}.running_{'mean' if kind == 'mean' else 'var'}"], value)
+                assert torch.equal(state[f"{layer}.{buffers[kind]}"], value)
             assert values
             seen.append((slot, voter.name))
         return recover(*arguments)
 
     monkeypatch.setattr(cvdd.chain.images, "recover_stack", looked_at)
-    context.config.paths.output.mkdir(parents=True, exist_ok=True)
-    made = make_images(with_store(context, tmp_path, chain_home), PRIORS)
+    made = make_images(with_store(context, tmp_path, chain_home, "images"), PRIORS)
     assert sorted(seen) == [(slot, name) for slot in range(2) for name in ("resnet18", "resnet50")]
     assert made.metrics["stacks"] == 2
 
 
-def with_store(context: Context, place: Path, home: Path) -> Context:
-    """The same with a store that holds all but images."""
-    import shutil
-    from dataclasses import replace
-
-    from cvdd.artifact import Store
-
-    shutil.copytree(home / "store", place / "store", ignore=shutil.ignore_patterns("images", "labels", "students"))
+def with_store(context: Context, place: Path, home: Path, kind: str) -> Context:
+    """The same with a store that holds all but artefacts of a kind."""
+    shutil.copytree(home / "store", place / "store", ignore=shutil.ignore_patterns(kind))
     return replace(context, store=Store(place / "store"))
 
 
@@ -261,6 +260,40 @@ def test_groups_have_statistics_of_their_own_that_come_near_those_of_their_image
         name = next(key for key in values if key.endswith("/mean"))
         # One epoch of one batch of all 150 images: a tenth of the way.
         torch.testing.assert_close(values[name], 0.9 * first.running_mean + 0.1 * maps[group], rtol=1e-4, atol=1e-5)
+
+
+class PulledPlug(Exception):
+    pass
+
+
+def test_an_interrupted_group_goes_on_after_its_last_pass(
+    chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = (*PSM, "method.difficulty.forward_share=1")
+    usual = make_group_statistics(tiny_context(chain_home, *longer), "resnet18", make_difficulty_of(chain_home))
+    passes: list[int] = []
+    update = cvdd.chain.difficulty.update_statistics
+
+    def once(*arguments: Any) -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            raise PulledPlug
+        update(*arguments)
+
+    context = with_store(tiny_context(chain_home, *longer), tmp_path, chain_home, "group_statistics")
+    with monkeypatch.context() as patch:
+        patch.setattr(cvdd.chain.difficulty, "update_statistics", once)
+        with pytest.raises(PulledPlug):
+            make_group_statistics(context, "resnet18", make_difficulty(context))
+    monkeypatch.setattr(cvdd.chain.difficulty, "update_statistics", once)
+    again = make_group_statistics(context, "resnet18", make_difficulty(context))
+    # Two passes over each of two groups; one was made before, and one was begun in vain.
+    assert len(passes) == 5
+    assert same_files(usual, again)
+
+
+def make_difficulty_of(home: Path) -> Artifact:
+    return make_difficulty(tiny_context(home, *PSM))
 
 
 def test_statistics_and_start_can_be_had_one_without_the_other(chain_home: Path) -> None:
@@ -309,16 +342,12 @@ def test_what_nothing_would_read_is_refused(chain_home: Path) -> None:
 
 
 def test_a_class_with_too_few_images_is_refused_by_name(chain_home: Path) -> None:
-    from cvdd.preflight import check_before_work
-
     context = tiny_context(chain_home, *PSM, "ipc.images_per_class=31", "patches.images_per_class=31")
     with pytest.raises(ConfigError, match=r"class 0 has 30 images; ipc\.images_per_class=31 needs as many"):
         check_before_work(context)
 
 
 def test_members_without_batchnorm_rank_nothing(chain_home: Path) -> None:
-    from cvdd.preflight import check_before_work
-
     plain = (
         "+backbone@committee.members.plain.backbone=tiny_convnet3",
         "committee.members.plain.backbone.arguments.norm=instance",

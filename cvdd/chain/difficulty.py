@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -113,7 +114,7 @@ def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> 
     """Return the running statistics of a member after it was shown each group alone (equation 6).
 
     They start from its own. Batches are as large as in training and augmented by the recipe. Each group is a part,
-    which any process can make.
+    which any process can make; one that is interrupted goes on after its last pass over the group.
 
     Args:
         context: the configuration and its surroundings.
@@ -135,13 +136,14 @@ def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> 
         "seed": seed,
     }
 
-    def shown(group: int, images: Tensor) -> Iterator[Tensor]:
+    def update(network: nn.Module, group: int, images: Tensor, checkpoint: Path) -> None:
         batches = ShuffledBatches(len(images), recipe.batch_size, derive_seed(seed, "group", group))
-        for epoch in range(epochs):
+        for epoch in range(_resume(network, checkpoint), epochs):
             batches.set_epoch(epoch)
             order = [images[index] for index in batches]
-            for views, _ in augmented_batches(context, order, partial(generator, seed, "augment", group, epoch)):
-                yield views
+            views = augmented_batches(context, order, partial(generator, seed, "augment", group, epoch))
+            update_statistics(network, (shown for shown, _ in views))
+            save_tensors(checkpoint, _on_cpu(network), {"epochs": str(epoch + 1)})
 
     @contextlib.contextmanager
     def maker(work: Path) -> Iterator[Maker]:
@@ -152,8 +154,8 @@ def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> 
             def make(group: int) -> None:
                 network = load_network(context, member, backbone).to(context.device)
                 if has_batchnorm(network):
-                    update_statistics(network, shown(group, groups[group]))
-                save_tensors(work / _file_of(group), _statistics_of(network.cpu()))
+                    update(network, group, groups[group], work / f"{_file_of(group)}.ckpt.tmp")
+                save_tensors(work / _file_of(group), _on_cpu(network))
                 advance(1)
 
             yield Maker(make, lambda groups: advance(len(groups)))
@@ -174,10 +176,26 @@ def take_group_statistics(network: nn.Module, statistics: Artifact, group: int) 
         statistics: of :func:`make_group_statistics`.
         group: that of the slot.
     """
-    stored = load_file(statistics.path / _file_of(group))
+    _take(network, load_file(statistics.path / _file_of(group)))
+
+
+def _resume(network: nn.Module, checkpoint: Path) -> int:
+    """Go on from a checkpoint, if there is one; return the number of finished passes."""
+    if not is_whole(checkpoint):
+        return 0
+    _take(network, load_file(checkpoint))
+    with safe_open(checkpoint, "pt") as file:
+        return int(file.metadata()["epochs"])
+
+
+def _take(network: nn.Module, stored: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, mine in _statistics_of(network).items():
             mine.copy_(stored[key])
+
+
+def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {key: values.cpu() for key, values in _statistics_of(network).items()}
 
 
 def _settings(config: RunConfig) -> DifficultyConfig:
@@ -201,4 +219,7 @@ def _statistics_of(network: nn.Module) -> dict[str, Tensor]:
     for name, layer in batchnorm_layers(network):
         moments = running_moments(layer)
         found |= {f"{name}/mean": moments.mean, f"{name}/variance": moments.variance}
+        if layer.num_batches_tracked is not None:
+            # By it a layer without a momentum averages.
+            found[f"{name}/batches"] = layer.num_batches_tracked
     return found

@@ -293,7 +293,7 @@ class MethodConfig(CheckedConfig):
             yield f"method.pad shifts whole images, and method.factor={self.factor} shows parts; set method.pad=0"
         for side in self.sizes or ():
             if side % self.factor:
-                yield f"method.sizes={self.sizes}: method.factor=2 cannot halve {side}; choose even sides, or method.factor=1"
+                yield f"method.sizes={self.sizes}: method.factor=2 cannot halve {side}; choose even sides, or factor=1"
         if self.pad and self.crop_scale is not None:
             yield "method.pad shifts whole images; set method.crop_scale=null"
         if self.jitter_both_ways and not self.jitter:
