@@ -297,16 +297,18 @@ def _check_real_images(context: Context, field: str) -> None:
     ipc = config.ipc.images_per_class
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     per_class = config.dataset.train_per_class
+    init, factor = config.method.init, config.method.factor if config.method.init == "real" else 1
     for name, count in zip(data.classes, counts, strict=True):
         try:
-            if config.method.init in ("real", "difficulty") or config.method.grades is not None:
-                require_real_images(name, count, ipc, field=field, factor=config.method.factor)
-            if config.method.init == "herding":
+            if init in ("real", "difficulty") or config.method.grades is not None:
+                require_real_images(name, count, ipc, field=field, factor=factor)
+            if init == "herding":
                 require_real_images(name, count, ipc, patches.candidates, field)
-            elif config.method.init == "patches":
+            elif init == "patches":
                 require_candidates(name, count, patches, field)
         except ConfigError as error:
             # More candidates than there are images are of no use.
-            if count != per_class or count >= (patches.candidates if config.method.init != "real" else ipc):
+            enough = patches.candidates if init in ("patches", "herding") else ipc * factor**2
+            if count != per_class or count >= enough:
                 raise
             raise ConfigError(f"{error}. Or raise dataset.train_per_class={per_class}, which leaves no more") from error

@@ -34,5 +34,6 @@ def spent_on_all(artifacts: Sequence[Artifact]) -> Spent:
 
 
 def spent_on(artifact: Artifact) -> Spent:
-    """Return what an artefact took, images with the parts that prediction matching makes as artefacts of their own."""
-    return spent_on_all([artifact, *parents_of(artifact, "image_parts")])
+    """Return what an artefact took, images with what is made for them alone: parts, ranks and statistics of groups."""
+    beside = (one for kind in ("image_parts", "difficulty", "group_statistics") for one in parents_of(artifact, kind))
+    return spent_on_all([artifact, *beside])

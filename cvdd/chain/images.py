@@ -71,7 +71,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         require_splittable(context, units)
         # Sums over ranks round in another way than one rank does.
         identity["ranks_of_a_unit"] = context.world.size
-    graded = {} if method.grades is None else _graded(context, voting)
+    graded = {} if method.grades is None else _graded(context, stacks)
     parents = [members[index] for index in voting] + [*recorded.values(), *graded.values()]
     parents += [patches] if patches is not None else []
     engine = Engine()
@@ -131,10 +131,16 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     return images
 
 
-def _graded(context: Context, voting: Sequence[int]) -> dict[int, Artifact]:
-    """Statistics that each member which votes has of the group of real images of each slot."""
+def _graded(context: Context, stacks: Sequence[Stack]) -> dict[int, Artifact]:
+    """By member, the statistics that it has of the groups of real images of the slots on which it votes."""
     difficulty, names = make_difficulty(context), list(context.config.committee.members)
-    return {index: make_group_statistics(context, names[index], difficulty) for index in voting}
+    slots: dict[int, set[int]] = {}
+    for stack in stacks:
+        for index in stack.draw:
+            slots.setdefault(index, set()).update(unit.slot for unit in stack.units)
+    return {
+        index: make_group_statistics(context, names[index], difficulty, sorted(slots[index])) for index in sorted(slots)
+    }
 
 
 def _note_engine(work: Path, planned: Engine, used: Engine, stacks: Sequence[Stack]) -> None:
@@ -202,8 +208,9 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # Given images are known by their artefact, a parent.
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     # Ranks of real images and statistics of their groups are parents; images without them are older than they are.
-    # So are images of one real one each.
-    ignored |= {"factor"} if method.at_default("factor") or method.init == "all" else set()
+    # So are images of one real one each; without iterations only real ones are put together here.
+    whole = method.at_default("factor") or not (method.iterations or method.init == "real")
+    ignored |= {"factor"} if whole else set()
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.

@@ -160,16 +160,23 @@ class RealImages(Dataset[tuple[Tensor, Tensor]]):
         side: of the images.
         own: picks from [n] indices those of the images that this rank forwards; of the others only labels are given.
             None picks all.
+        shorter_side: before the centre crop, in pixels; None is ``side``.
     """
 
-    def __init__(self, data: Data, side: int, own: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.data, self.side, self.own = data, side, own
+    def __init__(
+        self,
+        data: Data,
+        side: int,
+        own: Callable[[Tensor], Tensor] | None = None,
+        shorter_side: int | None = None,
+    ) -> None:
+        self.data, self.side, self.own, self.shorter_side = data, side, own, shorter_side
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         wanted = index if self.own is None else self.own(index)
         pixels = torch.empty(len(wanted), 3, self.side, self.side, dtype=torch.uint8)
         for row, i in zip(pixels, wanted.tolist(), strict=True):
-            row.copy_(resize_and_crop(self.data.train.image(i), self.side, self.side))
+            row.copy_(resize_and_crop(self.data.train.image(i), self.side, self.shorter_side))
         return pixels, self.data.train.labels[index]
 
 

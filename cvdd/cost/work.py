@@ -161,8 +161,8 @@ def _images(piece: Piece, work: Work) -> None:
     )
     work.parts.update({"units": len(plan.units), "stacks": plan.stacks})
     work.around(part=plan.stacks)
-    if method.init == "real":
-        _decode(piece, work, count, in_workers=False)
+    if method.init in ("real", "difficulty"):
+        _decode(piece, work, count * method.factor**2, in_workers=False)
     _recover(piece, work, plan)
 
 
@@ -241,14 +241,17 @@ def _difficulty(piece: Piece, work: Work) -> None:
     for member in piece.parents:
         step = MeasureStep(_network(piece, member.manifest["identity"]), RANKED_AT_ONCE)
         work.use(step, len(piece.data.train))
-        _decode(piece, work, len(piece.data.train))
+    _decode(piece, work, len(piece.data.train))
 
 
 def _group_statistics(piece: Piece, work: Work) -> None:
-    network, groups = _network(piece, piece.parents[0].manifest["identity"]), piece.identity["groups"]
-    _measure(piece, work, network, len(piece.data.train) * piece.identity["epochs"], piece.identity["batch"])
-    work.parts["groups"] = groups
-    work.around(part=groups)
+    network, made = _network(piece, piece.parents[0].manifest["identity"]), len(piece.identity["slots"])
+    images = len(piece.data.train) * made // piece.identity["groups"]
+    work.use(MeasureStep(network, piece.identity["part"]), images * piece.identity["epochs"])
+    # Once for all passes.
+    _decode(piece, work, images)
+    work.parts["groups"] = made
+    work.around(part=made)
 
 
 _COUNTING = {

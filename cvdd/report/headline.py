@@ -158,7 +158,7 @@ def _counts(main: Result, baseline: Result) -> tuple[str, str]:
 def _description(baseline: Result, main: Result, count: str) -> str:
     name = baseline.row
     if is_real(baseline):
-        name = "random real images"
+        name = "random real images" + (", four in each" if _method(baseline).get("factor", 1) > 1 else "")
     elif _method(baseline).get("init") == "patches" and _method(baseline).get("iterations") == 0:
         name = "patches of real images, not optimised"
     suffix = f"{count} with {_labels(baseline, main)}"

@@ -47,7 +47,7 @@ def difficulty_problems(method: MethodConfig) -> Iterator[str]:
         if method.init == "difficulty":
             yield (
                 "method.init=difficulty chooses from the groups of method.difficulty, which is null; set "
-                "method.difficulty={}, or another method.init"
+                "'method.difficulty={start: back}', or another method.init"
             )
         return
     chooses = method.init == "difficulty"

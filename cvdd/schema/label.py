@@ -69,6 +69,16 @@ class LabelConfig(CheckedConfig):
             yield f"label.batch_size={self.batch_size} with label.halves=true leaves halves of one image"
         # label=hard says that there are no halves, which is part of what its students are.
         yield from unread_fields(self, "label", ("halves", "dropout") if self.teachers == "none" else ())
+        if self.factor > 1 and self.shuffle > 1:
+            yield (
+                f"label.shuffle={self.shuffle} swaps the parts of which label.factor={self.factor} shows one; set "
+                "label.shuffle=1, or method.factor=1"
+            )
+        if self.factor > 1 and self.randaugment:
+            yield (
+                f"label.randaugment=true changes whole images, and label.factor={self.factor} shows parts; set "
+                "label.randaugment=false, or method.factor=1"
+            )
         if self.teachers == []:
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
         if self.given is not None and (self.teachers != "none" or self.store != "none"):

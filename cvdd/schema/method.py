@@ -125,7 +125,8 @@ class MethodConfig(CheckedConfig):
         "or store/images/NAME-HASH",
     )
     factor: Literal[1, 2] = Field(
-        1, description="2: each image is made of four real ones at half the side, and members are shown one of the four"
+        1,
+        description="2: each image is made of four real ones at half the side, or given so, and members see one",
     )
     composer: Literal["slots", "classes"] = Field(
         "slots",
@@ -284,10 +285,10 @@ class MethodConfig(CheckedConfig):
             yield "method.crop_schedule needs method.crop_scale"
         if self.crop_milestone < 1 and self.crop_schedule == "constant":
             yield "method.crop_milestone is of a crop_schedule; choose step, linear or cosine"
-        if self.factor > 1 and self.init in ("herding", "difficulty", "all"):
+        if self.factor > 1 and self.init in ("herding", "difficulty", "all", "noise"):
             yield (
                 f"method.factor={self.factor} makes an image of several real ones, and method.init={self.init} has "
-                "whole ones; set method.factor=1, or method.init=real or patches"
+                "none or whole ones; set method.factor=1, or method.init=real or patches"
             )
         if self.factor > 1 and self.pad:
             yield f"method.pad shifts whole images, and method.factor={self.factor} shows parts; set method.pad=0"

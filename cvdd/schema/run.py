@@ -116,16 +116,22 @@ class RunConfig(CheckedConfig):
         method, label, size = self.method, self.label, self.dataset.image_size
         if size % max(method.factor, label.factor):
             yield f"method.factor=2 and label.factor=2 need an even dataset.image_size, not {size}; set both to 1"
-        if method.factor > 1 and method.init == "patches" and self.patches.factor != method.factor:
+        stitched = method.init == "patches" and self.patches.factor == 2
+        if method.factor > 1 and method.init == "patches" and not stitched:
             yield (
                 f"method.factor={method.factor} shows parts of images that are made of several, and patches.factor="
-                f"{self.patches.factor} makes each of one; set patches.factor={method.factor}, or method.factor=1"
+                f"{self.patches.factor} makes each of one; set patches.factor=2, or method.factor=1"
             )
-        stitched = method.init == "patches" and self.patches.factor == label.factor
-        if label.factor > max(method.factor, 1) and not stitched and method.given is None:
+        if label.factor < method.factor and not method.brings_students:
             yield (
-                f"label.factor={label.factor} shows a part of each image, and method.factor={method.factor} makes "
-                f"whole ones; set label.factor=1, or method.factor={label.factor}"
+                f"method.factor={method.factor} makes images of several, and label.factor={label.factor} shows them "
+                f"whole; set label.factor={method.factor}, which a row that is written as a list does by itself"
+            )
+        if label.factor > method.factor and not stitched and method.given is None:
+            made = f", or method.factor={label.factor}" if method.init == "real" else ""
+            yield (
+                f"label.factor={label.factor} shows a part of each image, and method.factor={method.factor} with "
+                f"method.init={method.init} makes whole ones; set label.factor=1{made}"
             )
 
 
