@@ -95,7 +95,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "committee.voter=random",
             "prior.values.resnet18=50",
             "temperature.vote=2",
-            "patches.factor=2 method.factor=2",
+            "patches.factor=2 label.factor=2 method.factor=2",
             "method.composer=classes",
             "method.classes_per_unit=5",
             "method.composer=classes method.slots_per_unit=1",

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import cvdd.adversarial
 import cvdd.chain.priors
-import cvdd.chain.statistics
+import cvdd.chain.real_batches
 from cvdd.adversarial import AdversarialModule, Pace
 from cvdd.chain.apm import _make_part, plan_parts
 from cvdd.chain.compare import _full_data
@@ -181,7 +181,7 @@ def test_a_prior_is_the_mean_of_its_students(home: Path, monkeypatch: pytest.Mon
 def test_statistics_of_two_batches_are_those_of_different_views(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both batches have the same images."""
     batch = random_pixels(8, 32), torch.zeros(8, dtype=torch.long)
-    monkeypatch.setattr(cvdd.chain.statistics, "_pixels", lambda context, order: [batch, batch])
+    monkeypatch.setattr(cvdd.chain.real_batches, "_pixels", lambda context, order, side: [batch, batch])
     context = tiny_context(home, "recipe.crop=resized")
     views = [[seen for seen, _ in _batches(context, seed, lambda count: None)] for seed in (0, 1, 0)]
     assert not torch.equal(views[0][0], views[0][1])

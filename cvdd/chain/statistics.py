@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.layer_statistics import Moments
-from cvdd.progress import counted
+from cvdd.progress import Advance, counted
 from cvdd.recording import RealStatistics, Table, record_statistics
 from cvdd.seeds import derive_seed, generator
 
@@ -56,10 +58,8 @@ def make_statistics(context: Context, name: str) -> Artifact:
             _require_all_classes(context)
         backbone = config.committee.members[name].backbone
         network = load_network(context, member, backbone).to(context.device)
-        order = torch.randperm(len(data.train), generator=generator(seed, "order")).split(wanted.batch)
-        batches = augmented_batches(context, order, lambda index: generator(seed, "augment", index))
-        with context.progress(f"statistics of {name}", len(order)) as advance:
-            recorded = record_statistics(network, counted(batches, advance), wanted, len(data.classes))
+        with context.progress(f"statistics of {name}", -(-len(data.train) // wanted.batch)) as advance:
+            recorded = record_statistics(network, _batches(context, seed, advance), wanted, len(data.classes))
         save_file(_flat(recorded), work / STATISTICS)
         layers = set(recorded.layers) | set(recorded.classes)
         return {"images": len(data.train), "layers": len(layers)}
@@ -102,3 +102,10 @@ def _require_all_classes(context: Context) -> None:
                 f"class {name} has no training images, so there is nothing to match its images to; set "
                 "method.statistics.class_share=0"
             )
+
+
+def _batches(context: Context, seed: int, advance: Advance) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all training images once, shuffled: normalised [n, 3, size, size] and their labels [n], on the device."""
+    size = context.config.method.statistics.batch
+    order = torch.randperm(len(context.data().train), generator=generator(seed, "order")).split(size)
+    return counted(augmented_batches(context, order, partial(generator, seed, "augment")), advance)
