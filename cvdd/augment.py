@@ -110,18 +110,17 @@ def draw_views(
     return Views(boxes, flips, shifts)
 
 
-def in_cells(views: Views, factor: int, height: int, width: int, generator: torch.Generator) -> Views:
+def in_cells(views: Views, factor: int, side: int, generator: torch.Generator) -> Views:
     """Move views of one cell of an image into drawn cells of images that have ``factor`` by ``factor`` of them.
 
     Args:
         views: n, drawn for images of the size of a cell.
         factor: cells on a side.
-        height: of a cell in pixels.
-        width: of a cell in pixels.
+        side: of a cell in pixels.
         generator: of the draws.
     """
     cells = torch.randint(factor, (len(views.boxes), 2), generator=generator)
-    places = views.boxes[:, :2] + cells * torch.tensor([height, width])
+    places = views.boxes[:, :2] + cells * side
     return replace(views, boxes=torch.cat([places, views.boxes[:, 2:]], dim=1))
 
 

@@ -83,7 +83,7 @@ def check_before_work(context: Context) -> None:
             normalising += _measured(measuring[name].config) if name in measuring else []
             for member in dict.fromkeys(normalising):
                 require_batchnorm(members[name][member], member)
-            if row.config.method.init == "difficulty" or row.config.method.grades is not None:
+            if row.config.method.ranks:
                 require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():
         with _said_of(name):
@@ -300,7 +300,7 @@ def _check_real_images(context: Context, field: str) -> None:
     init, factor = config.method.init, config.method.factor if config.method.init == "real" else 1
     for name, count in zip(data.classes, counts, strict=True):
         try:
-            if init in ("real", "difficulty") or config.method.grades is not None:
+            if init == "real" or config.method.ranks:
                 require_real_images(name, count, ipc, field=field, factor=factor)
             if init == "herding":
                 require_real_images(name, count, ipc, patches.candidates, field)

@@ -145,7 +145,7 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     ]
     # From generators of their own, so that they change nothing else.
     if label.factor > 1:
-        views = in_cells(views, label.factor, side, side, generator(seed, "cells", epoch))
+        views = in_cells(views, label.factor, side, generator(seed, "cells", epoch))
     swap = draw_swaps(count, generator(seed, "shuffle", epoch)) if label.shuffle > 1 else None
     operations = draw_operations(count, generator(seed, "randaugment", epoch)) if label.randaugment else None
     return replace(join(order, views, mixes), swap=swap, operations=operations)

@@ -160,7 +160,7 @@ def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
         views = Views.cat([draw_views(1, size, size, (a, max(a, high)), method.flip, jitter, source) for a in lowest])
     if method.factor > 1:
         cells = generator(method.seed, "cells", unit.slot, unit.block, stage.index)
-        views = in_cells(views, method.factor, size, size, cells)
+        views = in_cells(views, method.factor, size, cells)
     boxes, shifts = views.boxes, views.shifts
     if method.pad:
         offsets = torch.randint(-method.pad, method.pad + 1, (count, 2), generator=source)

@@ -53,8 +53,8 @@ def colours(images: int) -> Tensor:
 
 
 def test_views_are_moved_into_drawn_cells() -> None:
-    views = in_cells(Views.whole(50, 8, 16), 2, 8, 16, generator(0, "test"))
-    assert set(map(tuple, views.boxes.tolist())) == {(top, left, 8, 16) for top in (0, 8) for left in (0, 16)}
+    views = in_cells(Views.whole(50, 8, 8), 2, 8, generator(0, "test"))
+    assert set(map(tuple, views.boxes.tolist())) == {(top, left, 8, 8) for top in (0, 8) for left in (0, 8)}
 
 
 def test_labels_show_a_part_of_one_cell() -> None:

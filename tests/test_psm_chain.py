@@ -41,6 +41,8 @@ from cvdd.schema import members_used, with_overrides
 pytest_plugins = ["chain_fixtures"]
 
 PSM = ("method=psm", "method.iterations=4", "recipe.epochs=2")
+BOTH = (0, 1)
+"""The slots of two images per class."""
 KEPT = ("method.iterations=0", "method.stages=1", "method.residual=1")
 
 
@@ -160,7 +162,7 @@ def test_voters_have_the_statistics_of_the_group_of_their_slot(
     overrides = ("method.voters=[resnet18,resnet50]", "method.turns=in_turn", "method.name=looked_at")
     context = tiny_context(chain_home, *PSM, *overrides)
     difficulty = make_difficulty(context)
-    stored = {name: make_group_statistics(context, name, difficulty) for name in ("resnet18", "resnet50")}
+    stored = {name: make_group_statistics(context, name, difficulty, BOTH) for name in ("resnet18", "resnet50")}
     seen: list[tuple[int, str]] = []
     recover = cvdd.chain.images.recover_stack
 
@@ -192,7 +194,7 @@ def with_store(context: Context, place: Path, home: Path, kind: str) -> Context:
 
 def test_groups_have_statistics_of_their_own_that_come_near_those_of_their_images(chain_home: Path) -> None:
     context = tiny_context(chain_home, *PSM, "recipe.crop=none", "recipe.flip=false", "recipe.batch_size=150")
-    statistics = make_group_statistics(context, "resnet18", make_difficulty(context))
+    statistics = make_group_statistics(context, "resnet18", make_difficulty(context), BOTH)
     assert statistics.metrics["groups"] == 2
     member = context.config.committee.members["resnet18"]
     network = load_network(context, make_member(context, "resnet18"), member.backbone)
@@ -223,7 +225,7 @@ def test_an_interrupted_group_goes_on_after_its_last_pass(
     chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longer = (*PSM, "method.difficulty.forward_share=1")
-    usual = make_group_statistics(tiny_context(chain_home, *longer), "resnet18", make_difficulty_of(chain_home))
+    usual = make_group_statistics(tiny_context(chain_home, *longer), "resnet18", make_difficulty_of(chain_home), BOTH)
     passes: list[int] = []
     update = cvdd.chain.difficulty.update_statistics
 
@@ -237,9 +239,9 @@ def test_an_interrupted_group_goes_on_after_its_last_pass(
     with monkeypatch.context() as patch:
         patch.setattr(cvdd.chain.difficulty, "update_statistics", once)
         with pytest.raises(PulledPlug):
-            make_group_statistics(context, "resnet18", make_difficulty(context))
+            make_group_statistics(context, "resnet18", make_difficulty(context), BOTH)
     monkeypatch.setattr(cvdd.chain.difficulty, "update_statistics", once)
-    again = make_group_statistics(context, "resnet18", make_difficulty(context))
+    again = make_group_statistics(context, "resnet18", make_difficulty(context), BOTH)
     # Two passes over each of two groups; one was made before, and one was begun in vain.
     assert len(passes) == 5
     assert same_files(usual, again)
@@ -291,9 +293,9 @@ def test_a_group_that_does_not_fit_memory_is_decoded_pass_by_pass(
 ) -> None:
     (tmp_path / "files").mkdir()
     context = as_files(tmp_path / "files", tiny_context(chain_home, *PSM, store=tmp_path / "store"))
-    usual = make_group_statistics(tiny_context(chain_home, *PSM), "resnet18", make_difficulty_of(chain_home))
+    usual = make_group_statistics(tiny_context(chain_home, *PSM), "resnet18", make_difficulty_of(chain_home), BOTH)
     monkeypatch.setattr(cvdd.chain.real_batches, "free_memory", lambda device: 1000.0)
-    assert same_files(usual, make_group_statistics(context, "resnet18", make_difficulty(context)))
+    assert same_files(usual, make_group_statistics(context, "resnet18", make_difficulty(context), BOTH))
 
 
 def test_costs_count_what_is_shown(chain_home: Path, tmp_path: Path) -> None:

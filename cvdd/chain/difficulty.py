@@ -127,9 +127,7 @@ def graded_images(context: Context, difficulty: Artifact) -> Tensor:
     return pixels.view(len(data.classes), len(groups), *pixels.shape[1:])
 
 
-def make_group_statistics(
-    context: Context, name: str, difficulty: Artifact, slots: Sequence[int] | None = None
-) -> Artifact:
+def make_group_statistics(context: Context, name: str, difficulty: Artifact, slots: Sequence[int]) -> Artifact:
     """Return the running statistics of a member after it was shown a group alone, for each of some groups (equation 6).
 
     They start from its own. Batches, or the parts of them that are normalised by themselves, are as large as in
@@ -140,20 +138,19 @@ def make_group_statistics(
         context: the configuration and its surroundings.
         name: of the member.
         difficulty: of :func:`make_difficulty`.
-        slots: whose groups, in ascending order; None is all.
+        slots: whose groups, in ascending order.
     """
     config, data = context.config, context.data()
     recipe, member = config.recipe, make_member(context, name)
     epochs = _settings(config).epochs(recipe.epochs)
     seed = derive_seed(config.seed, "group_statistics")
     count = config.ipc.images_per_class
-    wanted = list(range(count) if slots is None else slots)
     size = part_size(recipe.batch_size, recipe.accumulation)
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
         "groups": count,
-        "slots": wanted,
+        "slots": list(slots),
         "epochs": epochs,
         "batch": recipe.batch_size,
         "part": size,
@@ -179,10 +176,10 @@ def make_group_statistics(
     def maker(work: Path) -> Iterator[Maker]:
         groups = [torch.cat(of_classes) for of_classes in _groups(context, difficulty)]
         backbone = config.committee.members[name].backbone
-        with context.progress(f"statistics of groups, {name}", len(wanted)) as advance:
+        with context.progress(f"statistics of groups, {name}", len(slots)) as advance:
 
             def make(index: int) -> None:
-                group = wanted[index]
+                group = slots[index]
                 network = load_network(context, member, backbone).to(context.device)
                 if has_batchnorm(network):
                     update(network, group, groups[group], work / f"{_file_of(group)}.ckpt.tmp")
@@ -192,11 +189,11 @@ def make_group_statistics(
             yield Maker(make, lambda made: advance(len(made)))
 
     def done(work: Path, index: int) -> bool:
-        return is_whole(work / _file_of(wanted[index]))
+        return is_whole(work / _file_of(slots[index]))
 
-    parts = Parts([f"group{group:04d}" for group in wanted], done, maker)
+    parts = Parts([f"group{group:04d}" for group in slots], done, maker)
     named, parents = f"{data.name}-{name}-{count}", [member, difficulty]
-    metrics = {"groups": len(wanted)}
+    metrics = {"groups": len(slots)}
     return context.store.make_parts("group_statistics", named, identity, parents, parts, lambda work: metrics)
 
 

@@ -171,14 +171,14 @@ def require_real_images(
     Raises:
         ConfigError: there are too few.
     """
-    if images < needed * factor**2 and factor > 1:
-        each = factor**2
-        raise ConfigError(
-            f"class {name} has {images} images; {field}={needed} of method.factor={factor}, {each} real images each, "
-            f"needs {needed * each}"
+    each = factor**2
+    if images < needed * each:
+        many = (
+            "needs as many"
+            if each == 1
+            else (f"of method.factor={factor}, {each} real images each, needs {needed * each}")
         )
-    if images < needed:
-        raise ConfigError(f"class {name} has {images} images; {field}={needed} needs as many")
+        raise ConfigError(f"class {name} has {images} images; {field}={needed} {many}")
     if candidates is not None and candidates < needed:
         raise ConfigError(
             f"patches.candidates={candidates} images of class {name} are looked at, of {images}; {field}={needed} "

@@ -58,11 +58,16 @@ def ranks_in_class(distances: Tensor, labels: Tensor) -> Tensor:
         [n] int64.
     """
     ranks = torch.empty_like(labels)
-    for label in labels.unique():
-        of_class = (labels == label).nonzero()[:, 0]
-        order = distances[of_class].argsort(stable=True)
-        ranks[of_class[order]] = torch.arange(len(of_class))
+    for label in labels.unique().tolist():
+        ordered = _in_order(distances, labels, label)
+        ranks[ordered] = torch.arange(len(ordered))
     return ranks
+
+
+def _in_order(scores: Tensor, labels: Tensor, label: int) -> Tensor:
+    """Positions of the images of a class, from easy to hard; the first of equals comes first."""
+    of_class = (labels == label).nonzero()[:, 0]
+    return of_class[scores[of_class].argsort(stable=True)]
 
 
 def difficulty_groups(scores: Tensor, labels: Tensor, classes: int, groups: int) -> list[list[Tensor]]:
@@ -79,9 +84,9 @@ def difficulty_groups(scores: Tensor, labels: Tensor, classes: int, groups: int)
     """
     by_class = []
     for label in range(classes):
-        of_class = (labels == label).nonzero()[:, 0]
-        assert len(of_class) >= groups
-        by_class.append(of_class[scores[of_class].argsort(stable=True)].tensor_split(groups))
+        ordered = _in_order(scores, labels, label)
+        assert len(ordered) >= groups
+        by_class.append(ordered.tensor_split(groups))
     return [[parts[group] for parts in by_class] for group in range(groups)]
 
 

@@ -206,6 +206,11 @@ class MethodConfig(CheckedConfig):
         return self.difficulty if graded else None
 
     @property
+    def ranks(self) -> bool:
+        """Whether real images are ranked by difficulty."""
+        return self.init == "difficulty" or self.grades is not None
+
+    @property
     def keeps_given(self) -> bool:
         """Whether the images are somebody else's, as they are."""
         return self.init == "given"

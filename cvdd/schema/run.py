@@ -145,7 +145,7 @@ def teachers_of(config: RunConfig) -> list[str]:
 def members_used(config: RunConfig) -> list[str]:
     """Names of the members that may vote, that label, or that choose initial images, in committee order."""
     used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
-    if config.method.recovers or config.method.init == "difficulty":
+    if config.method.recovers or config.method.ranks:
         voters = config.method.voters
         used |= set(config.committee.members if isinstance(voters, str) else voters)
     return [name for name in config.committee.members if name in used]
