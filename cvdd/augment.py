@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RATIO = (3 / 4, 4 / 3)
 """Aspect ratios of a random crop, as in every published program."""
@@ -108,6 +108,23 @@ def draw_views(
     flips = torch.rand(count, generator=generator) < 0.5 if flip else whole.flips
     shifts = torch.randint(0, jitter + 1, (count, 2), generator=generator) if jitter else whole.shifts
     return Views(boxes, flips, shifts)
+
+
+def enlarged_parts(images: Tensor, factor: int) -> Tensor:
+    """Cut images into their parts and show each as large as the image was, bilinearly.
+
+    Args:
+        images: [units, images, c, size, size].
+        factor: parts on a side.
+
+    Returns:
+        [units, images * factor^2, c, size, size]: of each image its parts, row by row.
+    """
+    units, _, channels, size, _ = images.shape
+    side = size // factor
+    parts = images.unflatten(-2, (factor, side)).unflatten(-1, (factor, side)).permute(0, 1, 3, 5, 2, 4, 6)
+    shown = nn.functional.interpolate(parts.reshape(-1, channels, side, side), (size, size), mode="bilinear")
+    return shown.view(units, -1, channels, size, size)
 
 
 def in_cells(views: Views, factor: int, side: int, generator: torch.Generator) -> Views:

@@ -16,9 +16,11 @@ from cvdd.automatic import compiles, has_compiler, precision_of, precisions_of, 
 from cvdd.backbones import BackboneConfig
 from cvdd.copies import sharing_copy
 from cvdd.depthwise import without_strided_depthwise
+from cvdd.features import FeatureWatch, feature_layer
 from cvdd.fusion import fuse_statistics
 from cvdd.matrix_convolution import with_matrix_convolutions
-from cvdd.schema import EngineConfig, MethodConfig
+from cvdd.schema import AnchorsConfig, EngineConfig, MethodConfig
+from cvdd.schema.anchors import HEAD
 from cvdd.schema.method import StatisticsConfig
 from cvdd.stem import with_folded_stem
 from cvdd.voting import Judgement, Voter, judge
@@ -86,7 +88,7 @@ class Work:
         units: of the largest stack.
         size: side of the images in pixels.
         classes: of the data set.
-        split: whether ranks share each unit: their sums are made between the layers, where nothing is compiled.
+        split: whether ranks share each unit.
     """
 
     backbones: tuple[BackboneConfig, ...]
@@ -118,20 +120,38 @@ def judges_by_unit(method: MethodConfig) -> bool:
     return method.statistics == StatisticsConfig() and method.statistics_of == "unit"
 
 
+def can_be_compiled(method: MethodConfig, split: bool) -> bool:
+    """Whether judgements can be compiled.
+
+    Not where ranks share a unit: their sums are made between the layers. Nor where features are those of a layer that
+    has others inside: compiled code goes through these as one piece.
+
+    Args:
+        method: how images are made.
+        split: whether ranks share each unit.
+    """
+    inside = method.anchors is not None and method.anchors.layer != HEAD
+    return judges_by_unit(method) and not split and not inside
+
+
 def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
     """Decide what is automatic; the choice depends on the configuration, the kind of device and the compiler alone.
 
     Warns if there is no compiler where one is wanted, and of what is wanted and cannot be.
     """
     by_unit = judges_by_unit(method)
-    if config.compile is True and (work.split or not by_unit):
-        log.warning("engine.compile=true: nothing is compiled where ranks share a unit or statistics are of a stack")
+    compilable = can_be_compiled(method, work.split)
+    if config.compile is True and not compilable:
+        log.warning(
+            "engine.compile=true: nothing is compiled where ranks share a unit, statistics are of a stack, or features "
+            "of anchors are those of a layer inside"
+        )
     if config.units_per_pass != "auto" and not by_unit:
         log.warning(
             "engine.units_per_pass=%s: units of a stack are judged together where its statistics are matched",
             config.units_per_pass,
         )
-    compiled = by_unit and not work.split and compiles(config.compile, lambda: work.seconds(device), device)
+    compiled = compilable and compiles(config.compile, lambda: work.seconds(device), device)
     precision = precision_of(config.precision, device)
     units = _units_per_pass(config, work, compiled, device.type) if by_unit else None
     recorded = records(config.cuda_graphs, device) and iteration_can_be_recorded(method, work.split)
@@ -140,10 +160,8 @@ def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device
 
 def engines_elsewhere(config: EngineConfig, method: MethodConfig, work: Work) -> list[Engine]:
     """List what :func:`choose_engine` may decide on any kind of machine, but for what is recorded."""
-    by_unit = judges_by_unit(method)
-    compiled = (
-        ([False, True] if config.compile == "auto" else [config.compile]) if by_unit and not work.split else [False]
-    )
+    by_unit, compilable = judges_by_unit(method), can_be_compiled(method, work.split)
+    compiled = ([False, True] if config.compile == "auto" else [config.compile]) if compilable else [False]
     return [
         Engine(one, precision, _units_per_pass(config, work, one, kind) if by_unit else None)
         for kind in ("cpu", "cuda")
@@ -175,7 +193,9 @@ def _compiled() -> Callable[..., Judgement]:
     return judged
 
 
-def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) -> Voter:
+def ready_voter(
+    name: str, network: nn.Module, bn_scale: float, engine: Engine, anchors: AnchorsConfig | None = None
+) -> Voter:
     """Bring a network into the form in which it judges fastest.
 
     Args:
@@ -183,9 +203,14 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
         network: frozen, in evaluation mode; it is kept as it is where its weights change type.
         bn_scale: factor on its statistics term.
         engine: how it judges.
+        anchors: of whose features; None for none.
+
+    Raises:
+        ConfigError: it has no layer whose input the features are.
     """
+    layer = None if anchors is None else feature_layer(network, anchors.layer, name)
     if not engine.compile and engine.precision == "fp32":
-        return Voter(name, network, bn_scale)
+        return Voter(name, network, bn_scale, features=_watched(network, layer))
     on_gpu = next(network.parameters()).device.type == "cuda"
     dtype = torch.float32
     if engine.precision == "bf16":
@@ -202,7 +227,12 @@ def ready_voter(name: str, network: nn.Module, bn_scale: float, engine: Engine) 
         network, watch = fuse_statistics(network)
         if on_gpu:
             network = _for_gpus(network)
-    return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch)
+    features = _watched(network, layer)
+    return Voter(name, network, bn_scale, dtype=dtype, channels_last=True, watch=watch, features=features)
+
+
+def _watched(network: nn.Module, layer: str | None) -> FeatureWatch | None:
+    return None if layer is None else FeatureWatch(network, layer)
 
 
 def hand_over(voter: Voter, other: Voter) -> None:

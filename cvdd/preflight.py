@@ -17,9 +17,9 @@ from cvdd.chain.compare import rows_of
 from cvdd.chain.difficulty import ranking_members, require_ranking
 from cvdd.chain.given import check_given
 from cvdd.chain.given_labels import check_given_labels
-from cvdd.chain.initial import require_real_images
 from cvdd.chain.own_engines import own_engine
 from cvdd.chain.priors import priors_needed, shares_priors
+from cvdd.chain.real_choice import require_real_images
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -29,6 +29,7 @@ from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, members_used, teachers_of, votes_by_priors
+from cvdd.schema.anchors import BEGINNINGS
 from cvdd.units import plan_units
 
 log = logging.getLogger(__name__)
@@ -297,18 +298,19 @@ def _check_real_images(context: Context, field: str) -> None:
     ipc = config.ipc.images_per_class
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     per_class = config.dataset.train_per_class
-    init, factor = config.method.init, config.method.factor if config.method.init == "real" else 1
+    init = config.method.init
+    factor = config.method.factor if init in BEGINNINGS else 1
     for name, count in zip(data.classes, counts, strict=True):
         try:
             if init == "real" or config.method.ranks:
                 require_real_images(name, count, ipc, field=field, factor=factor)
-            if init == "herding":
-                require_real_images(name, count, ipc, patches.candidates, field)
+            if init in ("herding", "easiest"):
+                require_real_images(name, count, ipc, patches.candidates, field, factor)
             elif init == "patches":
                 require_candidates(name, count, patches, field)
         except ConfigError as error:
             # More candidates than there are images are of no use.
-            enough = patches.candidates if init in ("patches", "herding") else ipc * factor**2
+            enough = patches.candidates if init in ("patches", "herding", "easiest") else ipc * factor**2
             if count != per_class or count >= enough:
                 raise
             raise ConfigError(f"{error}. Or raise dataset.train_per_class={per_class}, which leaves no more") from error

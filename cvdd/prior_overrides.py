@@ -24,6 +24,8 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.statistics_of": "unit",
         "method.statistics": StatisticsConfig().model_dump(),
         "method.difficulty": None,
+        "method.anchors": None,
+        "method.schedule": "cosine",
         "method.density": 0.0,
         "method.density_scale": "none",
         "method.crop_schedule": "constant",
@@ -83,6 +85,11 @@ def prior_overrides(config: RunConfig, member: str) -> dict[str, Any]:
         **PLAIN,
         "compare": {},
     }
+    if config.method.anchors is not None:
+        # Its terms and its rate are of features, and priors are measured without them.
+        overrides |= {
+            f"method.{name}": MethodConfig.model_fields[name].default for name in ("ce", "r_bn", "lr", "betas")
+        }
     if config.method.crop_scale is None:
         overrides["method.crop_scale"] = MethodConfig.model_fields["crop_scale"].default
         # Where images are padded instead, whether they are mirrored is of that.

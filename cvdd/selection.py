@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
+from cvdd.features import head_of
 
 FEATURES_AT_ONCE = 500
 """Images in a forward pass."""
@@ -60,11 +61,12 @@ def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = 
     """
     parts = []
     for network in networks:
-        heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not heads:
+        head = head_of(network)
+        if head is None:
             raise ConfigError("method.init=herding needs members that end in a linear classifier; choose another init")
         seen: list[Tensor] = []
-        handle = heads[-1].register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].cpu()))
+        layer = network.get_submodule(head)
+        handle = layer.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].cpu()))
         device = next(network.parameters()).device
         try:
             for some in images.split(batch):

@@ -10,6 +10,7 @@ _OF_KIND = {
     "teachers": "members",
     "patches": "patches",
     "herds": "patches",
+    "easiest": "patches",
     "given": "patches",
     "difficulty": "patches",
     "labels": "labels",

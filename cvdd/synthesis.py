@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,72 +15,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.agreement import agreement, pairs_of
-from cvdd.augment import Views, apply_matrices, rounded_products
+from cvdd.augment import Views, apply_matrices, enlarged_parts, rounded_products
 from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.layer_statistics import HALVES
+from cvdd.log_rows import TERMS, LogRow, Said
 from cvdd.methods.gvbsm import densification
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schedules import compute_as_made, cosine, optimizer_of, set_rate
 from cvdd.schema import MethodConfig
 from cvdd.units import Stage, unit_matrices
-from cvdd.voting import Judgement, Voter, judge, weigh
+from cvdd.voting import Anchors, Judgement, Voter, judge, weigh
 
 MATRIX_ELEMENTS = 2**24
 """Of the matrices of several iterations that are made together."""
-
-
-@dataclass(frozen=True)
-class LogRow:
-    """State of a stack at one iteration.
-
-    Attributes:
-        iteration: number of finished optimiser steps.
-        loss: what is minimised, the voting loss and the density's term, mean over units.
-        ce: cross-entropy by member, mean over units, when it last judged; members that never did are missing.
-        bn: statistics term by member, likewise.
-        lr: learning rate.
-        density: term of the data densification, mean over units.
-        agreement: by pair of members, cosine of the gradients of their terms in the last iteration, mean over units;
-            empty for a single member and without ``method.log_agreement``.
-    """
-
-    iteration: int
-    loss: float
-    ce: dict[str, float]
-    bn: dict[str, float]
-    lr: float
-    density: float = 0.0
-    agreement: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What was said in one iteration, by the voters that judged it.
-
-    Attributes:
-        voters: their indices.
-        loss: the voting loss and the data densification, summed over units.
-        ce: [voters, units].
-        bn: [voters, units].
-        density: summed over units.
-        gradients: of each one's judgement, where they were asked for: [units, images, 3, size, size].
-    """
-
-    voters: tuple[int, ...]
-    loss: Tensor
-    ce: Tensor
-    bn: Tensor
-    density: Tensor
-    gradients: tuple[Tensor, ...] | None
-
-    def kept(self) -> _Said:
-        """A copy that the next iteration does not overwrite, without gradients."""
-        said = (self.loss, self.ce, self.bn, self.density)
-        copied = torch.cat([part.flatten() for part in said]).split([part.numel() for part in said])
-        loss, ce, bn, density = (one.view_as(part) for one, part in zip(copied, said, strict=True))
-        return _Said(self.voters, loss, ce, bn, density, None)
 
 
 class NonFiniteLoss(ValueError):
@@ -109,9 +58,12 @@ class DistillModule(pl.LightningModule):
         opinion: what judges, :func:`cvdd.voting.judge` or a compiled version of it.
         record: whether an iteration on a GPU is recorded as a CUDA graph, in which the voters judge side by side; only
             where all voters judge in every iteration, by statistics that do not move, of images that are not crowded.
+        anchors: [units, images, parts, 3, size, size], normalised: the real image that each part is made of. Then the
+            voters judge all parts, enlarged; None for images that are judged as they are.
     """
 
     targets: Tensor
+    anchors: Tensor | None
     weights: Tensor
     turns: Tensor
     low: Tensor
@@ -132,6 +84,7 @@ class DistillModule(pl.LightningModule):
         units_per_pass: int | None = None,
         opinion: Callable[..., Judgement] = judge,
         record: bool = False,
+        anchors: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.split = split
@@ -142,7 +95,8 @@ class DistillModule(pl.LightningModule):
         self._opinion = opinion
         self.automatic_optimization = False
         self.images = nn.Parameter(images.clone())
-        self.register_buffer("targets", targets, persistent=False)
+        self.register_buffer("targets", targets.repeat_interleave(method.parts_judged, dim=1), persistent=False)
+        self.register_buffer("anchors", None if anchors is None else anchors.flatten(1, 2), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("low", bounds[0], persistent=False)
         self.register_buffer("high", bounds[1], persistent=False)
@@ -177,7 +131,7 @@ class DistillModule(pl.LightningModule):
             if self._opinion is not judge:
                 # Before any stream: from there what other processes had compiled was not found (docs/speed.md).
                 for voter in self._voters:
-                    self._ask(0, voter, self.images.detach()[:, self._own])
+                    self._ask(0, voter, self._seen(None).detach(), self._aims(None))
 
     @property
     def epochs(self) -> int:
@@ -193,11 +147,11 @@ class DistillModule(pl.LightningModule):
         """Optimise the images from one log row to the next."""
         begin, end = int(batch[0]), int(batch[1])
         optimizer = optimizer_of(self)
-        history: list[_Said] = []
+        history: list[Said] = []
         cosines: dict[str, float] = {}
         rate = 0.0
         for iteration, view in zip(range(begin, end), self._matrices(begin, end), strict=True):
-            rate = self.method.lr * cosine(iteration, self.method.iterations)
+            rate = self._rate(iteration)
             set_rate(optimizer, rate, self.device)
             compared = iteration == end - 1 and self.method.log_agreement and len(self._voters) > 1
             if compared and self.method.turns != "all":
@@ -205,16 +159,20 @@ class DistillModule(pl.LightningModule):
             if self._recorded is None:
                 vote = self._iterate(iteration, view, compared and self.method.turns == "all")
             else:
-                vote = _Said(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
+                vote = Said(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
             if compared and vote.gradients is not None:
                 cosines = self._cosines(vote.gradients)
             history.append(vote.kept() if self._recorded is not None else vote)
         self._report(begin, history, rate, cosines)
 
-    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> _Said:
+    def _rate(self, iteration: int) -> float:
+        method = self.method
+        return method.lr * (cosine(iteration, method.iterations) if method.schedule == "cosine" else 1.0)
+
+    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> Said:
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
-        gradient, vote = self._vote(iteration, seen.detach(), apart)
+        gradient, vote = self._vote(iteration, seen.detach(), self._aims(view), apart)
         with rounded_products(self._rounded):
             (self.images.grad,) = torch.autograd.grad(seen, self.images, gradient)
         if self.split:
@@ -229,14 +187,23 @@ class DistillModule(pl.LightningModule):
         """What of an iteration happens on the device; the number of the iteration shows in the learning rate alone."""
         vote = self._iterate(0, (view[0], view[1]) if view else None, True)
         assert vote.gradients is not None
-        return vote.loss, vote.ce, vote.bn, vote.density, vote.gradients
+        return vote.loss, vote.ce, vote.bn, vote.features, vote.density, vote.gradients
 
     def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
         images = self.images[:, self._own]
+        if self.anchors is not None:
+            images = enlarged_parts(images, self.method.factor)
+        return self._through(images, view)
+
+    def _through(self, images: Tensor, view: tuple[Tensor, Tensor] | None) -> Tensor:
         if view is None:
             return images
         with rounded_products(self._rounded):
             return apply_matrices(images, *view)
+
+    def _aims(self, view: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Return the anchors as the voters see them, [units, images * parts, 3, size, size]."""
+        return None if self.anchors is None else self._through(self.anchors, view)
 
     @property
     def _own(self) -> slice:
@@ -246,7 +213,7 @@ class DistillModule(pl.LightningModule):
         count, size = self.images.shape[1], self.trainer.world_size
         return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
-    def _vote(self, iteration: int, seen: Tensor, apart: bool) -> tuple[Tensor, _Said]:
+    def _vote(self, iteration: int, seen: Tensor, aims: Tensor | None, apart: bool) -> tuple[Tensor, Said]:
         """Return the gradient of the loss with respect to what is seen, and what was said.
 
         Each voter is asked alone, so that memory holds one graph at a time, unless they are recorded side by side.
@@ -255,7 +222,7 @@ class DistillModule(pl.LightningModule):
         everyone = method.turns == "all"
         judging = range(len(self._voters)) if everyone else self._turns[iteration].any(dim=1).nonzero()[:, 0].tolist()
         weights = self.weights if everyone else self.turns[iteration, judging]
-        calls = [partial(self._ask, iteration, self._voters[index], seen) for index in judging]
+        calls = [partial(self._ask, iteration, self._voters[index], seen, aims) for index in judging]
         vote = weigh(side_by_side(calls, self._streams), weights, keep=apart)
         loss, gradient, density = vote.loss, vote.gradient, seen.new_zeros(())
         if method.density:
@@ -266,11 +233,12 @@ class DistillModule(pl.LightningModule):
                 gradient += method.density * torch.autograd.grad(crowding, crowded)[0]
             density = crowding.detach()
             loss = loss + method.density * density
-        return gradient, _Said(tuple(judging), loss, vote.ce, vote.bn, density, vote.slopes)
+        return gradient, Said(tuple(judging), loss, vote.ce, vote.bn, vote.features, density, vote.slopes)
 
-    def _ask(self, iteration: int, voter: Voter, seen: Tensor) -> tuple[Judgement, Tensor]:
+    def _ask(self, iteration: int, voter: Voter, seen: Tensor, aims: Tensor | None = None) -> tuple[Judgement, Tensor]:
         """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
         method, targets = self.method, self.targets[:, self._own]
+        weight, distance = (method.anchors.weight, method.anchors.distance) if method.anchors else (0.0, "l1")
         if voter.matcher is not None:
             voter.matcher.begin(iteration)
         said, slopes = [], []
@@ -286,6 +254,7 @@ class DistillModule(pl.LightningModule):
                 first_bn_multiplier=method.first_bn_multiplier,
                 statistics_of=method.statistics_of,
                 across=sum_over_ranks if self.split else None,
+                anchors=None if aims is None else Anchors(aims[units], weight, distance),
             )
             slopes.append(torch.autograd.grad(judgement.value.sum(), shown)[0])
             said.append(Judgement(*(part.detach() for part in judgement)))
@@ -297,11 +266,11 @@ class DistillModule(pl.LightningModule):
     def _agreement_of_all(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
         """Ask all voters where the vote asks only some, and forget that it was done."""
         with torch.no_grad():
-            seen = self._seen(view)
+            seen, aims = self._seen(view), self._aims(view)
         gradients = []
         for voter in self._voters:
             averages = voter.matcher.state() if voter.matcher is not None else {}
-            gradients.append(self._ask(iteration, voter, seen)[1])
+            gradients.append(self._ask(iteration, voter, seen, aims)[1])
             if voter.matcher is not None:
                 voter.matcher.load_state(averages)
         return self._cosines(gradients)
@@ -321,18 +290,18 @@ class DistillModule(pl.LightningModule):
             for index in range(last - first):
                 yield rows[:, index], columns[:, index]
 
-    def _report(self, begin: int, history: Sequence[_Said], lr: float, cosines: dict[str, float]) -> None:
+    def _report(self, begin: int, history: Sequence[Said], lr: float, cosines: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]
         names = [voter.name for voter in self._voters]
-        ce = dict(self.rows[-1].ce) if self.rows else {}
-        bn = dict(self.rows[-1].bn) if self.rows else {}
+        terms = [dict(getattr(self.rows[-1], term)) if self.rows else {} for term in TERMS]
         heard = history if self.method.turns != "all" else history[-1:]
         for vote in heard:
-            means = zip(vote.ce.mean(dim=1).tolist(), vote.bn.mean(dim=1).tolist(), strict=True)
-            for index, (one, other) in zip(vote.voters, means, strict=True):
-                ce[names[index]], bn[names[index]] = one, other
-        if not all(math.isfinite(value) for value in [*ce.values(), *bn.values()]):
+            for term, values in zip(TERMS, terms, strict=True):
+                means = getattr(vote, term).mean(dim=1).tolist()
+                values |= {names[index]: mean for index, mean in zip(vote.voters, means, strict=True)}
+        if not all(math.isfinite(value) for values in terms for value in values.values()):
             self._blame(begin, history)
+        ce, bn, features = terms
         if not bool(self.images.isfinite().all()):
             raise NonFiniteLoss(
                 f"the images are not finite after iteration {iteration}, though the losses of {', '.join(names)} are: "
@@ -346,21 +315,23 @@ class DistillModule(pl.LightningModule):
             lr=lr,
             density=float(last.density) / len(self.images),
             agreement=cosines,
+            features={} if self.anchors is None else features,
         )
         self.rows.append(row)
         self._on_row(row, self.images.detach())
 
-    def _blame(self, begin: int, history: Sequence[_Said]) -> NoReturn:
+    def _blame(self, begin: int, history: Sequence[Said]) -> NoReturn:
         # One iteration later the images are not finite either, and with them the terms of all members.
         for iteration, vote in enumerate(history, begin + 1):
-            said = zip(vote.voters, vote.ce.mean(dim=1), vote.bn.mean(dim=1), strict=True)
-            for index, ce, bn in said:
+            said = zip(vote.voters, *(getattr(vote, term).mean(dim=1) for term in TERMS), strict=True)
+            for index, ce, bn, features in said:
                 name = self._voters[index].name
-                if not bool((ce + bn).isfinite()):
+                if not bool((ce + bn + features).isfinite()):
                     raise NonFiniteLoss(
                         f"the loss of member {name} is not finite in iteration {iteration} (cross-entropy "
-                        f"{float(ce)}, BatchNorm term {float(bn)}). Finished units and the last checkpoint are kept. "
-                        f"Lower method.lr or method.r_bn, or leave {name} out of the committee."
+                        f"{float(ce)}, BatchNorm term {float(bn)}, distance of features {float(features)}). Finished "
+                        "units and the last checkpoint are kept. Lower method.lr or method.r_bn, or leave "
+                        f"{name} out of the committee."
                     )
         raise AssertionError("called without a term that is not finite")
 

@@ -144,10 +144,12 @@ def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
     """Draw the crops, flips and shifts of a unit in one stage from (``method.seed``, slot, block, stage) alone.
 
     With ``method.pad`` a box has the size of the image and may begin up to so many pixels outside it. With
-    ``method.factor`` it lies in one of the images that each image is made of, in one iteration in the same of all.
+    ``method.factor`` it lies in one of the images that each image is made of, in one iteration in the same of all, but
+    with ``method.anchors`` all of these are seen through the same view.
     """
     source = generator(method.seed, "recover", unit.slot, unit.block, *([stage.index] if stage.index else []))
-    count, size = stage.last - stage.first, stage.size // method.factor
+    parts = method.factor if method.anchors is None else 1
+    count, size = stage.last - stage.first, stage.size // parts
     jitter = 2 * method.jitter if method.jitter_both_ways else method.jitter
     if method.crop_schedule == "constant" or method.crop_scale is None:
         views = draw_views(count, size, size, method.crop_scale, method.flip, jitter, source)
@@ -158,9 +160,9 @@ def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
             for iteration in range(stage.first, stage.last)
         ]
         views = Views.cat([draw_views(1, size, size, (a, max(a, high)), method.flip, jitter, source) for a in lowest])
-    if method.factor > 1:
+    if parts > 1:
         cells = generator(method.seed, "cells", unit.slot, unit.block, stage.index)
-        views = in_cells(views, method.factor, size, cells)
+        views = in_cells(views, parts, size, cells)
     boxes, shifts = views.boxes, views.shifts
     if method.pad:
         offsets = torch.randint(-method.pad, method.pad + 1, (count, 2), generator=source)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.bn import BatchStatistics
+from cvdd.features import FeatureWatch, feature_distance
 from cvdd.layer_statistics import Reduce
 from cvdd.matching import Matcher
 
@@ -27,6 +28,7 @@ class Voter:
         channels_last: whether it takes images in that memory format.
         watch: of its BatchNorm layers, entered for good, which a compiled judgement needs; None to enter one for each
             forward pass.
+        features: of the layer whose input is compared with that of anchors; None where there are none.
     """
 
     name: str
@@ -36,30 +38,48 @@ class Voter:
     dtype: torch.dtype | None = None
     channels_last: bool = False
     watch: BatchStatistics | None = None
+    features: FeatureWatch | None = None
 
 
 class Judgement(NamedTuple):
     """What one member says of each unit, each [units].
 
     Attributes:
-        value: ``ce * CE + r_bn * bn_scale * BN``, which its share of the vote multiplies.
+        value: ``ce * CE + r_bn * bn_scale * BN + weight * features``, which its share of the vote multiplies.
         ce: cross-entropy.
         bn: distance of statistics, the first layer's multiplier included; 0 without a layer to match.
+        features: distance of features from those of the anchors, mean over images; 0 without anchors.
     """
 
     value: Tensor
     ce: Tensor
     bn: Tensor
+    features: Tensor
+
+
+class Anchors(NamedTuple):
+    """What the images of a forward pass are to have the features of.
+
+    Attributes:
+        images: [units, images, 3, h, w] real ones, seen through the same views.
+        weight: of the distance.
+        distance: see :func:`cvdd.features.feature_distance`.
+    """
+
+    images: Tensor
+    weight: float
+    distance: Literal["l1", "l2"]
 
 
 class Vote(NamedTuple):
     """What a committee says of a stack.
 
     Attributes:
-        loss: scalar, ``sum_i w_i (ce * CE_i + r_bn * BN_i)``, summed over units: each unit's gradient is its own.
+        loss: scalar, ``sum_i w_i value_i``, summed over units: each unit's gradient is its own.
         gradient: of the loss with respect to the images, [units, images, 3, h, w].
         ce: [voters, units] cross-entropies.
         bn: [voters, units] distances of statistics; 0 for a voter without a layer to match.
+        features: [voters, units] distances of features; 0 without anchors.
         slopes: gradient of each voter's value by itself, where they are kept.
     """
 
@@ -67,6 +87,7 @@ class Vote(NamedTuple):
     gradient: Tensor
     ce: Tensor
     bn: Tensor
+    features: Tensor
     slopes: tuple[Tensor, ...] | None
 
 
@@ -90,8 +111,8 @@ def weigh(opinions: Iterable[tuple[Judgement, Tensor]], weights: Tensor, keep: b
         if keep:
             slopes.append(slope)
     assert gradient is not None
-    values, ce, bn = (torch.stack(parts) for parts in zip(*said, strict=True))
-    return Vote((weights * values).sum(), gradient, ce, bn, tuple(slopes) if keep else None)
+    values, ce, bn, features = (torch.stack(parts) for parts in zip(*said, strict=True))
+    return Vote((weights * values).sum(), gradient, ce, bn, features, tuple(slopes) if keep else None)
 
 
 def judge(
@@ -104,6 +125,7 @@ def judge(
     first_bn_multiplier: float,
     statistics_of: Literal["unit", "stack"] = "unit",
     across: Reduce | None = None,
+    anchors: Anchors | None = None,
 ) -> Judgement:
     """Let one member judge units in one forward pass; only its value has a gradient.
 
@@ -117,18 +139,41 @@ def judge(
         statistics_of: match the statistics of each unit, as published, or those of all images together; every unit
             then counts their distance as its own. A voter's matcher has its own number of groups.
         across: adds up over the ranks that have the other images of each unit; None if there are none.
+        anchors: whose features the images are to have; None for none.
     """
     units, count = targets.shape
     groups = units if statistics_of == "unit" else 1
+    aims = None if anchors is None else _features(voter, anchors.images.flatten(0, 1))
     logits, distance = _look(voter, images.flatten(0, 1), targets, groups, first_bn_multiplier, across, r_bn > 0)
     each = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(units, count)
     each = each.mean(dim=1) if across is None else across(each.sum(dim=1)) / across(each.new_tensor([float(count)]))
     # PyTorch 2.15 compiles a product with 1 beside the detached factor to one without gradient.
     value = each if ce == 1 else ce * each
-    if distance is None:
-        return Judgement(value, each.detach(), torch.zeros_like(each))
-    distance = distance.expand(units)
-    return Judgement(value + r_bn * voter.bn_scale * distance, each.detach(), distance.detach())
+    bn, features = torch.zeros_like(each), torch.zeros_like(each)
+    if distance is not None:
+        bn = distance.expand(units)
+        value = value + r_bn * voter.bn_scale * bn
+    if anchors is not None and aims is not None and voter.features is not None:
+        features = feature_distance(voter.features.take(), aims, anchors.distance).view(units, count).mean(dim=1)
+        value = value + anchors.weight * features
+    return Judgement(value, each.detach(), bn.detach(), features.detach())
+
+
+@torch.no_grad()
+def _features(voter: Voter, images: Tensor) -> Tensor:
+    """Return a voter's features of images [n, 3, h, w]: [n, k]."""
+    assert voter.features is not None
+    if voter.watch is not None:
+        voter.watch.groups = 0
+    voter.network(_as_taken(voter, images))
+    return voter.features.take()
+
+
+def _as_taken(voter: Voter, images: Tensor) -> Tensor:
+    """Return images as a voter's network takes them."""
+    if voter.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.to(voter.dtype or images.dtype)
 
 
 def _look(
@@ -141,9 +186,7 @@ def _look(
     matched: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return a voter's logits and, if its statistics are matched, their distance [groups]."""
-    if voter.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    precision, images = images.dtype, images.to(voter.dtype or images.dtype)
+    precision, images = images.dtype, _as_taken(voter, images)
     if not matched:
         if voter.watch is not None:
             voter.watch.groups = 0

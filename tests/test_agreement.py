@@ -11,9 +11,10 @@ from torch import Tensor
 from vote_reference import voting_loss
 
 from cvdd.agreement import agreement, mean_agreement, pairs_of
+from cvdd.log_rows import LogRow
 from cvdd.matching import Matcher
 from cvdd.schema import StatisticsConfig
-from cvdd.synthesis import DistillModule, LogRow
+from cvdd.synthesis import DistillModule
 from cvdd.units import Stage, Unit, unit_views
 from cvdd.voting import Voter
 

@@ -14,7 +14,8 @@ from vote_reference import VoteTerms, voting_loss
 
 from cvdd.augment import pixel_bounds
 from cvdd.committee import vote_weights
-from cvdd.synthesis import DistillModule, LogRow
+from cvdd.log_rows import LogRow
+from cvdd.synthesis import DistillModule
 from cvdd.voting import Judgement, Voter, judge, weigh
 
 EXPECTED = json.loads((FIXTURES / "voting_step" / "expected.json").read_text())

@@ -56,7 +56,7 @@ def fit_units(context: Context, engine: Engine, stacks: Sequence[Stack]) -> Engi
     if config.engine.units_per_pass != "auto" or not judges_by_unit(config.method):
         return engine
     data, members = context.data(), list(config.committee.members.values())
-    images = max(len(unit.targets) for stack in stacks for unit in stack.units)
+    images = max(len(unit.targets) for stack in stacks for unit in stack.units) * config.method.parts_judged
     units, voters = max(len(stack.units) for stack in stacks), max(len(stack.draw) for stack in stacks)
     if surely_fits(images * min(engine.units_per_pass or units, units), data.image_size, voters, context.device):
         return engine

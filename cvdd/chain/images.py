@@ -18,6 +18,7 @@ from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
+from cvdd.chain.real_choice import chosen_positions
 from cvdd.chain.recover import load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.unit_files import UNITS, write_unit
@@ -92,6 +93,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     def maker(work: Path) -> Iterator[Maker]:
         steps = max(method.iterations, 1)
         start = None if method.init == "noise" else initial_images(context, patches)
+        anchored = method.anchors is not None and method.iterations > 0
+        positions = chosen_positions(context, patches) if anchored else None
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
@@ -110,7 +113,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
                 kept = replace(engine, **remembered(work))
-                used = recover_stack(context, kept, stack, drawn, shares, start, work, advance)
+                used = recover_stack(context, kept, stack, drawn, shares, start, work, advance, positions)
                 _note_engine(work, kept, used, [stack])
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))
@@ -155,11 +158,12 @@ def _work(context: Context, stacks: Sequence[Stack]) -> Work:
     units = [unit for stack in stacks for unit in stack.units]
     backbones = tuple(members[index].backbone for index in sorted({index for stack in stacks for index in stack.draw}))
     voters = len(stacks[0].draw) if config.method.turns == "all" else 1
-    images = sum(len(unit.targets) for unit in units)
+    parts = config.method.parts_judged
+    images = sum(len(unit.targets) for unit in units) * parts
     return Work(
         backbones,
         config.method.iterations * images * voters // len(backbones),
-        max(len(unit.targets) for unit in units),
+        max(len(unit.targets) for unit in units) * parts,
         max(len(stack.units) for stack in stacks),
         data.image_size,
         len(data.classes),
@@ -209,8 +213,9 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     # Ranks of real images and statistics of their groups are parents; images without them are older than they are.
     # So are images of one real one each; without iterations only real ones are put together here.
-    whole = method.at_default("factor") or not (method.iterations or method.init == "real")
+    whole = method.at_default("factor") or not (method.iterations or method.init in ("real", "easiest"))
     ignored |= {"factor"} if whole else set()
+    ignored |= set(filter(method.at_default, ("anchors", "schedule")))
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.

@@ -14,11 +14,11 @@ from cvdd.augment import normalise
 from cvdd.chain.difficulty import graded_images, make_difficulty
 from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.real_choice import chosen_positions, images_of_real_ones, make_easiest, require_real_images
 from cvdd.chain.unit_files import PATCHES
-from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.data import resize_and_crop, to_eval_tensor
-from cvdd.patches import make_patches, stitch
+from cvdd.data import to_eval_tensor
+from cvdd.patches import make_patches
 from cvdd.seeds import derive_seed, generator
 from cvdd.selection import herd, member_features
 
@@ -95,6 +95,7 @@ def make_start(context: Context) -> Artifact | None:
     makers = {
         "patches": make_initial_patches,
         "herding": make_herd,
+        "easiest": make_easiest,
         "difficulty": make_difficulty,
         "given": given_start,
         "from_given": given_start,
@@ -108,7 +109,7 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
 
     With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th, with
     ``given`` from the k-th of its class, with ``difficulty`` from one of group k; with ``real`` from a random training
-    image, or with ``method.factor`` from several, so that the images of a smaller IPC are the first ones of a larger.
+    image, and with ``easiest`` from one that the observer tells well, or with ``method.factor`` from several.
 
     Args:
         context: the configuration and its surroundings.
@@ -123,64 +124,6 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
         return first_images(context, patches)
     if patches is not None and config.method.init == "difficulty":
         return graded_images(context, patches)
-    if patches is not None:
+    if patches is not None and config.method.init != "easiest":
         return load_file(patches.path / PATCHES)["images"][:, :ipc]
-    data, factor = context.data(), config.method.factor
-    chosen = []
-    for label, name in enumerate(data.classes):
-        members = (data.train.labels == label).nonzero()[:, 0]
-        require_real_images(name, len(members), ipc, factor=factor)
-        order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
-        chosen.append(members[order[: ipc * factor**2]])
-    if factor > 1:
-        return torch.stack([_mosaics(context, indices) for indices in chosen])
-    indices = torch.cat(chosen)
-    pixels: Tensor = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, indices)
-    return pixels.view(len(data.classes), ipc, *pixels.shape[1:])
-
-
-def _mosaics(context: Context, indices: Tensor) -> Tensor:
-    """Images of several real ones each, cell by cell: [n, 3, size, size] uint8."""
-    data, factor = context.data(), context.config.method.factor
-    whole = to_eval_tensor(data.train, data.image_size, context.config.dataset.test_resize, indices)
-    small = resize_and_crop(whole, data.image_size // factor)
-    count = len(indices) // factor**2
-    # Cell by cell, as they are stitched; an image has neighbours of the order, whatever IPC is.
-    by_cell = small.unflatten(0, (count, factor**2)).transpose(0, 1).flatten(0, 1)
-    return stitch(by_cell, count, factor, data.image_size)
-
-
-def require_real_images(
-    name: str,
-    images: int,
-    needed: int,
-    candidates: int | None = None,
-    field: str = "ipc.images_per_class",
-    factor: int = 1,
-) -> None:
-    """Refuse to start more images of a class than it has.
-
-    Args:
-        name: of the class.
-        images: its real images.
-        needed: images to start.
-        candidates: of the real images, how many are looked at; None for all.
-        field: that says how many are needed.
-        factor: of the method; an image is made of as many real ones on a side.
-
-    Raises:
-        ConfigError: there are too few.
-    """
-    each = factor**2
-    if images < needed * each:
-        many = (
-            "needs as many"
-            if each == 1
-            else (f"of method.factor={factor}, {each} real images each, needs {needed * each}")
-        )
-        raise ConfigError(f"class {name} has {images} images; {field}={needed} {many}")
-    if candidates is not None and candidates < needed:
-        raise ConfigError(
-            f"patches.candidates={candidates} images of class {name} are looked at, of {images}; {field}={needed} "
-            "needs as many. Raise patches.candidates"
-        )
+    return images_of_real_ones(context, chosen_positions(context, patches))

@@ -20,6 +20,7 @@ from cvdd.augment import denormalise, normalise, pixel_bounds
 from cvdd.bn import require_batchnorm
 from cvdd.chain.difficulty import take_group_statistics
 from cvdd.chain.members import load_network
+from cvdd.chain.real_choice import anchors_of_units
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import effective_terms
 from cvdd.compiler import compiling
@@ -27,6 +28,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.engine import Engine, judges_by_unit, ready_voter
 from cvdd.grids import image_grid
+from cvdd.log_rows import TERMS, LogRow
 from cvdd.matching import Matcher
 from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.methods.fadrm import adjustable_residual
@@ -35,13 +37,16 @@ from cvdd.recording import RealStatistics
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
-from cvdd.synthesis import DistillModule, LogRow
+from cvdd.synthesis import DistillModule
 from cvdd.tensor_files import is_whole, save_tensors
 from cvdd.units import Stack, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
 log = logging.getLogger(__name__)
 
+
+SHORT = {"ce": "CE", "bn": "BN", "features": "features"}
+"""Names of a member's terms in lines of the console."""
 
 Member = tuple[Voter, RealStatistics | None]
 """A member that votes, and recorded statistics where the method matches any."""
@@ -56,6 +61,7 @@ def recover_stack(
     start: Tensor | None,
     work: Path,
     advance: Advance,
+    positions: Tensor | None = None,
 ) -> Engine:
     """Optimise a stack and save its units; an interrupted call goes on from its last checkpoint.
 
@@ -72,6 +78,7 @@ def recover_stack(
         start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
         work: the artefact's directory.
         advance: called with the number of iterations done since the last call.
+        positions: of the real images that each is made of, [classes, ipc, parts], where these are anchors.
 
     Returns:
         How members judged in the end.
@@ -85,7 +92,7 @@ def recover_stack(
     images = torch.stack([_start(context, unit, start) for unit in stack.units])
     rows: list[LogRow] = []
     if method.iterations:
-        images, rows, engine = _optimise(context, engine, stack, members, weights, images, work, advance)
+        images, rows, engine = _optimise(context, engine, stack, members, weights, images, work, advance, positions)
     else:
         advance(1)
     if splits_units(context) and not context.world.main:
@@ -112,6 +119,7 @@ def _optimise(
     initial: Tensor,
     work: Path,
     advance: Advance,
+    positions: Tensor | None,
 ) -> tuple[Tensor, list[LogRow], Engine]:
     config, data = context.config, context.data()
     method = config.method
@@ -119,6 +127,7 @@ def _optimise(
     targets = torch.stack([unit.targets for unit in stack.units])
     images, rows, done = initial, list[LogRow](), 0
     split = splits_units(context)
+    anchors = None if positions is None else anchors_of_units(context, positions, stack.units)
 
     def on_row(row: LogRow, current: Tensor) -> None:
         nonlocal done
@@ -151,6 +160,7 @@ def _optimise(
                 engine.units_per_pass,
                 engine.opinion,
                 engine.record,
+                anchors,
             )
             module.rows = list(rows)
             try:
@@ -195,10 +205,10 @@ def require_splittable(context: Context, units: Sequence[Unit]) -> None:
         ConfigError: it looks at more of a unit than sums over its images tell, or a unit has too few of them.
     """
     method, ranks = context.config.method, context.world.size
-    if method.statistics != StatisticsConfig() or method.density:
+    if method.statistics != StatisticsConfig() or method.density or method.anchors is not None:
         raise ConfigError(
-            "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics and "
-            "method.density look at more. Set trainer.split_units=false"
+            "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics, "
+            "method.density and method.anchors look at more. Set trainer.split_units=false"
         )
     fewest = min(len(unit.targets) for unit in units)
     if fewest < ranks:
@@ -239,7 +249,8 @@ def load_voter(
     network = network.to(context.device)
     if method.r_bn and member.bn_scale and method.statistics.layers == "bn":
         require_batchnorm(network, name)
-    return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine)
+    anchors = method.anchors if method.recovers else None
+    return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine, anchors)
 
 
 def _voters(context: Context, members: Sequence[Member], units: int) -> list[Voter]:
@@ -267,19 +278,24 @@ def _start(context: Context, unit: Unit, start: Tensor | None) -> Tensor:
 
 
 def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, float], images: Tensor) -> None:
-    """Log a stack: loss, learning rate, by member its two terms and its weight, and by pair their agreement.
+    """Log a stack: loss, learning rate, by member its terms and its weight, and by pair their agreement.
 
-    The terms are those of the page's plot: cross-entropy times ``method.ce``, and the BatchNorm distance times
-    ``method.r_bn`` and the member's ``bn_scale``; that of densification is ``method.density`` times it. The sum over
-    members of weight times both terms, and of that, is the loss where all members judge every iteration and all units
-    of the stack have the same weights.
+    The terms are those of the page's plot: cross-entropy times ``method.ce``, the BatchNorm distance times
+    ``method.r_bn`` and the member's ``bn_scale``, and the distance of features times the weight of the anchors; that of
+    densification is ``method.density`` times it. The sum over members of weight times their terms, and of that, is the
+    loss where all members judge every iteration and all units of the stack have the same weights.
     """
     config, data = context.config, context.data()
     method = config.method
-    terms = {name: effective_terms(config, name, row.ce[name], row.bn[name]) for name in row.ce}
+    said = {term: getattr(row, term) for term in TERMS}
+    terms = {
+        name: effective_terms(config, name, {term: values[name] for term, values in said.items() if name in values})
+        for name in row.ce
+    }
     values = {"distill/loss": row.loss, "distill/lr": row.lr, "distill/stack": float(stack.index)}
-    values |= {f"distill/ce/{name}": ce for name, (ce, _) in terms.items()}
-    values |= {f"distill/bn/{name}": bn for name, (_, bn) in terms.items()}
+    values |= {
+        f"distill/{term}/{name}": value for name, of_member in terms.items() for term, value in of_member.items()
+    }
     values |= {f"distill/weight/{name}": value for name, value in shares.items()}
     if method.density:
         values["distill/density"] = method.density * row.density
@@ -288,7 +304,9 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
     context.log(values, step)
     if row.iteration % method.grid_every == 0 or row.iteration == method.iterations:
         by_member = "; ".join(
-            f"{name} weight {shares[name]:.2f} CE {ce:.3g} BN {bn:.3g}" for name, (ce, bn) in terms.items()
+            f"{name} weight {shares[name]:.2f} "
+            + " ".join(f"{SHORT[term]} {value:.3g}" for term, value in of_member.items())
+            for name, of_member in terms.items()
         )
         log.info("stack %d, iteration %d: loss %.4g; %s", stack.index, row.iteration, row.loss, by_member)
         grid = image_grid(denormalise(images[0], data.mean, data.std))

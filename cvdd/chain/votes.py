@@ -76,14 +76,19 @@ def priors_in_order(priors: Mapping[str, float], names: Sequence[str]) -> list[f
     return [priors[name] for name in names] if priors else [0.0] * len(names)
 
 
-def effective_terms(config: RunConfig, member: str, ce: float, bn: float) -> tuple[float, float]:
-    """Multiply a member's two terms by their factors, so that they are what its vote weighs.
+def effective_terms(config: RunConfig, member: str, said: Mapping[str, float]) -> dict[str, float]:
+    """Multiply what a member said by its factors, so that it is what its vote weighs; terms with factor 0 are left out.
 
     Args:
         config: of the images.
         member: its name.
-        ce: cross-entropy as it is.
-        bn: distance of its BatchNorm statistics as it is.
+        said: as they are, its cross-entropy ``ce`` and its distances of BatchNorm statistics, ``bn``, and of
+            ``features``.
     """
     method = config.method
-    return method.ce * ce, method.r_bn * config.committee.members[member].bn_scale * bn
+    factors = {
+        "ce": method.ce,
+        "bn": method.r_bn * config.committee.members[member].bn_scale,
+        "features": 0.0 if method.anchors is None else method.anchors.weight,
+    }
+    return {term: factor * said.get(term, 0.0) for term, factor in factors.items() if factor}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvdd.augment import apply_matrices
+from cvdd.augment import apply_matrices, enlarged_parts
 from cvdd.committee import turn_weights
 from cvdd.engine import Engine, ready_voter
 from cvdd.schema import MethodConfig
@@ -172,6 +172,7 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
     """Return what ``method.iterations`` iterations do besides voting: views, the optimiser and the clamp."""
     stage = Stage(0, 0, method.iterations, size)
     parameter = nn.Parameter(torch.randn(units, images, 3, size, size, device=device))
+    anchors = None if method.anchors is None else torch.randn(units, images * method.parts_judged, 3, size, size)
     optimizer = torch.optim.Adam([parameter], lr=method.lr, betas=method.betas, eps=method.eps, foreach=False)
     members = [Unit(0, block, 0, images) for block in range(units)]
 
@@ -181,8 +182,11 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
         columns = torch.stack([pair[1] for pair in matrices]).to(device)
         for index in range(method.iterations):
             optimizer.zero_grad()
-            seen: Tensor = apply_matrices(parameter, rows[:, index], columns[:, index])
+            shown = parameter if anchors is None else enlarged_parts(parameter, method.factor)
+            seen: Tensor = apply_matrices(shown, rows[:, index], columns[:, index])
             seen.sum().backward()
+            if anchors is not None:
+                apply_matrices(anchors.to(device), rows[:, index], columns[:, index])
             optimizer.step()
             with torch.no_grad():
                 parameter.clamp_(-2, 2)

@@ -32,6 +32,7 @@ from cvdd.engine import iteration_can_be_recorded
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.labels import samples_at_most
+from cvdd.patches import SCORED_AT_ONCE
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
 from cvdd.selection import FEATURES_AT_ONCE
@@ -161,8 +162,10 @@ def _images(piece: Piece, work: Work) -> None:
     )
     work.parts.update({"units": len(plan.units), "stacks": plan.stacks})
     work.around(part=plan.stacks)
-    if method.init in ("real", "difficulty"):
-        _decode(piece, work, count * method.factor**2, in_workers=False)
+    if method.init in ("real", "easiest", "difficulty"):
+        # Anchors are decoded once more, stack by stack.
+        often = 2 if method.recovers and method.anchors is not None else 1
+        _decode(piece, work, count * method.factor**2 * often, in_workers=False)
     _recover(piece, work, plan)
 
 
@@ -178,8 +181,12 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
         for each in stack.passes:
             backbone = piece.parents[each.member].manifest["identity"]["backbone"]
             network = Network.of(backbone, len(data.classes), stack.size)
-            step = VoteStep(network, each.units, stack.images, matched, engine)
+            shown = stack.images * method.parts_judged
+            step = VoteStep(network, each.units, shown, matched, engine)
             work.uses[step] += each.times  # type: ignore[assignment]
+            if method.anchors is not None:
+                # Their features, forward alone.
+                work.use(MeasureStep(network, each.units * shown), each.times * each.units * shown)
             work.together.add((move, step))
             kinds.add(step)
             if each.member not in held or held[each.member].units < each.units:
@@ -226,6 +233,13 @@ def _herd(piece: Piece, work: Work) -> None:
     _decode(piece, work, count, in_workers=False)
 
 
+def _easiest(piece: Piece, work: Work) -> None:
+    data = piece.data
+    count = min(piece.config.patches.candidates * len(data.classes), len(data.train))
+    work.use(MeasureStep(_network(piece, piece.parents[0].manifest["identity"]), SCORED_AT_ONCE), count)
+    _decode(piece, work, count, in_workers=False)
+
+
 def _given(piece: Piece, work: Work) -> None:
     count = piece.config.ipc.images_per_class * len(piece.data.classes)
     work.other_bytes = _pixels(piece, count)
@@ -261,6 +275,7 @@ _COUNTING = {
     "labels": _labels,
     "patches": _patches,
     "herds": _herd,
+    "easiest": _easiest,
     "given": _given,
     "statistics": _statistics,
     "difficulty": _difficulty,

@@ -182,7 +182,7 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
                 stored = file.get_slice("images")
                 chosen = [stored[label : label + 1, :slots][0] for label in labels]
             return torch.stack(chosen), f"{STARTS[parent['kind']]} they started from"
-    if not few or method["init"] not in ("real", "difficulty", "from_given"):
+    if not few or method["init"] not in ("real", "easiest", "difficulty", "from_given"):
         return None, None
     # Of a set of a store, whose images are no initial images by themselves.
     start = initial_images(context, make_start(context))

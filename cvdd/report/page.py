@@ -21,7 +21,7 @@ from cvdd.report.drawing import DASHES, SERIES
 from cvdd.report.gallery import make_gallery
 from cvdd.report.predicted import predicted_costs
 from cvdd.report.ranking import rank
-from cvdd.report.terms import member_terms
+from cvdd.report.terms import TITLES, member_terms, terms_of
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table, votes_of, who_judges
 from cvdd.schema import RunConfig
@@ -75,6 +75,7 @@ def render_page(
             accuracy=plots.accuracy_curves(results),
             loss=plots.loss_curves(results),
             terms=terms,
+            term_titles={term: TITLES[term] for term in terms_of(terms)},
             term_plot=plots.term_curves(terms) if terms else None,
             votes=vote_table(votes_of(main.history), list(summary["members"])),
             costs=stage_costs(members, artifacts, distilled, results),

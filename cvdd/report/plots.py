@@ -27,7 +27,7 @@ from cvdd.report.drawing import (
     to_svg,
 )
 from cvdd.report.headline import accuracy
-from cvdd.report.terms import MemberTerms
+from cvdd.report.terms import TITLES, MemberTerms, terms_of
 from cvdd.surroundings import FULL_DATA_ROW
 
 WIDTH = 9.6
@@ -87,24 +87,26 @@ def loss_curves(results: Sequence[Result]) -> Markup | None:
     return _curves([result for result in results if result.row != FULL_DATA_ROW], "train_loss", "loss", "training loss")
 
 
-def term_curves(terms: Mapping[str, MemberTerms]) -> Markup:
-    """Draw cross-entropy and BatchNorm term by iteration, a line for each member, on one scale."""
-    with canvas(WIDTH, 2.9, columns=2) as (figure, axes):
-        left, right = axes
-        for index, term in enumerate(terms.values()):
-            for one, values in ((left, term.ce), (right, term.bn)):
-                points = _means(values)
-                one.plot(_means(term.iterations), points, **line_style(index, len(points)))
-        positive = [value for term in terms.values() for values in (term.ce, term.bn) for value in values if value > 0]
-        iterations = {value for term in terms.values() for value in _means(term.iterations)}
-        for one, title in ((left, "cross-entropy"), (right, "BatchNorm term times its weight")):
-            one.set_title(title)
+def term_curves(members: Mapping[str, MemberTerms]) -> Markup:
+    """Draw the terms of the loss by iteration, a line for each member, on one scale."""
+    terms = terms_of(members)
+    with canvas(WIDTH if len(terms) > 1 else WIDTH / 2, 2.9, columns=max(len(terms), 1)) as (figure, axes):
+        positive = [
+            value for member in members.values() for values in member.curves.values() for value in values if value > 0
+        ]
+        iterations = {value for member in members.values() for value in _means(member.iterations)}
+        for one, term in zip(axes, terms, strict=False):
+            for index, member in enumerate(members.values()):
+                if term in member.curves:
+                    points = _means(member.curves[term])
+                    one.plot(_means(member.iterations), points, **line_style(index, len(points)))
+            one.set_title(TITLES[term])
             one.set_xlabel("iteration")
             if positive:
                 one.set_ylim(min(positive) * 0.8, max(positive) * 1.25)
                 _scale(one, min(positive), max(positive))
             _open_grid(one, iterations)
-        return to_svg(figure, "terms", "Cross-entropy and BatchNorm term of each member by iteration")
+        return to_svg(figure, "terms", "Terms of the loss of each member by iteration")
 
 
 def _curves(results: Sequence[Result], metric: str, name: str, title: str) -> Markup | None:

@@ -6,37 +6,46 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from cvdd.chain.votes import effective_terms
 from cvdd.schema import RunConfig
 
+TITLES: Mapping[str, str] = MappingProxyType(
+    {"ce": "cross-entropy", "bn": "BatchNorm term times its weight", "features": "distance of features"}
+)
+"""What people call the terms."""
+
 
 @dataclass(frozen=True)
 class MemberTerms:
-    """The two terms of one member, as they enter the loss but for its vote.
+    """The terms of one member, as they enter the loss but for its vote.
 
     Attributes:
         iterations: of the log rows.
-        ce: weighted cross-entropy, mean over the units in which the member votes.
-        bn: weighted BatchNorm term, likewise.
+        curves: by term, its values times its weight, mean over the units in which the member votes.
         units: number of units in which it votes.
         vote: its share of the vote, mean over those units.
         share: part of the loss that it contributes to those units, votes included, over the last quarter.
     """
 
     iterations: tuple[int, ...]
-    ce: tuple[float, ...]
-    bn: tuple[float, ...]
+    curves: Mapping[str, tuple[float, ...]]
     units: int
     vote: float
     share: float
 
     @property
-    def late(self) -> tuple[float, float]:
-        """Both terms, mean over the last quarter of the log rows; a single row depends on its crop."""
-        count = max(len(self.ce) // 4, 1)
-        return statistics.fmean(self.ce[-count:]), statistics.fmean(self.bn[-count:])
+    def late(self) -> dict[str, float]:
+        """Each term, mean over the last quarter of the log rows; a single row depends on its crop."""
+        count = max(len(self.iterations) // 4, 1)
+        return {term: statistics.fmean(values[-count:]) for term, values in self.curves.items()}
+
+
+def terms_of(members: Mapping[str, MemberTerms]) -> list[str]:
+    """List the terms that any of these members has, in the order of :data:`TITLES`."""
+    return [term for term in TITLES if any(term in member.curves for member in members.values())]
 
 
 def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) -> dict[str, MemberTerms]:
@@ -50,8 +59,7 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         config: of the images.
     """
     # By iteration, because a run that was resumed with another log_every has rows at other places.
-    ce: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    bn: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    said: dict[str, dict[int, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     shares: dict[str, list[float]] = defaultdict(list)
     votes: dict[str, list[float]] = defaultdict(list)
     for unit in history.values():
@@ -64,27 +72,36 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
             heard = [row for row in rows if name in row["ce"]]
             if not heard:
                 continue
-            late = heard[-max(len(heard) // 4, 1) :]
-            for row in heard:
-                one, other = effective_terms(config, name, row["ce"][name], row["bn"][name])
-                ce[name][row["iteration"]].append(one)
-                bn[name][row["iteration"]].append(other)
-            parts[name] = weight * statistics.fmean(
-                sum(effective_terms(config, name, row["ce"][name], row["bn"][name])) for row in late
-            )
+            terms = [effective_terms(config, name, _said(row, name)) for row in heard]
+            for row, of_row in zip(heard, terms, strict=True):
+                said[name][row["iteration"]].append(of_row)
+            late = terms[-max(len(heard) // 4, 1) :]
+            parts[name] = weight * statistics.fmean(sum(of_row.values()) for of_row in late)
             votes[name].append(weight)
         total = sum(parts.values())
         for name, part in parts.items():
             shares[name].append(part / total if total else 0.0)
     return {
         name: MemberTerms(
-            tuple(sorted(ce[name])),
-            tuple(statistics.fmean(ce[name][iteration]) for iteration in sorted(ce[name])),
-            tuple(statistics.fmean(bn[name][iteration]) for iteration in sorted(bn[name])),
+            tuple(sorted(said[name])),
+            _curves([said[name][iteration] for iteration in sorted(said[name])]),
             len(votes[name]),
             statistics.fmean(votes[name]),
             statistics.fmean(shares[name]),
         )
         for name in config.committee.members
         if name in votes
+    }
+
+
+def _said(row: Mapping[str, Any], member: str) -> dict[str, float]:
+    # Rows of earlier versions have no features.
+    return {term: row[term][member] for term in TITLES if member in row.get(term, {})}
+
+
+def _curves(said: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, tuple[float, ...]]:
+    return {
+        term: tuple(statistics.fmean(of_unit[term] for of_unit in of_units) for of_units in said)
+        for term in TITLES
+        if term in said[0][0]
     }

@@ -3,6 +3,7 @@
 Hydra composes; this package decides whether the result can run. Nothing else in the project reads a raw config.
 """
 
+from cvdd.schema.anchors import AnchorsConfig
 from cvdd.schema.committee import CommitteeConfig, MemberConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.difficulty import DifficultyConfig
 from cvdd.schema.engine import EngineConfig
@@ -25,6 +26,7 @@ from cvdd.schema.types import Verb
 
 __all__ = [
     "SILENT",
+    "AnchorsConfig",
     "CommitteeConfig",
     "DifficultyConfig",
     "EngineConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from cvdd.config_base import CheckedConfig, StrictConfig
+from cvdd.schema.anchors import AnchorsConfig, anchors_problems
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.difficulty import DifficultyConfig, difficulty_problems
 from cvdd.schema.mtt import MttConfig
@@ -114,10 +115,11 @@ class MethodConfig(CheckedConfig):
 
     name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "herding", "difficulty", "noise", "all", "given", "from_given"] = Field(
-        description="initial images: herding chooses real ones whose mean is that of the class, in the members' "
-        "features; difficulty one of each group of method.difficulty; all takes every real image, whatever ipc says, "
-        "and optimises nothing; given keeps those of method.given as they are, and from_given begins with them"
+    init: Literal["patches", "real", "easiest", "herding", "difficulty", "noise", "all", "given", "from_given"] = Field(
+        description="initial images: easiest chooses the real ones that patches.observer tells best; herding those "
+        "whose mean is that of the class, in the members' features; difficulty one of each group of method.difficulty; "
+        "all takes every real image, whatever ipc says, and optimises nothing; given keeps those of method.given as "
+        "they are, and from_given begins with them"
     )
     given: Path | None = Field(
         None,
@@ -126,7 +128,8 @@ class MethodConfig(CheckedConfig):
     )
     factor: Literal[1, 2] = Field(
         1,
-        description="2: each image is made of four real ones at half the side, or given so, and members see one",
+        description="2: each image is made of four real ones at half the side, or given so, and members see one, or "
+        "all with method.anchors",
     )
     composer: Literal["slots", "classes"] = Field(
         "slots",
@@ -145,7 +148,8 @@ class MethodConfig(CheckedConfig):
         "all", description="who judges an iteration: all voters by weight, one in turn, or one drawn by its weight"
     )
     iterations: int = Field(ge=0, description="optimiser steps per unit; 0 keeps the initial images")
-    lr: float = Field(0.25, gt=0, description="initial learning rate of Adam, cosine to 0")
+    lr: float = Field(0.25, gt=0, description="initial learning rate of Adam")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate; cosine goes to 0")
     betas: Betas = Field((0.5, 0.9), description="of Adam")
     eps: float = Field(1e-8, gt=0, description="of Adam")
     stages: Positive = Field(1, description="equal parts of the iterations, each with a fresh Adam")
@@ -160,6 +164,9 @@ class MethodConfig(CheckedConfig):
     statistics: StatisticsConfig = Field(default_factory=StatisticsConfig)
     difficulty: DifficultyConfig | None = Field(
         None, description="groups of real images by difficulty, one for each slot; null for none"
+    )
+    anchors: AnchorsConfig | None = Field(
+        None, description="features of the real images that the parts of an image are to have; null for none"
     )
     density: float = Field(0.0, ge=0, description="weight of G-VBSM's data densification")
     density_scale: Literal["none", "dimension", "cosine"] = Field(
@@ -211,6 +218,11 @@ class MethodConfig(CheckedConfig):
         return self.init == "difficulty" or self.grades is not None
 
     @property
+    def parts_judged(self) -> int:
+        """Pictures that the voters judge of each image in an iteration."""
+        return 1 if self.anchors is None else self.factor**2
+
+    @property
     def keeps_given(self) -> bool:
         """Whether the images are somebody else's, as they are."""
         return self.init == "given"
@@ -260,6 +272,7 @@ class MethodConfig(CheckedConfig):
             yield from unread_settings(self, "apm", "prediction matching", ("real", "patches", "noise"))
         yield from self._problems_of_given()
         yield from difficulty_problems(self)
+        yield from anchors_problems(self)
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.name in AS_THEY_ARE:
@@ -269,7 +282,7 @@ class MethodConfig(CheckedConfig):
             )
         if self.iterations and self.init == "all":
             yield "method.init=all keeps every real image as it is; set method.iterations=0"
-        if self.iterations and self.ce == 0 and self.r_bn == 0:
+        if self.iterations and self.ce == 0 and self.r_bn == 0 and self.anchors is None:
             yield "method.ce=0 and method.r_bn=0 leave nothing to optimise"
         for name in ("log_every", "grid_every"):
             if self.checkpoint_every % getattr(self, name) and getattr(self, name) < self.checkpoint_every:
@@ -293,9 +306,9 @@ class MethodConfig(CheckedConfig):
         if self.factor > 1 and self.init in ("herding", "difficulty", "all", "noise"):
             yield (
                 f"method.factor={self.factor} makes an image of several real ones, and method.init={self.init} has "
-                "none or whole ones; set method.factor=1, or method.init=real or patches"
+                "none or whole ones; set method.factor=1, or method.init=real, easiest or patches"
             )
-        if self.factor > 1 and self.pad:
+        if self.factor > 1 and self.pad and self.anchors is None:
             yield f"method.pad shifts whole images, and method.factor={self.factor} shows parts; set method.pad=0"
         for side in self.sizes or ():
             if side % self.factor:

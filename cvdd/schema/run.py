@@ -10,6 +10,7 @@ from pydantic import Field
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
+from cvdd.schema.anchors import BEGINNINGS
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.engine import EngineConfig
 from cvdd.schema.expected import ExpectedConfig
@@ -128,7 +129,7 @@ class RunConfig(CheckedConfig):
                 f"whole; set label.factor={method.factor}, which a row that is written as a list does by itself"
             )
         if label.factor > method.factor and not stitched and method.given is None:
-            made = f", or method.factor={label.factor}" if method.init == "real" else ""
+            made = f", or method.factor={label.factor}" if method.init in BEGINNINGS else ""
             yield (
                 f"label.factor={label.factor} shows a part of each image, and method.factor={method.factor} with "
                 f"method.init={method.init} makes whole ones; set label.factor=1{made}"
@@ -144,7 +145,9 @@ def teachers_of(config: RunConfig) -> list[str]:
 
 def members_used(config: RunConfig) -> list[str]:
     """Names of the members that may vote, that label, or that choose initial images, in committee order."""
-    used = set(teachers_of(config)) | ({config.patches.observer} if config.method.init == "patches" else set())
+    used = set(teachers_of(config)) | (
+        {config.patches.observer} if config.method.init in ("patches", "easiest") else set()
+    )
     if config.method.recovers or config.method.ranks:
         voters = config.method.voters
         used |= set(config.committee.members if isinstance(voters, str) else voters)

@@ -1,0 +1,163 @@
+"""Which real images the initial ones are made of, known by their positions in the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cvdd.artifact import Artifact
+from cvdd.augment import normalise
+from cvdd.chain.members import load_network, make_member
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.data import resize_and_crop, to_eval_tensor
+from cvdd.patches import score_crops, stitch
+from cvdd.seeds import derive_seed, generator
+from cvdd.units import Unit
+
+POSITIONS = "positions.safetensors"
+
+
+def make_easiest(context: Context) -> Artifact:
+    """Return the real images of each class that ``patches.observer`` tells best, by their positions.
+
+    Of ``patches.candidates`` random images of the class those with the least cross-entropy, as they are tested (CIM,
+    appendix C).
+
+    Raises:
+        ConfigError: a class has too few images.
+    """
+    config, data = context.config, context.data()
+    observer = make_member(context, config.patches.observer)
+    count, candidates = config.ipc.images_per_class * config.method.factor**2, config.patches.candidates
+    seed = derive_seed(config.method.seed, "easiest")
+    identity = {
+        "data": data.identity,
+        "classes": list(data.classes),
+        "images_per_class": count,
+        "candidates": candidates,
+        "seed": seed,
+    }
+
+    def build(work: Path) -> dict[str, Any]:
+        backbone = config.committee.members[config.patches.observer].backbone
+        network = load_network(context, observer, backbone).to(context.device)
+        chosen = []
+        with context.progress("easiest", len(data.classes)) as advance:
+            for label, name in enumerate(data.classes):
+                images = (data.train.labels == label).nonzero()[:, 0]
+                require_real_images(
+                    name, len(images), config.ipc.images_per_class, candidates, factor=config.method.factor
+                )
+                order = torch.randperm(len(images), generator=generator(seed, "candidates", label))
+                looked_at = images[order[:candidates]]
+                losses = score_crops(network, _whole(context, looked_at), label, data)
+                chosen.append(looked_at[losses.argsort(stable=True)[:count]])
+                advance(1)
+        save_file({"positions": torch.stack(chosen)}, work / POSITIONS)
+        return {"images": count * len(data.classes)}
+
+    return context.store.make("easiest", f"{data.name}-{count}", identity, [observer], build)
+
+
+def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:
+    """Positions of the real images that each image is made of: [classes, ipc, factor^2], part by part, row by row.
+
+    Random ones of a smaller IPC are the first of a larger. Of the easiest, image t has number ``q * ipc + t`` as part
+    q, so that all images have easy ones and less easy ones.
+
+    Args:
+        context: the configuration and its surroundings.
+        easiest: of :func:`make_easiest`; None for random ones.
+
+    Raises:
+        ConfigError: a class has too few images.
+    """
+    config, data = context.config, context.data()
+    ipc, each = config.ipc.images_per_class, config.method.factor**2
+    if easiest is not None:
+        ranked = load_file(easiest.path / POSITIONS)["positions"]
+        return ranked.view(len(data.classes), each, ipc).transpose(1, 2)
+    chosen = []
+    for label, name in enumerate(data.classes):
+        members = (data.train.labels == label).nonzero()[:, 0]
+        require_real_images(name, len(members), ipc, factor=config.method.factor)
+        order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
+        chosen.append(members[order[: ipc * each]])
+    return torch.stack(chosen).view(-1, ipc, each)
+
+
+def images_of_real_ones(context: Context, positions: Tensor) -> Tensor:
+    """Make each image of its real ones, [classes, ipc, 3, size, size] uint8.
+
+    Args:
+        context: the configuration and its surroundings.
+        positions: of :func:`chosen_positions`.
+    """
+    size, factor = context.data().image_size, context.config.method.factor
+    if factor == 1:
+        return _whole(context, positions.squeeze(2))
+    mosaics = []
+    for of_class in positions:
+        # Cell by cell, as they are stitched.
+        small = resize_and_crop(_whole(context, of_class.T).flatten(0, 1), size // factor)
+        mosaics.append(stitch(small, len(of_class), factor, size))
+    return torch.stack(mosaics)
+
+
+def anchors_of_units(context: Context, positions: Tensor, units: Sequence[Unit]) -> Tensor:
+    """The whole real images of each part: [units, images, factor^2, 3, size, size], normalised.
+
+    Args:
+        context: the configuration and its surroundings.
+        positions: of :func:`chosen_positions`.
+        units: of a stack.
+    """
+    data, chosen = context.data(), torch.stack([unit.of(positions) for unit in units])
+    return normalise(_whole(context, chosen), data.mean, data.std)
+
+
+def _whole(context: Context, positions: Tensor) -> Tensor:
+    """Real images as they are tested, for positions of any shape: [..., 3, size, size] uint8."""
+    data = context.data()
+    pixels = to_eval_tensor(data.train, data.image_size, context.config.dataset.test_resize, positions.flatten())
+    return pixels.view(*positions.shape, *pixels.shape[1:])
+
+
+def require_real_images(
+    name: str,
+    images: int,
+    needed: int,
+    candidates: int | None = None,
+    field: str = "ipc.images_per_class",
+    factor: int = 1,
+) -> None:
+    """Refuse to start more images of a class than it has.
+
+    Args:
+        name: of the class.
+        images: its real images.
+        needed: images to start.
+        candidates: of the real images, how many are looked at; None for all.
+        field: that says how many are needed.
+        factor: of the method; an image is made of as many real ones on a side.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    each = factor**2
+    many = (
+        "needs as many" if each == 1 else f"of method.factor={factor}, {each} real images each, needs {needed * each}"
+    )
+    if images < needed * each:
+        raise ConfigError(f"class {name} has {images} images; {field}={needed} {many}")
+    if candidates is not None and candidates < needed * each:
+        raise ConfigError(
+            f"patches.candidates={candidates} images of class {name} are looked at, of {images}; {field}={needed} "
+            f"{many}. Raise patches.candidates"
+        )

@@ -1,0 +1,86 @@
+"""What a network sees of images before it decides, and how far that is from what it sees of others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cvdd.config_base import ConfigError
+from cvdd.layer_statistics import InputWatch
+from cvdd.schema.anchors import HEAD
+
+
+def head_of(network: nn.Module) -> str | None:
+    """Return the name of a network's last linear layer, or None if it has none."""
+    return next((name for name, layer in reversed([*network.named_modules()]) if isinstance(layer, nn.Linear)), None)
+
+
+def feature_layer(network: nn.Module, layer: str, member: str) -> str:
+    """Return the name of the module whose input are a network's features.
+
+    Args:
+        network: the network.
+        layer: ``head``, or the name of a module.
+        member: whose network it is, for messages.
+
+    Raises:
+        ConfigError: the network has no such module.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    found = head_of(network) if layer == HEAD else layer
+    if found is None:
+        raise ConfigError(
+            f"method.anchors.layer={HEAD}: member {member} does not end in a linear layer; name one of its modules "
+            f"({_outermost(names)}), or leave it out of the vote (method.voters)"
+        )
+    if found not in names:
+        raise ConfigError(
+            f"method.anchors.layer={layer}: member {member} has no module of that name; choose {HEAD}, or one of "
+            f"{_outermost(names)}"
+        )
+    return found
+
+
+def _outermost(names: list[str]) -> str:
+    return ", ".join(name for name in names if "." not in name)
+
+
+class FeatureWatch(InputWatch[Tensor]):
+    """Keeps what goes into one layer in each forward pass, for good.
+
+    Args:
+        network: the network to watch.
+        layer: name of a module that is called once in a pass.
+    """
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__({layer: network.get_submodule(layer)}, lambda name, inputs: inputs)
+        self._layer = layer
+        self.__enter__()
+
+    def take(self) -> Tensor:
+        """Return the features of the last pass, [n, k], in float32 at least, and let go of them.
+
+        Raises:
+            ConfigError: the network does not call the layer.
+        """
+        if self._layer not in self._measured:
+            raise ConfigError(
+                f"method.anchors.layer={self._layer}: a forward pass does not call this module; choose another"
+            )
+        features = self._measured[self._layer].flatten(1)
+        self.forget()
+        return features
+
+
+def feature_distance(shown: Tensor, aims: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
+    """Distance of each image's features from those of its anchor, [n], mean over features.
+
+    Args:
+        shown: [n, k].
+        aims: [n, k], without gradient.
+        kind: ``l1`` (absolute differences, as CIM's program has it) or ``l2`` (squared, equation 9).
+    """
+    difference = shown - aims
+    return difference.abs().mean(dim=1) if kind == "l1" else difference.square().mean(dim=1)
