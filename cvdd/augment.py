@@ -141,6 +141,26 @@ def in_cells(views: Views, factor: int, side: int, generator: torch.Generator) -
     return replace(views, boxes=torch.cat([places, views.boxes[:, 2:]], dim=1))
 
 
+def cut_cells(images: Tensor, views: Views, factor: int) -> tuple[Tensor, Views]:
+    """Cut the cell that is seen out of each of ``images``, so that nothing done to it knows of the others.
+
+    Args:
+        images: [n, c, size, size], ``size`` a multiple of ``factor``.
+        views: n, of which each box is whole inside one cell, where :func:`in_cells` moves it.
+        factor: cells on a side.
+
+    Returns:
+        the cells, [n, c, size / factor, size / factor], and the views of them: boxes count from a cell's own corner.
+    """
+    n, channels, size, _ = images.shape
+    side = size // factor
+    cells = (views.boxes[:, :2] // side).long()
+    each = torch.arange(n, device=images.device)
+    cut = images.reshape(n, channels, factor, side, factor, side)[each, :, cells[:, 0], :, cells[:, 1]]
+    places = views.boxes[:, :2] - cells * side
+    return cut, replace(views, boxes=torch.cat([places, views.boxes[:, 2:]], dim=1))
+
+
 def resampling_matrices(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
     """Return the matrices that cut ``[start, start + length)`` out of ``source`` pixels and resize it to ``size``.
 

@@ -277,7 +277,7 @@ class StoredLabels:
             record = self._redrawn(epoch)[first : first + stop - start]
         else:
             record = np.asarray(self._records[start:stop])
-        plan = Replay.from_record(record)
+        plan = Replay.from_record(record, self.label.factor)
         # Partners are counted from the first sample of the epoch.
         return replace(plan, partner=plan.partner - first)
 

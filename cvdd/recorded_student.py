@@ -35,6 +35,7 @@ class RecordedStudent(StudentModule):
         super().__init__(*arguments, **options)
         self.automatic_optimization = False
         self._names: tuple[str, ...] = ()
+        self._factor = 1
         self._replicas: list[tuple[nn.Module, RunningStatistics]] = []
         self._streams: list[torch.cuda.Stream] = []
         self._step: Any = self._optimise
@@ -64,7 +65,7 @@ class RecordedStudent(StudentModule):
         """Optimise the network by all batches of an epoch."""
         for one in batch:
             drawn = one.replay.drawn()
-            self._names = tuple(drawn)
+            self._names, self._factor = tuple(drawn), one.replay.factor
             # The next step overwrites the loss.
             self._note(self._step(*drawn.values(), one.logits).clone())
 
@@ -72,7 +73,8 @@ class RecordedStudent(StudentModule):
         """Nothing: the average moves in every step."""
 
     def _optimise(self, *tensors: Tensor) -> Tensor:
-        batch = LabelledBatch(Replay(**dict(zip(self._names, tensors, strict=False))), tensors[-1])
+        drawn = dict(zip(self._names, tensors, strict=False))
+        batch = LabelledBatch(Replay(**drawn, factor=self._factor), tensors[-1])
         losses, parameters = self._losses_by_part(batch), self.trained_parameters()
         whole = self._is_whole(losses)
         loss, *gradient = differentiated(losses[0](), parameters) if whole else self._by_replicas(losses, parameters)

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvdd.augment import Mix, Views, apply_views, draw_mix, draw_swaps, draw_views, in_cells, normalise, swap_halves
+from cvdd.augment import (
+    Mix,
+    Views,
+    apply_views,
+    cut_cells,
+    draw_mix,
+    draw_swaps,
+    draw_views,
+    in_cells,
+    normalise,
+    swap_halves,
+)
 from cvdd.randaugment import apply_operations, draw_operations
 from cvdd.schema import LabelConfig
 from cvdd.seeds import generator
@@ -53,6 +64,7 @@ class Replay:
         weight: [n] share of the sample itself in a Mixup; 1 with CutMix.
         swap: [n, 2] bool, whether the halves change places, top with bottom and left with right; None if none do.
         operations: [n, 2] of RandAugment, one after the other (:mod:`cvdd.randaugment`); None without.
+        factor: cells on a side of each image, of which a crop shows a part of one.
     """
 
     index: Tensor
@@ -63,6 +75,7 @@ class Replay:
     weight: Tensor
     swap: Tensor | None = None
     operations: Tensor | None = None
+    factor: int = 1
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,19 +91,21 @@ class Replay:
         starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         shifted = [replace(part, partner=part.partner + start) for part, start in zip(parts, starts, strict=False)]
         drawn = [part.drawn() for part in shifted]
-        return Replay(**{name: torch.cat([each[name] for each in drawn]) for name in drawn[0]})
+        joined = {name: torch.cat([each[name] for each in drawn]) for name in drawn[0]}
+        return Replay(**joined, factor=parts[0].factor)
 
     def to(self, device: torch.device) -> Replay:
         """Copy to a device."""
         return self._each(lambda values: values.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Replay:
-        return Replay(**{name: change(values) for name, values in self.drawn().items()})
+        changed = {name: change(values) for name, values in self.drawn().items()}
+        return Replay(**changed, factor=self.factor)
 
     def drawn(self) -> dict[str, Tensor]:
         """What was drawn, by the names of the attributes."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: values for name, values in named.items() if values is not None}
+        return {name: values for name, values in named.items() if isinstance(values, Tensor)}
 
     def own_share(self, size: int) -> Tensor:
         """Share of each image [size, size] that is the sample's own after the mix: [n]."""
@@ -105,8 +120,8 @@ class Replay:
         return record
 
     @staticmethod
-    def from_record(record: np.ndarray) -> Replay:
-        """Unpack what :meth:`record` packed."""
+    def from_record(record: np.ndarray, factor: int) -> Replay:
+        """Unpack what :meth:`record` packed; ``factor`` is the recipe's, and the same of all that it drew."""
         names = record.dtype.names or ()
         return Replay(
             index=torch.from_numpy(record["index"].astype(np.int64)),
@@ -117,6 +132,7 @@ class Replay:
             weight=torch.from_numpy(record["weight"].copy()),
             swap=torch.from_numpy(record["swap"].copy()) if "swap" in names else None,
             operations=torch.from_numpy(record["operations"].astype(np.int64)) if "operations" in names else None,
+            factor=factor,
         )
 
 
@@ -148,7 +164,7 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
         views = in_cells(views, label.factor, side, generator(seed, "cells", epoch))
     swap = draw_swaps(count, generator(seed, "shuffle", epoch)) if label.shuffle > 1 else None
     operations = draw_operations(count, generator(seed, "randaugment", epoch)) if label.randaugment else None
-    return replace(join(order, views, mixes), swap=swap, operations=operations)
+    return replace(join(order, views, mixes), swap=swap, operations=operations, factor=label.factor)
 
 
 def join(order: Tensor, views: Views, mixes: Sequence[tuple[int, int, Mix]]) -> Replay:
@@ -172,6 +188,8 @@ def replay(
 ) -> Tensor:
     """Show images as they were labelled: RandAugment, shuffle, crop and flip, then the mix.
 
+    RandAugment changes the cell that is seen as if it were an image: what is moved brings in black, and no neighbour.
+
     Args:
         images: [images, 3, size, size] uint8, the whole distilled set, on any device.
         replay: n samples, on the same device.
@@ -187,6 +205,8 @@ def replay(
     views = Views(replay.box, replay.flip, shifts)
     shown = images[replay.index]
     if replay.operations is not None:
+        if replay.factor > 1:
+            shown, views = cut_cells(shown, views, replay.factor)
         shown = apply_operations(shown, replay.operations)
     if replay.swap is not None:
         shown = swap_halves(shown, replay.swap)

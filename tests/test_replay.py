@@ -69,7 +69,7 @@ def test_an_epoch_shows_each_image_once_and_mixes_within_batches() -> None:
 def test_a_record_on_disk_gives_the_same_samples(mix: str) -> None:
     images = random_pixels(20, 32)
     plan = draw_epoch(label_config(mix=mix), 20, 32, seed=0, epoch=0)
-    again = Replay.from_record(plan.record())
+    again = Replay.from_record(plan.record(), plan.factor)
     assert same(plan, again)
     assert torch.equal(replay(images, plan, MEAN, STD), replay(images, again, MEAN, STD))
     assert plan.record().nbytes == 20 * RECORD.itemsize
@@ -173,7 +173,7 @@ def test_all_that_is_drawn_is_on_disk() -> None:
     plan = draw_epoch(label, 20, 32, seed=0, epoch=0)
     assert plan.record().dtype == record_type(label)
     assert record_type(label_config()) == RECORD
-    again = Replay.from_record(plan.record())
+    again = Replay.from_record(plan.record(), plan.factor)
     assert torch.equal(again.swap, plan.swap)
     assert torch.equal(again.operations, plan.operations)
     shown = [replay(images, drawn.batch(8, 16), MEAN, STD) for drawn in (plan, again)]

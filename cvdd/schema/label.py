@@ -37,7 +37,11 @@ class LabelConfig(CheckedConfig):
     shuffle: Literal[1, 2] = Field(
         1, description="2: swap the halves of each image at random, on both axes, before the crop (RDED); 1: leave them"
     )
-    randaugment: bool = Field(False, description="two random operations of RandAugment, before all else (EDC)")
+    randaugment: bool = Field(
+        False,
+        description="two random operations of RandAugment, before all else (EDC); with factor=2 on the one of the four "
+        "that is shown",
+    )
     mix: Literal["cutmix", "mixup", "none"] = Field("cutmix", description="how a batch is mixed with itself")
     mix_alpha: float = Field(1.0, gt=0, description="of the Beta distribution of the mix")
     dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits")
@@ -73,11 +77,6 @@ class LabelConfig(CheckedConfig):
             yield (
                 f"label.shuffle={self.shuffle} swaps the parts of which label.factor={self.factor} shows one; set "
                 "label.shuffle=1, or method.factor=1"
-            )
-        if self.factor > 1 and self.randaugment:
-            yield (
-                f"label.randaugment=true changes whole images, and label.factor={self.factor} shows parts; set "
-                "label.randaugment=false, or method.factor=1"
             )
         if self.teachers == []:
             yield "label.teachers is empty: name members, or choose committee for all, or none for hard labels"
