@@ -23,6 +23,7 @@ from cvdd.chain.real_choice import require_real_images
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
+from cvdd.features import feature_layer
 from cvdd.label_pool import LabelPool
 from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
@@ -84,6 +85,9 @@ def check_before_work(context: Context) -> None:
             normalising += _measured(measuring[name].config) if name in measuring else []
             for member in dict.fromkeys(normalising):
                 require_batchnorm(members[name][member], member)
+            if row.config.method.recovers and row.config.method.anchors is not None:
+                for member in _voting(row.config, _classes(row)):
+                    feature_layer(members[name][member], row.config.method.anchors.layer, member)
             if row.config.method.ranks:
                 require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():
@@ -266,16 +270,23 @@ def _check_last_batch(row: Context, student: str, network: nn.Module) -> None:
         ) from error
 
 
-def _matched(config: RunConfig, classes: int) -> list[str]:
-    """Names of the members whose statistics the images are matched to, as far as they are known."""
+def _voting(config: RunConfig, classes: int) -> list[str]:
+    """Names of the members that vote, as far as they are known."""
     method, members = config.method, config.committee.members
     unknown = method.voters == "drawn" and config.committee.draw == "best" and not config.prior.values
-    if not (method.recovers and method.r_bn) or method.statistics.layers != "bn" or unknown:
+    if not method.recovers or unknown:
         return []
     units = plan_units(config.ipc.images_per_class, classes, method)
     values = config.prior.values if votes_by_priors(config) else {}
     voting = {index for draw in plan_draws(config, units, values) for index in draw}
-    return [name for index, name in enumerate(members) if index in voting and members[name].bn_scale]
+    return [name for index, name in enumerate(members) if index in voting]
+
+
+def _matched(config: RunConfig, classes: int) -> list[str]:
+    """Names of the members whose statistics the images are matched to, as far as they are known."""
+    if not config.method.r_bn or config.method.statistics.layers != "bn":
+        return []
+    return [name for name in _voting(config, classes) if config.committee.members[name].bn_scale]
 
 
 def _replaced(config: RunConfig) -> list[str]:

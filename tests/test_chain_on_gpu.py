@@ -42,6 +42,7 @@ METHODS = {
     "fadrm": ("label=fadrm",),
     "fadrm_plus": ("method.voters=[resnet18,shufflenetv2]",),
     "psm": ("label=fadrm",),
+    "cim": ("method.crop_scale=null", "protocol.loss=mse"),
     "sampled_residual": (),
     "full": ("method.iterations=0",),
 }

@@ -79,6 +79,15 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
         ),
     ),
     (PATCHES | {"herds"}, ("method.init=herding",)),
+    (PATCHES | {"easiest"}, ("method.init=easiest",)),
+    (
+        IMAGES | {"easiest"},
+        (
+            "method.init=easiest patches.observer=resnet50",
+            "method.init=easiest method.seed=1",
+            "method.init=easiest patches.candidates=9",
+        ),
+    ),
     (
         IMAGES | {"herds"},
         ("method.init=herding method.seed=1", "method.init=herding patches.candidates=9"),
@@ -112,6 +121,11 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "method.stages=2",
             "method.stages=2 method.sizes=[16,32]",
             "method.stages=2 method.residual=0.5",
+            "method.schedule=constant",
+            "method.factor=2 label.factor=2 method.init=real method.anchors={}",
+            'method.factor=2 label.factor=2 method.init=real method.anchors={"weight":2}',
+            'method.factor=2 label.factor=2 method.init=real method.anchors={"layer":"layer2"}',
+            'method.factor=2 label.factor=2 method.init=real method.anchors={"distance":"l2"}',
             "method.ce=0.5",
             "method.r_bn=0.02",
             "method.first_bn_multiplier=1",

@@ -46,6 +46,7 @@ def images_of(home: Path, *overrides: str) -> Artifact:
         (("method=fadrm_plus", FOUR, PLUS), ["resnet18", "shufflenetv2"]),
         (("method=psm", FOUR), ["resnet18"]),
         (("method=psm_plus", FOUR, PLUS), ["resnet18", "shufflenetv2"]),
+        (("method=cim", FOUR, "method.crop_scale=null"), ["resnet18"]),
         (("method=rded", "patches=easy", "method.iterations=0"), []),
         (("method=random_real", "method.iterations=0"), []),
     ],

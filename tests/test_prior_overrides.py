@@ -36,6 +36,7 @@ def measured(config: RunConfig, member: str = "resnet18") -> RunConfig:
         ("method=cda", "label=committee"),
         ("method=fadrm_plus", "label=committee"),
         ("method=psm", "label=committee"),
+        ("method=cim", "method.init=real", "method.voters=all", "label=committee"),
         ("method=sampled_residual", "label=hard", "protocol=hard"),
         ("method=cvdd", "label=hard", "protocol=hard"),
         (
