@@ -38,6 +38,7 @@ CURVES = {
     "Accuracy of students": r".*evaluate/.*/top1",
     "Cross-entropy by member": r".*distill/ce/.*",
     "BatchNorm distance by member": r".*distill/bn/.*",
+    "Distance of features by member": r".*distill/features/.*",
     "Weight by member": r".*distill/weight/.*",
     "Agreement by pair": r".*distill/agreement/.*",
     "Training of members": r".*train/.*/train_loss",

@@ -152,6 +152,26 @@ def test_a_gpu_makes_what_a_cpu_makes(
     assert simulated.replayed >= 12
 
 
+CIM = (
+    "method=cim",
+    "method.voters=[resnet18,shufflenetv2]",
+    "method.crop_scale=null",
+    "method.lr=0.04",
+    "method.ce=0",
+    "method.r_bn=0",
+)
+
+
+def test_votes_on_features_are_recorded(of_the_cpu: Callable[..., Path], simulated: Device) -> None:
+    """An iteration with anchors on a GPU is that of a CPU, and is replayed, not launched."""
+    usual = distil(tiny_context(of_the_cpu("data", "members"), *CIM, "label.store=none"), "")
+    shown = load_images(usual.images)[0].float()
+    made = distil(on_gpu(of_the_cpu("data", "members"), *CIM, "label.store=none"), "")
+    assert (load_images(made.images)[0].float() - shown).abs().mean() < 0.01
+    assert simulated.recorded == 1
+    assert simulated.replayed >= 2
+
+
 def test_where_its_memory_ends_passes_are_halved(
     made: tuple[Distilled, Result],
     of_the_cpu: Callable[..., Path],

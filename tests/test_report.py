@@ -299,8 +299,8 @@ def test_terms_are_means_over_the_units_in_which_a_member_votes(maker: Maker) ->
     history = {"a": unit({"resnet18": 0.25, "resnet50": 0.75}, 1.0, 100.0), "b": unit({"resnet18": 1.0}, 3.0, 300.0)}
     terms = member_terms(history, maker.config)
     assert list(terms) == ["resnet18", "resnet50"]
-    assert terms["resnet18"].ce == (2.0,)
-    assert terms["resnet18"].bn == (pytest.approx(2.0),)
+    assert terms["resnet18"].curves == {"ce": (2.0,), "bn": (pytest.approx(2.0),)}
+    assert terms["resnet18"].late == {"ce": 2.0, "bn": pytest.approx(2.0)}
     assert terms["resnet18"].units == 2
     assert terms["resnet50"].share == pytest.approx(0.75)
     assert terms["resnet50"].vote == pytest.approx(0.75)
