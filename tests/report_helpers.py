@@ -58,10 +58,12 @@ class Maker:
 
         return self.store.make("patches", "made-up", {"size": self.size, "classes": list(self.classes)}, [], build)
 
-    def images(self, row: str, init: str, iterations: int, ipc: int = 2, per_unit: int = 1000) -> Artifact:
+    def images(
+        self, row: str, init: str, iterations: int, ipc: int = 2, per_unit: int = 1000, factor: int = 1
+    ) -> Artifact:
         members = [self.member(name) for name in MEMBERS] if iterations else []
         parents = members + ([self.patches()] if init == "patches" else [])
-        method = {"init": init, "iterations": iterations}
+        method = {"init": init, "iterations": iterations} | ({"factor": factor} if factor > 1 else {})
         identity = {"classes": list(self.classes), "ipc": ipc, "method": method, "row": row}
 
         def build(work: Path) -> dict[str, Any]:
@@ -97,8 +99,10 @@ class Maker:
         ]
         return {"weights": dict.fromkeys(MEMBERS, 0.5), "rows": rows}
 
-    def distilled(self, row: str, init: str, iterations: int, *, stored: bool = True, ipc: int = 2) -> Distilled:
-        images = self.images(row, init, iterations, ipc)
+    def distilled(
+        self, row: str, init: str, iterations: int, *, stored: bool = True, ipc: int = 2, factor: int = 1
+    ) -> Distilled:
+        images = self.images(row, init, iterations, ipc, factor=factor)
         artifact = None
         if stored:
 
@@ -107,7 +111,8 @@ class Maker:
                 return {}
 
             artifact = self.store.make("labels", f"made-up-{row}", {"row": row}, [images], build)
-        labels = Labels({"label": {"epochs": 4}}, [images], artifact, self.context, images, [1.0], {})
+        recipe = {"epochs": 4} | ({"factor": factor} if factor > 1 else {})
+        labels = Labels({"label": recipe}, [images], artifact, self.context, images, [1.0], {})
         return Distilled(self.context, row, Priors({}), images, labels)
 
     def result(self, made: Distilled | None, values: Sequence[float], student: str = "small") -> Result:

@@ -13,7 +13,7 @@ from scipy.stats import ttest_ind
 
 from cvdd.artifact import Store
 from cvdd.report.headline import difference, headline
-from cvdd.schema import RunConfig
+from cvdd.schema import RunConfig, with_overrides
 
 
 def maker_of(config: RunConfig, root: Path) -> Maker:
@@ -75,3 +75,22 @@ def test_labels_of_other_networks_are_not_the_same(compose: Compose, tmp_path: P
     assert "the same labels" in headline([labelled_by(ours, "resnet18"), labelled_by(theirs, "resnet18")])
     sentence = headline([labelled_by(ours, "resnet18"), labelled_by(theirs, "resnet50")])
     assert "the same label recipe but other teachers" in sentence
+
+
+def test_images_of_several_are_held_against_whole_ones(compose: Compose, tmp_path: Path) -> None:
+    """The labels are the same, though parts are shown one by one; of two baselines the whole images count."""
+    maker = maker_of(compose("evaluate"), tmp_path)
+    main = maker.result(maker.distilled("cim", "real", 100, factor=2), [71.0, 71.5])
+    four = maker.result(maker.distilled("four", "real", 0, factor=2), [50.0, 50.5])
+    whole = maker.result(maker.distilled("whole", "real", 0), [60.0, 60.5])
+    sentence = headline([main, four, whole])
+    assert "against 60.2" in sentence
+    assert "for random real images with the same labels" in sentence
+    assert "for random real images, four in each with the same labels" in headline([main, four])
+
+
+def test_random_real_images_beside_any_method_are_whole(compose: Compose) -> None:
+    config = compose("evaluate", "method=cim", "compare=random_real")
+    assert (config.method.factor, config.label.factor) == (2, 2)
+    row = with_overrides(config, config.compare["random_real"])
+    assert (row.method.factor, row.label.factor, row.method.recovers) == (1, 1, False)

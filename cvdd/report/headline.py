@@ -60,14 +60,14 @@ def _freedom(errors: tuple[float, float], counts: tuple[int, int]) -> float:
 
 
 def find_baseline(results: Sequence[Result], main: Result) -> Result | None:
-    """Return the row that a result is held against: random real images, or else the first other distilled set."""
+    """Return the row that a result is held against: random real images, whole ones first, or else any distilled set."""
     others = [
         result
         for result in results
         if result.student == main.student and result.row != main.row and result.images is not None
     ]
     real = [result for result in others if is_real(result)]
-    return next(iter([*real, *others]), None)
+    return next(iter([*sorted(real, key=parts_of), *others]), None)
 
 
 def headline(results: Sequence[Result]) -> str:
@@ -147,6 +147,11 @@ def is_real(result: Result) -> bool:
     return method.get("init") == "real" and method.get("iterations") == 0
 
 
+def parts_of(result: Result) -> int:
+    """How many real images there are on a side of each image of a row that is made of several."""
+    return int(_method(result).get("factor", 1))
+
+
 def _counts(main: Result, baseline: Result) -> tuple[str, str]:
     """Say how many images two rows have, where it is not the same number."""
     counts = [0 if result.images is None else int(result.images.metrics["images"]) for result in (main, baseline)]
@@ -158,7 +163,7 @@ def _counts(main: Result, baseline: Result) -> tuple[str, str]:
 def _description(baseline: Result, main: Result, count: str) -> str:
     name = baseline.row
     if is_real(baseline):
-        name = "random real images" + (", four in each" if _method(baseline).get("factor", 1) > 1 else "")
+        name = "random real images" + (", four in each" if parts_of(baseline) > 1 else "")
     elif _method(baseline).get("init") == "patches" and _method(baseline).get("iterations") == 0:
         name = "patches of real images, not optimised"
     suffix = f"{count} with {_labels(baseline, main)}"
@@ -172,10 +177,16 @@ def teachers_of_labels(labels: Labels) -> list[str]:
     return [one.digest for one in labels.parents if one.kind not in ("images", "labels")]
 
 
+def recipe_of_labels(labels: Labels) -> dict[str, Any]:
+    """Return what determines labels beside images and teachers; that parts of images are shown one by one does not."""
+    recipe = {key: value for key, value in labels.identity.get("label", {}).items() if key != "factor"}
+    return {**labels.identity, "label": recipe}
+
+
 def _labels(baseline: Result, main: Result) -> str:
     if baseline.labels is None or main.labels is None:
         return "other labels"
-    theirs, ours = baseline.labels.identity, main.labels.identity
+    theirs, ours = recipe_of_labels(baseline.labels), recipe_of_labels(main.labels)
     if {**theirs, "weights": None} != {**ours, "weights": None}:
         return "another label recipe"
     if teachers_of_labels(baseline.labels) != teachers_of_labels(main.labels):

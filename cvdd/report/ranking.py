@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cvdd.chain.compare import Result
-from cvdd.report.headline import Difference, difference, is_real, teachers_of_labels
+from cvdd.report.headline import Difference, difference, is_real, recipe_of_labels, teachers_of_labels
 from cvdd.surroundings import FULL_DATA_ROW
 
 WEIGHT = 0.5
@@ -123,8 +123,8 @@ def _evaluation(result: Result) -> dict[str, Any]:
     assert result.labels is not None
     assert result.images is not None
     labels, config = result.labels, result.labels.context.config
-    said = {key: value for key, value in labels.identity.items() if key != "label"}
-    label = {key: value for key, value in labels.identity.get("label", {}).items() if key not in ("dtype", "stack")}
+    said = recipe_of_labels(labels)
+    label = {key: value for key, value in said.pop("label").items() if key not in ("dtype", "stack")}
     return {
         "label": label,
         "labels": {**said, "teachers": teachers_of_labels(labels)},
