@@ -181,4 +181,5 @@ def _noun(piece: Piece) -> str:
     if piece.stage == "students":
         return "students"
     kind = piece.artifact.kind
-    return {"images": "sets of images", "labels": "sets of labels", "patches": "sets of patches"}.get(kind, kind)
+    nouns = {"images": "images", "labels": "labels", "patches": "patches", "easiest": "easiest images"}
+    return f"sets of {nouns[kind]}" if kind in nouns else kind
