@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from cvdd.config_base import ConfigError
@@ -40,6 +41,33 @@ def feature_layer(network: nn.Module, layer: str, member: str) -> str:
             f"{_outermost(names)}"
         )
     return found
+
+
+def require_features(network: nn.Module, layer: str, member: str, side: int) -> None:
+    """Refuse a layer whose input are no features: one that a forward pass calls not once, or with something else.
+
+    Args:
+        network: the network, in evaluation mode.
+        layer: ``head``, or the name of a module.
+        member: whose network it is, for messages.
+        side: of its images in pixels.
+
+    Raises:
+        ConfigError: the network has no such module, or its input is no single map.
+    """
+    name, given = feature_layer(network, layer, member), list[object]()
+    handle = network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, side, side))
+    finally:
+        handle.remove()
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        calls = "is given several maps" if len(given) == 1 else f"is called {len(given)} times in a forward pass"
+        raise ConfigError(
+            f"method.anchors.layer={layer}: module {name} of member {member} {calls}; choose {HEAD}, or a module that "
+            "is called once, with one map"
+        )
 
 
 def _outermost(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from cvdd.chain.real_choice import require_real_images
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.features import feature_layer
+from cvdd.features import require_features
 from cvdd.label_pool import LabelPool
 from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
@@ -87,7 +87,8 @@ def check_before_work(context: Context) -> None:
                 require_batchnorm(members[name][member], member)
             if row.config.method.recovers and row.config.method.anchors is not None:
                 for member in _voting(row.config, _classes(row)):
-                    feature_layer(members[name][member], row.config.method.anchors.layer, member)
+                    network, side = members[name][member], row.config.dataset.image_size
+                    require_features(network, row.config.method.anchors.layer, member, side)
             if row.config.method.ranks:
                 require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():

@@ -305,7 +305,7 @@ class DistillModule(pl.LightningModule):
         if not bool(self.images.isfinite().all()):
             raise NonFiniteLoss(
                 f"the images are not finite after iteration {iteration}, though the losses of {', '.join(names)} are: "
-                "a gradient is not. Finished units and the last checkpoint are kept. Lower method.lr or method.r_bn."
+                f"a gradient is not. Finished units and the last checkpoint are kept. Lower {self._to_lower}."
             )
         row = LogRow(
             iteration=iteration,
@@ -320,6 +320,13 @@ class DistillModule(pl.LightningModule):
         self.rows.append(row)
         self._on_row(row, self.images.detach())
 
+    @property
+    def _to_lower(self) -> str:
+        """What to lower where a loss is not finite."""
+        of_terms = ["method.r_bn"] if self.method.r_bn else []
+        of_terms += [] if self.anchors is None else ["method.anchors.weight"]
+        return " or ".join(["method.lr", *of_terms])
+
     def _blame(self, begin: int, history: Sequence[Said]) -> NoReturn:
         # One iteration later the images are not finite either, and with them the terms of all members.
         for iteration, vote in enumerate(history, begin + 1):
@@ -327,11 +334,11 @@ class DistillModule(pl.LightningModule):
             for index, ce, bn, features in said:
                 name = self._voters[index].name
                 if not bool((ce + bn + features).isfinite()):
+                    far = "" if self.anchors is None else f", distance of features {float(features)}"
                     raise NonFiniteLoss(
                         f"the loss of member {name} is not finite in iteration {iteration} (cross-entropy "
-                        f"{float(ce)}, BatchNorm term {float(bn)}, distance of features {float(features)}). Finished "
-                        "units and the last checkpoint are kept. Lower method.lr or method.r_bn, or leave "
-                        f"{name} out of the committee."
+                        f"{float(ce)}, BatchNorm term {float(bn)}{far}). Finished units and the last checkpoint are "
+                        f"kept. Lower {self._to_lower}, or leave {name} out of the committee."
                     )
         raise AssertionError("called without a term that is not finite")
 

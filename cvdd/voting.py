@@ -140,6 +140,9 @@ def judge(
             then counts their distance as its own. A voter's matcher has its own number of groups.
         across: adds up over the ranks that have the other images of each unit; None if there are none.
         anchors: whose features the images are to have; None for none.
+
+    Raises:
+        ConfigError: the layer whose input are the features is not called.
     """
     units, count = targets.shape
     groups = units if statistics_of == "unit" else 1
@@ -165,6 +168,8 @@ def _features(voter: Voter, images: Tensor) -> Tensor:
     assert voter.features is not None
     if voter.watch is not None:
         voter.watch.groups = 0
+    # What is kept goes into something new; else a compiler returns it as well.
+    voter.features.forget()
     voter.network(_as_taken(voter, images))
     return voter.features.take()
 

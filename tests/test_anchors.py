@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import fit, method_config, small_network
+from helpers import fit, method_config, quiet_trainer, small_network
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -225,6 +226,28 @@ def test_iterations_are_those_of_a_plain_loop(changes: dict[str, Any]) -> None:
             with torch.no_grad():
                 own.clamp_(low, high)
         torch.testing.assert_close(module.images[unit].detach(), own.detach(), rtol=0, atol=2e-4)
+
+
+def test_who_judges_in_turn_is_compared_by_features_too() -> None:
+    """Cosines are asked of all voters where one judges; that of a voter with itself is 1."""
+    images, whole = images_and_anchors()
+    method = anchored(turns="in_turn", log_agreement=True)
+    module = module_of(images, whole, [small_network(CLASSES, seed=1), small_network(CLASSES, seed=1)], method)
+    fit(module, module.train_dataloader(), 1)
+    assert [row.agreement for row in module.rows] == [{"m0-m1": pytest.approx(1.0, abs=1e-4)}] * len(module.rows)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_anchors(tmp_path: Path) -> None:
+    def build() -> DistillModule:
+        return module_of(*images_and_anchors(), [small_network(CLASSES)], anchored(checkpoint_every=4, grid_every=4))
+
+    whole, half, rest = build(), quiet_trainer(1), build()
+    quiet_trainer(2).fit(whole)
+    half.fit(build())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    quiet_trainer(2).fit(rest, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(rest.images, whole.images)
+    assert rest.rows == whole.rows
 
 
 def test_shifts_and_flips_are_of_the_whole_picture() -> None:

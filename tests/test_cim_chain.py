@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Compose
 from helpers import PRIORS, as_files, same_files, tiny_context
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from cvdd.artifact import Artifact
 from cvdd.augment import normalise
 from cvdd.chain.compare import distil
-from cvdd.chain.images import make_images
+from cvdd.chain.fitting import fit_units
+from cvdd.chain.images import _work, make_images
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import POSITIONS, anchors_of_units, chosen_positions, make_easiest
-from cvdd.chain.recover import require_splittable
 from cvdd.chain.unit_files import load_history, load_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -26,12 +26,14 @@ from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep, VoteStep
 from cvdd.cost.work import work_of
 from cvdd.data import resize_and_crop
+from cvdd.engine import Engine
+from cvdd.features import feature_layer, require_features
 from cvdd.preflight import check_before_work
 from cvdd.report.gallery import make_gallery
 from cvdd.report.plots import term_curves
 from cvdd.report.terms import member_terms, terms_of
 from cvdd.schema import members_used
-from cvdd.units import Unit
+from cvdd.units import Unit, plan_stacks, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -167,12 +169,12 @@ def test_other_terms_can_be_had_with_features(chain_home: Path) -> None:
 
 
 def test_pages_show_features_and_no_term_that_is_not_in_the_loss(chain_home: Path) -> None:
-    context = tiny_context(chain_home, *CIM)
+    context = tiny_context(chain_home, *CIM, "method.anchors.weight=3")
     distilled = distil(context, "cim")
     terms = member_terms(load_history(distilled.images), context.config)
     assert terms_of(terms) == ["features"]
     rows = next(iter(load_history(distilled.images).values()))["rows"]
-    assert terms["resnet18"].curves["features"] == pytest.approx([row["features"]["resnet18"] for row in rows])
+    assert terms["resnet18"].curves["features"] == pytest.approx([3 * row["features"]["resnet18"] for row in rows])
     assert terms["resnet18"].share == 1
     drawing = str(term_curves(terms))
     assert "distance of features" in drawing
@@ -219,12 +221,65 @@ def test_what_cannot_be_made_is_refused(overrides: tuple[str, ...], message: str
         check_before_work(tiny_context(chain_home, *CIM, *overrides))
 
 
-def test_ranks_do_not_share_such_units(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method\.anchors look at more\. Set trainer\.split_units=false"):
-        require_splittable(tiny_context(tmp_path, *CIM), [Unit(0, 0, 0, 10)])
+def test_ranks_do_not_share_such_units(compose: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"say of features \(method\.anchors\); set trainer\.split_units=false"):
+        compose("distill", "method=cim", "trainer=ddp", "trainer.devices=2", "trainer.split_units=true")
 
 
-def test_only_members_that_are_needed_are_trained(compose: Any) -> None:
+class Twice(nn.Module):
+    """A network that calls a layer twice, keeps one that it never calls, and gives one a list of maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 3, 3, padding=1)
+        self.unused = nn.Conv2d(3, 3, 1)
+        self.listed = Listed()
+        self.first, self.head = nn.Linear(3, 5), nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.listed([self.body(self.body(x))])
+        logits: Tensor = self.head(self.first(x.mean(dim=(2, 3))))
+        return logits
+
+
+class Listed(nn.Module):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return maps[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("body", "module body of member a is called 2 times in a forward pass; choose head, or"),
+        ("unused", "is called 0 times"),
+        ("listed", "is given several maps"),
+    ],
+)
+def test_features_are_of_one_map_of_one_call(layer: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_features(Twice(), layer, "a", SIZE)
+    require_features(Twice(), "first", "a", SIZE)
+    assert feature_layer(Twice(), "head", "a") == "head"
+
+
+def test_units_are_planned_for_all_parts(chain_home: Path) -> None:
+    """What is shown at once, and what is computed in all, is four times the images."""
+    context = tiny_context(chain_home, *CIM)
+    units = plan_units(IPC, 10, context.config.method)
+    work = _work(context, plan_stacks(units, [(0,)] * len(units), context.config.method))
+    assert work.unit_images == 10 * 4
+    assert work.image_passes == 4 * 20 * 4
+
+
+def test_units_are_fitted_for_all_parts(chain_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, shown = tiny_context(chain_home, *CIM), list[int]()
+    monkeypatch.setattr("cvdd.chain.fitting.surely_fits", lambda images, *others: shown.append(images) or True)
+    units = plan_units(IPC, 10, context.config.method)
+    fit_units(context, Engine(), plan_stacks(units, [(0,)] * len(units), context.config.method))
+    assert shown == [IPC * 10 * 4]
+
+
+def test_only_members_that_are_needed_are_trained(compose: Compose) -> None:
     config = compose("evaluate", "method=cim", "label=resnet18", "compare=none")
     assert members_used(config) == ["resnet18"]
     kept = ("method=random_real", "method.iterations=0", "method.init=easiest", "patches.observer=resnet50")

@@ -89,6 +89,23 @@ def test_images_of_several_are_held_against_whole_ones(compose: Compose, tmp_pat
     assert "for random real images, four in each with the same labels" in headline([main, four])
 
 
+def test_whole_images_with_other_labels_come_after_parts_with_the_same(compose: Compose, tmp_path: Path) -> None:
+    maker = maker_of(compose("evaluate"), tmp_path)
+    main = maker.result(maker.distilled("cim", "real", 100, factor=2), [71.0, 71.5])
+    four = maker.result(maker.distilled("four", "real", 0, factor=2), [60.0, 60.5])
+    whole = maker.result(maker.distilled("whole", "real", 0), [20.0, 20.5])
+    assert whole.labels is not None
+    other = replace(whole, labels=replace(whole.labels, identity={"label": {"epochs": 9}}))
+    assert "four in each with the same labels" in headline([main, other, four])
+
+
+def test_whole_images_that_are_shown_in_parts_have_other_labels(compose: Compose, tmp_path: Path) -> None:
+    maker = maker_of(compose("evaluate"), tmp_path)
+    main, baseline = maker.distilled("one", "patches", 100), maker.distilled("other", "real", 0)
+    parts = replace(baseline, labels=replace(baseline.labels, identity={"label": {"epochs": 4, "factor": 2}}))
+    assert "another label recipe" in headline([maker.result(main, [60.0, 61.0]), maker.result(parts, [50.0, 51.0])])
+
+
 def test_random_real_images_beside_any_method_are_whole(compose: Compose) -> None:
     config = compose("evaluate", "method=cim", "compare=random_real")
     assert (config.method.factor, config.label.factor) == (2, 2)

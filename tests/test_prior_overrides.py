@@ -59,6 +59,9 @@ def test_a_prior_is_measured_in_the_plain_loop_with_plain_labels(overrides: tupl
     found = measured(run)
     assert found.method.model_dump(exclude=STRENGTHS) == usual.method.model_dump(exclude=STRENGTHS)
     assert found.method.crop_scale is not None
+    if run.method.anchors is not None:
+        # Of features, as are the weights of its terms.
+        assert (found.method.lr, found.method.ce, found.method.r_bn) == (0.25, 1.0, 0.01)
     label = {
         "bn_mode": "batch",
         "halves": True,

@@ -67,7 +67,7 @@ class Made:
         context = tiny_context(self.folder, *overrides)
         config = context.config
         method = config.method
-        identity = {"method": {"init": method.init, "iterations": method.iterations}}
+        identity = {"method": {"init": method.init, "iterations": method.iterations, "factor": method.factor}}
         count = 10 * config.ipc.images_per_class
         manifest = {"kind": "images", "digest": images or row, "identity": identity, "files": {}, "cost": COST}
         of_row = Artifact(self.folder / row, {**manifest, "parents": [], "metrics": {"images": count}})
@@ -108,6 +108,35 @@ def test_rows_are_known_by_what_they_are(results: list[Result]) -> None:
     assert found.lrs == score(found.ior, Difference(-71, found.hlr.error))
     assert found.ars is not None
     assert found.ars.value == score(found.ior, Difference(0, None)).value
+
+
+FOUR = ("method.init=real", "method.factor=2", "label.factor=2")
+
+
+def test_images_of_several_are_scored_beside_whole_ones(tmp_path: Path) -> None:
+    """Four in each are no baseline where whole ones are there, with augmentation and without."""
+    make = Made(tmp_path)
+    found = rank(
+        [
+            make.result("four kept", [30, 30], *REAL, *FOUR),
+            make.result("cim", [51, 51], *FOUR),
+            make.result("whole", [49, 49], *REAL),
+            make.result("bare", [41, 41], *FOUR, *PLAIN, images="cim"),
+            make.result("bare four", [20, 20], *REAL, *FOUR, *PLAIN),
+            make.result("bare whole", [40, 40], *REAL, *PLAIN),
+        ]
+    )
+    (one,) = found
+    assert (one.row, one.ior.value) == ("cim", 2)
+    assert one.ars is not None
+    assert one.ars.value == score(one.ior, Difference(1, None)).value
+
+
+def test_its_rows_of_random_real_images_are_whole(compose: Compose) -> None:
+    config = compose("evaluate", "method=cim", "compare=dd_ranking")
+    for name in ("random_real", "random_real_no_augmentation"):
+        row = with_overrides(config, config.compare[name])
+        assert (row.method.factor, row.label.factor) == (1, 1)
 
 
 @pytest.mark.parametrize(

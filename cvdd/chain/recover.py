@@ -205,10 +205,10 @@ def require_splittable(context: Context, units: Sequence[Unit]) -> None:
         ConfigError: it looks at more of a unit than sums over its images tell, or a unit has too few of them.
     """
     method, ranks = context.config.method, context.world.size
-    if method.statistics != StatisticsConfig() or method.density or method.anchors is not None:
+    if method.statistics != StatisticsConfig() or method.density:
         raise ConfigError(
-            "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics, "
-            "method.density and method.anchors look at more. Set trainer.split_units=false"
+            "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics and "
+            "method.density look at more. Set trainer.split_units=false"
         )
     fewest = min(len(unit.targets) for unit in units)
     if fewest < ranks:
@@ -240,7 +240,7 @@ def load_voter(
         of_group: statistics of groups of real images, and the group whose statistics it has; None for its own.
 
     Raises:
-        ConfigError: it has no BatchNorm layer whose statistics could be matched.
+        ConfigError: it has no BatchNorm layer whose statistics could be matched, or no layer of that name for anchors.
     """
     method, member = context.config.method, context.config.committee.members[name]
     network = load_network(context, artifact, member.backbone)

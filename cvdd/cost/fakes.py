@@ -88,10 +88,13 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         half = 0.5 if step.engine.precision == "bf16" else 1.0
         return Scale(images, 1, one.flops * images, half * (one.activations * images + one.weights))
     if isinstance(step, MoveStep):
-        images = step.units * step.images
-        # The images, what is shown of them, their gradients, and the two averages of Adam.
-        # Two products of matrices for each channel, forwards and backwards.
-        return Scale(images, 1, images * 24.0 * step.size**3, images * 3 * step.size**2 * 4 * 6)
+        images, parts = step.units * step.images, step.settings.parts_judged
+        anchored = 0 if step.settings.anchors is None else parts
+        # Two products of matrices for each channel of what is shown, forwards and backwards, and of anchors forwards.
+        flops = (parts + anchored / 2) * 24.0
+        # The images, their gradients and the two averages of Adam; what is shown of them, its gradient, and anchors.
+        held = 4 + 2 * parts + 2 * anchored
+        return Scale(images, 1, images * flops * step.size**3, images * 3 * step.size**2 * 4 * held)
     if isinstance(step, ScoreStep):
         label, one = step.settings, profiles(step.network, "forward")
         # Halves of two are the least that BatchNorm can normalise.

@@ -172,7 +172,11 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
     """Return what ``method.iterations`` iterations do besides voting: views, the optimiser and the clamp."""
     stage = Stage(0, 0, method.iterations, size)
     parameter = nn.Parameter(torch.randn(units, images, 3, size, size, device=device))
-    anchors = None if method.anchors is None else torch.randn(units, images * method.parts_judged, 3, size, size)
+    anchors = (
+        None
+        if method.anchors is None
+        else torch.randn(units, images * method.parts_judged, 3, size, size, device=device)
+    )
     optimizer = torch.optim.Adam([parameter], lr=method.lr, betas=method.betas, eps=method.eps, foreach=False)
     members = [Unit(0, block, 0, images) for block in range(units)]
 
@@ -186,7 +190,7 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
             seen: Tensor = apply_matrices(shown, rows[:, index], columns[:, index])
             seen.sum().backward()
             if anchors is not None:
-                apply_matrices(anchors.to(device), rows[:, index], columns[:, index])
+                apply_matrices(anchors, rows[:, index], columns[:, index])
             optimizer.step()
             with torch.no_grad():
                 parameter.clamp_(-2, 2)

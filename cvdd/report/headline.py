@@ -19,6 +19,8 @@ Verdict = Literal["ahead", "level", "behind", "unknown"]
 CERTAINTY = 0.95
 """A difference that chance alone would exceed more often than this leaves is not called one."""
 
+ANOTHER_RECIPE = "another label recipe"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -67,7 +69,9 @@ def find_baseline(results: Sequence[Result], main: Result) -> Result | None:
         if result.student == main.student and result.row != main.row and result.images is not None
     ]
     real = [result for result in others if is_real(result)]
-    return next(iter([*sorted(real, key=parts_of), *others]), None)
+    # Those with the same labels before others, and whole images before those that are made of several.
+    real.sort(key=lambda result: (_labels(result, main) == ANOTHER_RECIPE, parts_of(result)))
+    return next(iter([*real, *others]), None)
 
 
 def headline(results: Sequence[Result]) -> str:
@@ -177,18 +181,23 @@ def teachers_of_labels(labels: Labels) -> list[str]:
     return [one.digest for one in labels.parents if one.kind not in ("images", "labels")]
 
 
-def recipe_of_labels(labels: Labels) -> dict[str, Any]:
-    """Return what determines labels beside images and teachers; that parts of images are shown one by one does not."""
-    recipe = {key: value for key, value in labels.identity.get("label", {}).items() if key != "factor"}
+def recipe_of_labels(result: Result, labels: Labels) -> dict[str, Any]:
+    """Return what determines a row's labels beside images and teachers.
+
+    That images of several are shown one by one follows from the images.
+    """
+    recipe = dict(labels.identity.get("label", {}))
+    if recipe.get("factor", 1) == parts_of(result):
+        recipe.pop("factor", None)
     return {**labels.identity, "label": recipe}
 
 
 def _labels(baseline: Result, main: Result) -> str:
     if baseline.labels is None or main.labels is None:
         return "other labels"
-    theirs, ours = recipe_of_labels(baseline.labels), recipe_of_labels(main.labels)
+    theirs, ours = recipe_of_labels(baseline, baseline.labels), recipe_of_labels(main, main.labels)
     if {**theirs, "weights": None} != {**ours, "weights": None}:
-        return "another label recipe"
+        return ANOTHER_RECIPE
     if teachers_of_labels(baseline.labels) != teachers_of_labels(main.labels):
         return "the same label recipe but other teachers"
     return "the same labels" if theirs == ours else "the same label recipe but other weights of its teachers"

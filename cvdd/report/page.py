@@ -76,7 +76,7 @@ def render_page(
             loss=plots.loss_curves(results),
             terms=terms,
             term_titles={term: TITLES[term] for term in terms_of(terms)},
-            term_plot=plots.term_curves(terms) if terms else None,
+            term_plot=plots.term_curves(terms) if terms_of(terms) else None,
             votes=vote_table(votes_of(main.history), list(summary["members"])),
             costs=stage_costs(members, artifacts, distilled, results),
             machines=machine_seconds(artifacts),

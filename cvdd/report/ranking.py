@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cvdd.chain.compare import Result
-from cvdd.report.headline import Difference, difference, is_real, recipe_of_labels, teachers_of_labels
+from cvdd.report.headline import Difference, difference, is_real, parts_of, recipe_of_labels, teachers_of_labels
 from cvdd.surroundings import FULL_DATA_ROW
 
 WEIGHT = 0.5
@@ -89,7 +89,9 @@ def _rank(result: Result, results: Sequence[Result]) -> Ranking | None:
         return None
     same = [other for other in results if other.student == result.student and other is not result]
     labelled = [other for other in same if other.labels is not None]
-    random = _first(labelled, lambda other: is_real(other) and _evaluation(other) == evaluation)
+    # Of real images whole ones first, in both.
+    real_ones = sorted(filter(is_real, labelled), key=parts_of)
+    random = _first(real_ones, lambda other: _evaluation(other) == evaluation)
     if random is None:
         return None
     ior = difference(result, random)
@@ -98,7 +100,7 @@ def _rank(result: Result, results: Sequence[Result]) -> Ranking | None:
     hlr = None if real is None or hard is None else difference(real, hard)
     lrs = None if hlr is None else score(ior, Difference(-hlr.value, hlr.error))
     bare = _first(labelled, lambda other: _images(other) == _images(result) and _evaluation(other) == plain)
-    bare_random = _first(labelled, lambda other: is_real(other) and _evaluation(other) == plain)
+    bare_random = _first(real_ones, lambda other: _evaluation(other) == plain)
     ars = None if bare is None or bare_random is None else score(ior, difference(bare, bare_random))
     return Ranking(result.row, result.student, hlr, ior, lrs, ars)
 
@@ -123,7 +125,7 @@ def _evaluation(result: Result) -> dict[str, Any]:
     assert result.labels is not None
     assert result.images is not None
     labels, config = result.labels, result.labels.context.config
-    said = recipe_of_labels(labels)
+    said = recipe_of_labels(result, labels)
     label = {key: value for key, value in said.pop("label").items() if key not in ("dtype", "stack")}
     return {
         "label": label,

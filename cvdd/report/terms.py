@@ -13,7 +13,11 @@ from cvdd.chain.votes import effective_terms
 from cvdd.schema import RunConfig
 
 TITLES: Mapping[str, str] = MappingProxyType(
-    {"ce": "cross-entropy", "bn": "BatchNorm term times its weight", "features": "distance of features"}
+    {
+        "ce": "cross-entropy",
+        "bn": "BatchNorm term times its weight",
+        "features": "distance of features times its weight",
+    }
 )
 """What people call the terms."""
 

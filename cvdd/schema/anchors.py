@@ -27,7 +27,7 @@ class AnchorsConfig(StrictConfig):
         HEAD,
         min_length=1,
         description="features are what goes into it: head, a network's last linear layer, or the name of a module that "
-        "all voters have, such as layer3",
+        "all voters have, such as layer3, for which judgements are not compiled",
     )
     distance: Literal["l1", "l2"] = Field(
         "l1", description="mean absolute difference of the features, as released, or mean squared, as in the paper"
