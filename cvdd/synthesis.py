@@ -172,7 +172,7 @@ class DistillModule(pl.LightningModule):
     def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> Said:
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
-        gradient, vote = self._vote(iteration, seen.detach(), self._aims(view), apart)
+        gradient, vote = self._vote(iteration, seen.detach(), apart, self._aims(view))
         with rounded_products(self._rounded):
             (self.images.grad,) = torch.autograd.grad(seen, self.images, gradient)
         if self.split:
@@ -213,7 +213,7 @@ class DistillModule(pl.LightningModule):
         count, size = self.images.shape[1], self.trainer.world_size
         return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
-    def _vote(self, iteration: int, seen: Tensor, aims: Tensor | None, apart: bool) -> tuple[Tensor, Said]:
+    def _vote(self, iteration: int, seen: Tensor, apart: bool, aims: Tensor | None = None) -> tuple[Tensor, Said]:
         """Return the gradient of the loss with respect to what is seen, and what was said.
 
         Each voter is asked alone, so that memory holds one graph at a time, unless they are recorded side by side.

@@ -202,7 +202,7 @@ def test_images_of_a_class_are_held_apart_with_the_methods_weight_and_scale() ->
     unit, members = Unit(0, 0, 0, 2, 2), voters(a=small_network())
     changes = {"composer": "classes", "density": 0.5, "density_scale": "dimension", "r_bn": 0.1}
     module = module_of(start(1), [unit], members, **changes)
-    gradient, said = module._vote(0, module.images.detach().clone(), None, False)
+    gradient, said = module._vote(0, module.images.detach().clone(), False)
     leaf = start(1).requires_grad_()
     crowding = densification(leaf, unit.targets[None], "dimension").sum()
     loss = voting_loss(leaf, unit.targets[None], members, torch.ones(1, 1), r_bn=0.1).loss + 0.5 * crowding
