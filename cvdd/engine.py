@@ -130,7 +130,7 @@ def can_be_compiled(method: MethodConfig, split: bool) -> bool:
         method: how images are made.
         split: whether ranks share each unit.
     """
-    inside = method.anchors is not None and method.anchors.layer != HEAD
+    inside = method.anchored is not None and method.anchored.layer != HEAD
     return judges_by_unit(method) and not split and not inside
 
 

@@ -85,10 +85,10 @@ def check_before_work(context: Context) -> None:
             normalising += _measured(measuring[name].config) if name in measuring else []
             for member in dict.fromkeys(normalising):
                 require_batchnorm(members[name][member], member)
-            if row.config.method.recovers and row.config.method.anchors is not None:
+            if (anchors := row.config.method.anchored) is not None:
                 for member in _voting(row.config, _classes(row)):
                     network, side = members[name][member], row.config.dataset.image_size
-                    require_features(network, row.config.method.anchors.layer, member, side)
+                    require_features(network, anchors.layer, member, side)
             if row.config.method.ranks:
                 require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():

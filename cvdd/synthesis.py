@@ -201,9 +201,12 @@ class DistillModule(pl.LightningModule):
         with rounded_products(self._rounded):
             return apply_matrices(images, *view)
 
-    def _aims(self, view: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    def _aims(self, view: tuple[Tensor, Tensor] | None) -> Anchors | None:
         """Return the anchors as the voters see them, [units, images * parts, 3, size, size]."""
-        return None if self.anchors is None else self._through(self.anchors, view)
+        settings = self.method.anchored
+        if self.anchors is None or settings is None:
+            return None
+        return Anchors(self._through(self.anchors, view), settings.weight, settings.distance)
 
     @property
     def _own(self) -> slice:
@@ -213,7 +216,7 @@ class DistillModule(pl.LightningModule):
         count, size = self.images.shape[1], self.trainer.world_size
         return slice(self.trainer.global_rank * count // size, (self.trainer.global_rank + 1) * count // size)
 
-    def _vote(self, iteration: int, seen: Tensor, apart: bool, aims: Tensor | None = None) -> tuple[Tensor, Said]:
+    def _vote(self, iteration: int, seen: Tensor, apart: bool, aims: Anchors | None = None) -> tuple[Tensor, Said]:
         """Return the gradient of the loss with respect to what is seen, and what was said.
 
         Each voter is asked alone, so that memory holds one graph at a time, unless they are recorded side by side.
@@ -235,10 +238,9 @@ class DistillModule(pl.LightningModule):
             loss = loss + method.density * density
         return gradient, Said(tuple(judging), loss, vote.ce, vote.bn, vote.features, density, vote.slopes)
 
-    def _ask(self, iteration: int, voter: Voter, seen: Tensor, aims: Tensor | None = None) -> tuple[Judgement, Tensor]:
+    def _ask(self, iteration: int, voter: Voter, seen: Tensor, aims: Anchors | None = None) -> tuple[Judgement, Tensor]:
         """Return what a voter says, without gradient, and the gradient of its values with respect to what is seen."""
         method, targets = self.method, self.targets[:, self._own]
-        weight, distance = (method.anchors.weight, method.anchors.distance) if method.anchors else (0.0, "l1")
         if voter.matcher is not None:
             voter.matcher.begin(iteration)
         said, slopes = [], []
@@ -254,7 +256,7 @@ class DistillModule(pl.LightningModule):
                 first_bn_multiplier=method.first_bn_multiplier,
                 statistics_of=method.statistics_of,
                 across=sum_over_ranks if self.split else None,
-                anchors=None if aims is None else Anchors(aims[units], weight, distance),
+                anchors=None if aims is None else aims._replace(images=aims.images[units]),
             )
             slopes.append(torch.autograd.grad(judgement.value.sum(), shown)[0])
             said.append(Judgement(*(part.detach() for part in judgement)))

@@ -148,7 +148,7 @@ def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
     with ``method.anchors`` all of these are seen through the same view.
     """
     source = generator(method.seed, "recover", unit.slot, unit.block, *([stage.index] if stage.index else []))
-    parts = method.factor if method.anchors is None else 1
+    parts = method.factor if method.anchored is None else 1
     count, size = stage.last - stage.first, stage.size // parts
     jitter = 2 * method.jitter if method.jitter_both_ways else method.jitter
     if method.crop_schedule == "constant" or method.crop_scale is None:

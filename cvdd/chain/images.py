@@ -93,8 +93,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     def maker(work: Path) -> Iterator[Maker]:
         steps = max(method.iterations, 1)
         start = None if method.init == "noise" else initial_images(context, patches)
-        anchored = method.anchors is not None and method.iterations > 0
-        positions = chosen_positions(context, patches) if anchored else None
+        positions = None if method.anchored is None else chosen_positions(context, patches)
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}

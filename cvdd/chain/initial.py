@@ -14,7 +14,7 @@ from cvdd.augment import normalise
 from cvdd.chain.difficulty import graded_images, make_difficulty
 from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
-from cvdd.chain.real_choice import chosen_positions, images_of_real_ones, make_easiest, require_real_images
+from cvdd.chain.real_choice import chosen_positions, drawn_images, images_of_real_ones, make_easiest
 from cvdd.chain.unit_files import PATCHES
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
@@ -75,11 +75,8 @@ def make_herd(context: Context) -> Artifact:
         ]
         chosen = []
         with context.progress("herding", len(data.classes)) as advance:
-            for label, name in enumerate(data.classes):
-                images = (data.train.labels == label).nonzero()[:, 0]
-                require_real_images(name, len(images), ipc, candidates)
-                source = generator(seed, "candidates", label)
-                looked_at = images[torch.randperm(len(images), generator=source)[:candidates]]
+            for label in range(len(data.classes)):
+                looked_at = drawn_images(context, label, generator(seed, "candidates", label), candidates)
                 pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, looked_at)
                 features = member_features(networks, normalise(pixels, data.mean, data.std))
                 chosen.append(pixels[herd(features, ipc)])

@@ -49,13 +49,8 @@ def make_easiest(context: Context) -> Artifact:
         network = load_network(context, observer, backbone).to(context.device)
         chosen = []
         with context.progress("easiest", len(data.classes)) as advance:
-            for label, name in enumerate(data.classes):
-                images = (data.train.labels == label).nonzero()[:, 0]
-                require_real_images(
-                    name, len(images), config.ipc.images_per_class, candidates, factor=config.method.factor
-                )
-                order = torch.randperm(len(images), generator=generator(seed, "candidates", label))
-                looked_at = images[order[:candidates]]
+            for label in range(len(data.classes)):
+                looked_at = drawn_images(context, label, generator(seed, "candidates", label), candidates)
                 losses = score_crops(network, _whole(context, looked_at), label, data)
                 chosen.append(looked_at[losses.argsort(stable=True)[:count]])
                 advance(1)
@@ -63,6 +58,25 @@ def make_easiest(context: Context) -> Artifact:
         return {"images": count * len(data.classes)}
 
     return context.store.make("easiest", f"{data.name}-{count}", identity, [observer], build)
+
+
+def drawn_images(context: Context, label: int, source: torch.Generator, candidates: int | None = None) -> Tensor:
+    """Positions of the real images of a class in random order, [n], of which enough are there to begin with.
+
+    Args:
+        context: the configuration and its surroundings.
+        label: the class.
+        source: of the draw.
+        candidates: the most that are wanted; None for all.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    config, data = context.config, context.data()
+    images = (data.train.labels == label).nonzero()[:, 0]
+    ipc, factor = config.ipc.images_per_class, config.method.factor
+    require_real_images(data.classes[label], len(images), ipc, candidates, factor=factor)
+    return images[torch.randperm(len(images), generator=source)[:candidates]]
 
 
 def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:
@@ -83,13 +97,9 @@ def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:
     if easiest is not None:
         ranked = load_file(easiest.path / POSITIONS)["positions"]
         return ranked.view(len(data.classes), each, ipc).transpose(1, 2)
-    chosen = []
-    for label, name in enumerate(data.classes):
-        members = (data.train.labels == label).nonzero()[:, 0]
-        require_real_images(name, len(members), ipc, factor=config.method.factor)
-        order = torch.randperm(len(members), generator=generator(config.method.seed, "real", label))
-        chosen.append(members[order[: ipc * each]])
-    return torch.stack(chosen).view(-1, ipc, each)
+    seed = config.method.seed
+    drawn = [drawn_images(context, label, generator(seed, "real", label)) for label in range(len(data.classes))]
+    return torch.stack([of_class[: ipc * each] for of_class in drawn]).view(-1, ipc, each)
 
 
 def images_of_real_ones(context: Context, positions: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.engine import Engine, judges_by_unit, ready_voter
 from cvdd.grids import image_grid
-from cvdd.log_rows import TERMS, LogRow
+from cvdd.log_rows import LogRow
 from cvdd.matching import Matcher
 from cvdd.memory import OutOfMemory, enough_memory
 from cvdd.methods.fadrm import adjustable_residual
@@ -249,8 +249,7 @@ def load_voter(
     network = network.to(context.device)
     if method.r_bn and member.bn_scale and method.statistics.layers == "bn":
         require_batchnorm(network, name)
-    anchors = method.anchors if method.recovers else None
-    return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine, anchors)
+    return ready_voter(name, network.eval().requires_grad_(False), member.bn_scale, engine, method.anchored)
 
 
 def _voters(context: Context, members: Sequence[Member], units: int) -> list[Voter]:
@@ -287,11 +286,8 @@ def _log_row(context: Context, stack: Stack, row: LogRow, shares: Mapping[str, f
     """
     config, data = context.config, context.data()
     method = config.method
-    said = {term: getattr(row, term) for term in TERMS}
-    terms = {
-        name: effective_terms(config, name, {term: values[name] for term, values in said.items() if name in values})
-        for name in row.ce
-    }
+    said = asdict(row)
+    terms = {name: effective_terms(config, name, said) for name in row.ce}
     values = {"distill/loss": row.loss, "distill/lr": row.lr, "distill/stack": float(stack.index)}
     values |= {
         f"distill/{term}/{name}": value for name, of_member in terms.items() for term, value in of_member.items()

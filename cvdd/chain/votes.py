@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cvdd.committee import Draw, draw_members, vote_weights
 from cvdd.schema import RunConfig
@@ -76,19 +77,19 @@ def priors_in_order(priors: Mapping[str, float], names: Sequence[str]) -> list[f
     return [priors[name] for name in names] if priors else [0.0] * len(names)
 
 
-def effective_terms(config: RunConfig, member: str, said: Mapping[str, float]) -> dict[str, float]:
+def effective_terms(config: RunConfig, member: str, row: Mapping[str, Any]) -> dict[str, float]:
     """Multiply what a member said by its factors, so that it is what its vote weighs; terms with factor 0 are left out.
 
     Args:
         config: of the images.
         member: its name.
-        said: as they are, its cross-entropy ``ce`` and its distances of BatchNorm statistics, ``bn``, and of
-            ``features``.
+        row: of the log, with what members said as it is: by term (``ce``, ``bn``, ``features``) and member. Rows of
+            earlier versions have no features.
     """
     method = config.method
     factors = {
         "ce": method.ce,
         "bn": method.r_bn * config.committee.members[member].bn_scale,
-        "features": 0.0 if method.anchors is None else method.anchors.weight,
+        "features": 0.0 if method.anchored is None else method.anchored.weight,
     }
-    return {term: factor * said.get(term, 0.0) for term, factor in factors.items() if factor}
+    return {term: factor * row.get(term, {}).get(member, 0.0) for term, factor in factors.items() if factor}

@@ -89,7 +89,7 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         return Scale(images, 1, one.flops * images, half * (one.activations * images + one.weights))
     if isinstance(step, MoveStep):
         images, parts = step.units * step.images, step.settings.parts_judged
-        anchored = 0 if step.settings.anchors is None else parts
+        anchored = 0 if step.settings.anchored is None else parts
         # Two products of matrices for each channel of what is shown, forwards and backwards, and of anchors forwards.
         flops = (parts + anchored / 2) * 24.0
         # The images, their gradients and the two averages of Adam; what is shown of them, its gradient, and anchors.

@@ -174,7 +174,7 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
     parameter = nn.Parameter(torch.randn(units, images, 3, size, size, device=device))
     anchors = (
         None
-        if method.anchors is None
+        if method.anchored is None
         else torch.randn(units, images * method.parts_judged, 3, size, size, device=device)
     )
     optimizer = torch.optim.Adam([parameter], lr=method.lr, betas=method.betas, eps=method.eps, foreach=False)

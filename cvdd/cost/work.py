@@ -164,7 +164,7 @@ def _images(piece: Piece, work: Work) -> None:
     work.around(part=plan.stacks)
     if method.init in ("real", "easiest", "difficulty"):
         # Anchors are decoded once more, stack by stack.
-        often = 2 if method.recovers and method.anchors is not None else 1
+        often = 1 if method.anchored is None else 2
         _decode(piece, work, count * method.factor**2 * often, in_workers=False)
     _recover(piece, work, plan)
 
@@ -184,7 +184,7 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
             shown = stack.images * method.parts_judged
             step = VoteStep(network, each.units, shown, matched, engine)
             work.uses[step] += each.times  # type: ignore[assignment]
-            if method.anchors is not None:
+            if method.anchored is not None:
                 # Their features, forward alone.
                 work.use(MeasureStep(network, each.units * shown), each.times * each.units * shown)
             work.together.add((move, step))

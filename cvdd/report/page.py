@@ -48,6 +48,7 @@ def render_page(
     main, members = distilled[0], open_members(context, summary)
     artifacts = all_artifacts(members, distilled, results)
     terms = member_terms(main.history, main.context.config)
+    term_titles = {term: TITLES[term] for term in terms_of(terms)}
     return (
         _environment()
         .get_template(TEMPLATE)
@@ -75,8 +76,8 @@ def render_page(
             accuracy=plots.accuracy_curves(results),
             loss=plots.loss_curves(results),
             terms=terms,
-            term_titles={term: TITLES[term] for term in terms_of(terms)},
-            term_plot=plots.term_curves(terms) if terms_of(terms) else None,
+            term_titles=term_titles,
+            term_plot=plots.term_curves(terms) if term_titles else None,
             votes=vote_table(votes_of(main.history), list(summary["members"])),
             costs=stage_costs(members, artifacts, distilled, results),
             machines=machine_seconds(artifacts),

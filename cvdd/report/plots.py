@@ -88,14 +88,14 @@ def loss_curves(results: Sequence[Result]) -> Markup | None:
 
 
 def term_curves(members: Mapping[str, MemberTerms]) -> Markup:
-    """Draw the terms of the loss by iteration, a line for each member, on one scale."""
+    """Draw the terms of the loss by iteration, a line for each member that has any, on one scale."""
     terms = terms_of(members)
-    with canvas(WIDTH if len(terms) > 1 else WIDTH / 2, 2.9, columns=max(len(terms), 1)) as (figure, axes):
+    with canvas(WIDTH if len(terms) > 1 else WIDTH / 2, 2.9, columns=len(terms)) as (figure, axes):
         positive = [
             value for member in members.values() for values in member.curves.values() for value in values if value > 0
         ]
         iterations = {value for member in members.values() for value in _means(member.iterations)}
-        for one, term in zip(axes, terms, strict=False):
+        for one, term in zip(axes, terms, strict=True):
             for index, member in enumerate(members.values()):
                 if term in member.curves:
                     points = _means(member.curves[term])

@@ -76,7 +76,7 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
             heard = [row for row in rows if name in row["ce"]]
             if not heard:
                 continue
-            terms = [effective_terms(config, name, _said(row, name)) for row in heard]
+            terms = [effective_terms(config, name, row) for row in heard]
             for row, of_row in zip(heard, terms, strict=True):
                 said[name][row["iteration"]].append(of_row)
             late = terms[-max(len(heard) // 4, 1) :]
@@ -96,11 +96,6 @@ def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         for name in config.committee.members
         if name in votes
     }
-
-
-def _said(row: Mapping[str, Any], member: str) -> dict[str, float]:
-    # Rows of earlier versions have no features.
-    return {term: row[term][member] for term in TITLES if member in row.get(term, {})}
 
 
 def _curves(said: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, tuple[float, ...]]:

@@ -218,9 +218,14 @@ class MethodConfig(CheckedConfig):
         return self.init == "difficulty" or self.grades is not None
 
     @property
+    def anchored(self) -> AnchorsConfig | None:
+        """Anchors that the voters look at, if they are to look at any."""
+        return self.anchors if self.recovers else None
+
+    @property
     def parts_judged(self) -> int:
         """Pictures that the voters judge of each image in an iteration."""
-        return 1 if self.anchors is None else self.factor**2
+        return 1 if self.anchored is None else self.factor**2
 
     @property
     def keeps_given(self) -> bool:

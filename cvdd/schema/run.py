@@ -96,7 +96,7 @@ class RunConfig(CheckedConfig):
                 "trainer.split_units=true splits units of the recover loop, which method.apm and method.mtt replace; "
                 "set trainer.split_units=false"
             )
-        if self.trainer.split_units and self.method.recovers and self.method.anchors is not None:
+        if self.trainer.split_units and self.method.anchored is not None:
             yield (
                 "trainer.split_units=true adds up what voters say of BatchNorm statistics over processes, and not what "
                 "they say of features (method.anchors); set trainer.split_units=false"
