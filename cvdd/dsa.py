@@ -1,6 +1,7 @@
 """DSA: differentiable augmentation whose parameters are drawn apart from being applied (specification of MTT, 2.3).
 
 One family is drawn for a batch and its parameters for every sample; the same draw can be applied to several batches.
+IDC and CIM have several of them in each view of a student (:func:`draw_each`, :func:`augment_each`).
 kornia's augmentations draw from PyTorch's global generator, which no run of this project may depend on.
 """
 
@@ -150,14 +151,18 @@ def _draw_rotate(count: int, size: int, source: torch.Generator) -> Tensor:
 
 
 def _rotate(images: Tensor, values: Tensor) -> Tensor:
-    cosine, sine = values[:, 0].cos(), values[:, 0].sin()
-    return _warp(images, torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2))
+    return _warp(images, _rotations(values[:, 0]))
 
 
-def _warp(images: Tensor, matrices: Tensor) -> Tensor:
+def _rotations(radians: Tensor) -> Tensor:
+    cosine, sine = radians.cos(), radians.sin()
+    return torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+
+
+def _warp(images: Tensor, matrices: Tensor, align_corners: bool = True) -> Tensor:
     """Sample bilinearly at the places that ``matrices`` [n, 2, 2] map each pixel to; black is 0 outside."""
-    grid = functional.affine_grid(functional.pad(matrices, (0, 1)), list(images.shape), align_corners=True)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    grid = functional.affine_grid(functional.pad(matrices, (0, 1)), list(images.shape), align_corners=align_corners)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -171,3 +176,50 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 """The six families of the strategy color_crop_cutout_flip_scale_rotate."""
+
+MOVES = ("crop", "scale", "rotate")
+"""Families of which one is drawn for each batch of a student."""
+
+EACH = 8
+"""Numbers that :func:`draw_each` draws for a sample: colours (3), family (1), its parameters (2), cutout (2)."""
+
+
+def draw_each(batches: Sequence[tuple[int, int]], size: int, source: torch.Generator) -> Tensor:
+    """Draw what every view of a student goes through: colours, one of :data:`MOVES` for its batch, and a cutout.
+
+    As IDC has it, and CIM after it: the parameters are of each sample.
+
+    Args:
+        batches: first and last-plus-one sample of each batch, in order.
+        size: side of the views.
+        source: of randomness.
+
+    Returns:
+        [n, 8] float32, n being the samples of all batches.
+    """
+    drawn = []
+    for start, stop in batches:
+        count, family = stop - start, int(torch.randint(len(MOVES), (), generator=source))
+        colours = FAMILIES["color"].draw(count, size, source)
+        places = FAMILIES[MOVES[family]].draw(count, size, source).float()
+        cuts = FAMILIES["cutout"].draw(count, size, source).float()
+        places = functional.pad(places, (0, 2 - places.shape[1]))
+        drawn.append(torch.cat([colours, torch.full((count, 1), float(family)), places, cuts], dim=1))
+    return torch.cat(drawn)
+
+
+def augment_each(images: Tensor, values: Tensor) -> Tensor:
+    """Change the colours of each view, move it, and cut a square out of it; what is brought in or cut out is 0.
+
+    Args:
+        images: [n, c, size, size] around 0.
+        values: [n, 8] of :func:`draw_each`.
+    """
+    colours, family, places, cuts = values.split([3, 1, 2, 2], dim=1)
+    images = _color(images, colours)
+    crops, rotates = (family == MOVES.index(name) for name in ("crop", "rotate"))
+    matrices = torch.where(rotates[:, :, None], _rotations(places[:, 0]), torch.diag_embed(places))
+    # As released, which leaves align_corners at its default; MTT's own augmentation has the older one.
+    warped = _warp(images, matrices, align_corners=False)
+    moved = torch.where(crops[:, :, None, None], _crop(images, places.long()), warped)
+    return _cutout(moved, cuts)

@@ -37,6 +37,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "label.factor": 1,
         "label.shuffle": 1,
         "label.randaugment": False,
+        "label.dsa": False,
         "label.mix": "cutmix",
         "label.mix_alpha": 1.0,
         "label.store": "none",

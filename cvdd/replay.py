@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from cvdd.augment import (
     normalise,
     swap_halves,
 )
+from cvdd.dsa import EACH, augment_each, draw_each
 from cvdd.randaugment import apply_operations, draw_operations
 from cvdd.schema import LabelConfig
 from cvdd.seeds import generator
@@ -37,18 +39,20 @@ RECORD = np.dtype(
     ]
 )
 """One sample of one epoch on disk."""
-SWAP = ("swap", "?", (2,))
-OPERATIONS = ("operations", "i1", (2,))
+MORE: Mapping[str, tuple[str, tuple[int, ...]]] = MappingProxyType(
+    {"swap": ("?", (2,)), "operations": ("i1", (2,)), "dsa": ("<f4", (EACH,))}
+)
+"""What recipes draw beside, by the attribute of :class:`Replay`, in this order."""
 
 
 def record_type(label: LabelConfig) -> np.dtype[Any]:
     """Return the type of one sample on disk: :data:`RECORD`, and what else the recipe draws."""
-    return _record_type(label.shuffle > 1, label.randaugment)
+    drawn = {"swap": label.shuffle > 1, "operations": label.randaugment, "dsa": label.dsa}
+    return _record_type([name for name, is_drawn in drawn.items() if is_drawn])
 
 
-def _record_type(swap: bool, operations: bool) -> np.dtype[Any]:
-    more = [*([SWAP] if swap else []), *([OPERATIONS] if operations else [])]
-    return np.dtype([*RECORD.descr, *more])
+def _record_type(more: Collection[str]) -> np.dtype[Any]:
+    return np.dtype([*RECORD.descr, *((name, *kind) for name, kind in MORE.items() if name in more)])
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Replay:
         weight: [n] share of the sample itself in a Mixup; 1 with CutMix.
         swap: [n, 2] bool, whether the halves change places, top with bottom and left with right; None if none do.
         operations: [n, 2] of RandAugment, one after the other (:mod:`cvdd.randaugment`); None without.
+        dsa: [n, 8] of DSA, after crop and flip (:func:`cvdd.dsa.draw_each`); None without.
         factor: cells on a side of each image, of which a crop shows a part of one.
     """
 
@@ -75,6 +80,7 @@ class Replay:
     weight: Tensor
     swap: Tensor | None = None
     operations: Tensor | None = None
+    dsa: Tensor | None = None
     factor: int = 1
 
     def __len__(self) -> int:
@@ -114,8 +120,9 @@ class Replay:
 
     def record(self) -> np.ndarray:
         """Pack into an array of :data:`RECORD`, longer by what else was drawn."""
-        record = np.empty(len(self), _record_type(self.swap is not None, self.operations is not None))
-        for name, values in self.drawn().items():
+        drawn = self.drawn()
+        record = np.empty(len(self), _record_type(drawn.keys()))
+        for name, values in drawn.items():
             record[name] = values.numpy()
         return record
 
@@ -132,6 +139,7 @@ class Replay:
             weight=torch.from_numpy(record["weight"].copy()),
             swap=torch.from_numpy(record["swap"].copy()) if "swap" in names else None,
             operations=torch.from_numpy(record["operations"].astype(np.int64)) if "operations" in names else None,
+            dsa=torch.from_numpy(record["dsa"].copy()) if "dsa" in names else None,
             factor=factor,
         )
 
@@ -145,7 +153,7 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     """Draw the order, views and mixes of one epoch; they depend on (seed, epoch) alone.
 
     Args:
-        label: crop range, flip, mix, batch size, cells, and whether halves are shuffled and RandAugment is on.
+        label: crop range, flip, mix, batch size, cells, and whether halves are shuffled, RandAugment and DSA are on.
         count: number of images.
         size: side of the images in pixels.
         seed: of the labels.
@@ -155,16 +163,15 @@ def draw_epoch(label: LabelConfig, count: int, size: int, seed: int, epoch: int)
     order = torch.randperm(count, generator=source)
     side = size // label.factor
     views = draw_views(count, side, side, label.crop_scale, label.flip, 0, source)
-    mixes = [
-        (start, stop, draw_mix(label.mix, label.mix_alpha, stop - start, size, source))
-        for start, stop in batch_bounds(count, label.batch_size)
-    ]
+    batches = batch_bounds(count, label.batch_size)
+    mixes = [(start, stop, draw_mix(label.mix, label.mix_alpha, stop - start, size, source)) for start, stop in batches]
     # From generators of their own, so that they change nothing else.
     if label.factor > 1:
         views = in_cells(views, label.factor, side, generator(seed, "cells", epoch))
     swap = draw_swaps(count, generator(seed, "shuffle", epoch)) if label.shuffle > 1 else None
     operations = draw_operations(count, generator(seed, "randaugment", epoch)) if label.randaugment else None
-    return replace(join(order, views, mixes), swap=swap, operations=operations, factor=label.factor)
+    dsa = draw_each(batches, size, generator(seed, "dsa", epoch)) if label.dsa else None
+    return replace(join(order, views, mixes), swap=swap, operations=operations, dsa=dsa, factor=label.factor)
 
 
 def join(order: Tensor, views: Views, mixes: Sequence[tuple[int, int, Mix]]) -> Replay:
@@ -186,7 +193,7 @@ def replay(
     std: Sequence[float] | Tensor,
     rounding: bool = False,
 ) -> Tensor:
-    """Show images as they were labelled: RandAugment, shuffle, crop and flip, then the mix.
+    """Show images as they were labelled: RandAugment, shuffle, crop and flip, DSA, then the mix.
 
     RandAugment changes the cell that is seen as if it were an image: what is moved brings in black, and no neighbour.
 
@@ -211,6 +218,8 @@ def replay(
     if replay.swap is not None:
         shown = swap_halves(shown, replay.swap)
     own = normalise(apply_views(shown.float(), views, size, rounding), mean, std)
+    if replay.dsa is not None:
+        own = augment_each(own, replay.dsa)
     partner = own[replay.partner]
     place = torch.arange(size, device=images.device)
     top, left, bottom, right = replay.mix_box.unbind(dim=1)

@@ -30,7 +30,8 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
     - ``cosine``: ``(1 + cos(pi e / (E eta))) / 2``;
     - ``linear``: ``1 - e / (E eta)``, never below 0;
     - ``early_late``: the cosine until ``e = 5E/6``, then its value there times ``1 - e / E``;
-    - ``multistep``: halved at 80, 90 and 95 percent.
+    - ``multistep``: halved at 80, 90 and 95 percent;
+    - ``two_steps``: a fifth of it from epoch ``2E // 3`` on, and of that from ``5E // 6`` (CIM, arXiv 2607.00916).
     """
     if epoch < protocol.warmup:
         return WARMUP_START + (1 - WARMUP_START) * epoch / protocol.warmup
@@ -39,6 +40,8 @@ def student_rate(protocol: ProtocolConfig, epoch: int) -> float:
         return max(1 - done / (total * protocol.eta), 0.0)
     if protocol.schedule == "multistep":
         return 0.5 ** sum(20 * done >= twentieths * total for twentieths in (16, 18, 19))
+    if protocol.schedule == "two_steps":
+        return 0.2 ** sum(done >= milestone for milestone in (2 * total // 3, 5 * total // 6))
     if protocol.schedule == "early_late" and 6 * done > 5 * total:
         return cosine(5, 6 * protocol.eta) * (1 - done / total)
     assert protocol.schedule in ("cosine", "early_late")

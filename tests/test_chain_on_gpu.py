@@ -42,7 +42,7 @@ METHODS = {
     "fadrm": ("label=fadrm",),
     "fadrm_plus": ("method.voters=[resnet18,shufflenetv2]",),
     "psm": ("label=fadrm",),
-    "cim": ("method.crop_scale=null", "protocol.loss=mse"),
+    "cim": ("method.crop_scale=null", "protocol.loss=mse", "label.dsa=true", "label.store=none"),
     "sampled_residual": (),
     "full": ("method.iterations=0",),
 }
@@ -160,6 +160,17 @@ CIM = (
     "method.ce=0",
     "method.r_bn=0",
 )
+
+
+def test_steps_with_dsa_are_recorded(of_the_cpu: Callable[..., Path], simulated: Device) -> None:
+    """Nothing of a view's changes waits for the device; losses are those of a CPU."""
+    losses = {}
+    for place in (tiny_context, on_gpu):
+        root = of_the_cpu("data", "members", "patches", "images")
+        _, results = compare(place(root, "label.dsa=true", "label.store=none", "protocol.loss=mse"))
+        losses[place] = [row["train_loss"] for row in load_curve(results[0].students[0])]
+    assert losses[on_gpu] == pytest.approx(losses[tiny_context], rel=0.01)
+    assert simulated.replayed >= 4
 
 
 def test_votes_on_features_are_recorded(of_the_cpu: Callable[..., Path], simulated: Device) -> None:

@@ -191,6 +191,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "patches.factor=2 label.factor=2",
             "label.shuffle=2",
             "label.randaugment=true",
+            "label.dsa=true",
             "label.mix=mixup",
             "label.mix=none",
             "label.mix_alpha=0.5",

@@ -176,8 +176,8 @@ def make_labels(context: Context, images: Artifact, priors: Mapping[str, float])
 
 def _ignored(label: LabelConfig) -> set[str]:
     # Whole logits are what every label had before they could be shortened, and the mean is what others became; images
-    # were whole.
-    added = filter(label.at_default, ("top", "rest", "factor"))
+    # were whole, and nothing was DSA's.
+    added = filter(label.at_default, ("top", "rest", "factor", "dsa"))
     return {"name", "teachers", "weights", "store", "parameters", "given", *added}
 
 

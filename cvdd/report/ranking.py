@@ -22,7 +22,15 @@ _OF_NO_ACCOUNT = frozenset({"name", "seeds", "images", "full_data", "eval_every"
 """Fields of a protocol that change nothing of how a student is trained."""
 
 _PLAIN: Mapping[str, Any] = MappingProxyType(
-    {"crop_scale": [1.0, 1.0], "flip": False, "shuffle": 1, "randaugment": False, "mix": "none", "mix_alpha": 1.0}
+    {
+        "crop_scale": [1.0, 1.0],
+        "flip": False,
+        "shuffle": 1,
+        "randaugment": False,
+        "dsa": False,
+        "mix": "none",
+        "mix_alpha": 1.0,
+    }
 )
 """Labels without augmentation."""
 

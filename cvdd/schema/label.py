@@ -42,6 +42,11 @@ class LabelConfig(CheckedConfig):
         description="two random operations of RandAugment, before all else (EDC); with factor=2 on the one of the four "
         "that is shown",
     )
+    dsa: bool = Field(
+        False,
+        description="after crop and flip other colours, one of a shift, a stretch and a rotation, and a square cut out "
+        "(DSA as IDC and CIM have it)",
+    )
     mix: Literal["cutmix", "mixup", "none"] = Field("cutmix", description="how a batch is mixed with itself")
     mix_alpha: float = Field(1.0, gt=0, description="of the Beta distribution of the mix")
     dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits")

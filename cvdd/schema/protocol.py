@@ -77,8 +77,10 @@ class ProtocolConfig(CheckedConfig):
     decay: Literal["matrices", "all"] = Field(
         "matrices", description="what decays: weights with two or more axes, or all parameters"
     )
-    schedule: Literal["cosine", "linear", "early_late", "multistep"] = Field(
-        "cosine", description="per epoch; early_late: cosine until 5/6, then lower and linear to 0 (EDC)"
+    schedule: Literal["cosine", "linear", "early_late", "multistep", "two_steps"] = Field(
+        "cosine",
+        description="per epoch; early_late: cosine until 5/6, then lower and linear to 0; multistep: halved three "
+        "times at the end (both EDC); two_steps: to a fifth after 2/3 and after 5/6 (CIM)",
     )
     eta: float = Field(1.0, gt=0, description="stretch of the schedule: cosine 1 ends at 0, 2 ends at half the rate")
     warmup: int = Field(0, ge=0, description="epochs that rise linearly from a hundredth of the rate")
