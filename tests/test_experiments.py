@@ -140,10 +140,19 @@ def agrees_about_images(config: RunConfig, reference: dict[str, str]) -> None:
     assert (method.lr, method.r_bn) == (float(reference["lr"]), float(reference["r_bn"]))
     assert method.first_bn_multiplier == float(reference["first_bn"])
     assert (list(method.betas), method.eps) == (numbers(reference["betas"]), float(reference["eps"]))
+    lowest = reference["lowest_crop"]
     assert (method.crop_scale, method.crop_schedule) == (
-        (float(reference["lowest_crop"]), 1.0),
+        (lowest and (float(lowest), 1.0)) or None,
         reference["crop_schedule"],
     )
+    assert (method.pad, method.anchors and method.anchors.layer) == (
+        int(reference["pad"] or 0),
+        reference["anchors"] or None,
+    )
+    if method.anchors is not None:
+        assert (method.ce, method.schedule, method.factor) == (0, "constant", int(reference["factor"]))
+        assert (method.anchors.weight, method.anchors.distance) == (1, "l1")
+        assert patches.candidates == int(reference["candidates"])
     assert (method.stages, method.residual) == (int(reference["stages"]), float(reference["residual"]))
     assert (method.sizes or []) == numbers(reference["sizes"])
     assert method.turns == reference["turns"]
