@@ -19,7 +19,7 @@ from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.real_choice import chosen_positions
-from cvdd.chain.recover import load_voter, recover_stack, require_splittable, splits_units
+from cvdd.chain.recover import RealImages, load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import plan_votes
@@ -92,8 +92,10 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     @contextlib.contextmanager
     def maker(work: Path) -> Iterator[Maker]:
         steps = max(method.iterations, 1)
-        start = None if method.init == "noise" else initial_images(context, patches)
-        positions = None if method.anchored is None else chosen_positions(context, patches)
+        real = RealImages(
+            None if method.init == "noise" else initial_images(context, patches),
+            None if method.anchored is None else chosen_positions(context, patches),
+        )
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
             targets = {index: load_statistics(artifact) for index, artifact in recorded.items()}
@@ -112,7 +114,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
                 shares = torch.tensor([weights[unit] for unit in stack.units]).T
                 drawn = [(voters[index], targets.get(index)) for index in stack.draw]
                 kept = replace(engine, **remembered(work))
-                used = recover_stack(context, kept, stack, drawn, shares, start, work, advance, positions)
+                used = recover_stack(context, kept, stack, drawn, shares, real, work, advance)
                 _note_engine(work, kept, used, [stack])
 
             yield Maker(make, lambda indices: advance(len(indices) * steps))

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +52,28 @@ Member = tuple[Voter, RealStatistics | None]
 """A member that votes, and recorded statistics where the method matches any."""
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """What the stacks take of real images.
+
+    Attributes:
+        start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
+        anchors: positions of the real images that each is made of, [classes, ipc, parts], where these are anchors.
+    """
+
+    start: Tensor | None
+    anchors: Tensor | None = None
+
+
 def recover_stack(
     context: Context,
     engine: Engine,
     stack: Stack,
     members: Sequence[Member],
     weights: Tensor,
-    start: Tensor | None,
+    real: RealImages,
     work: Path,
     advance: Advance,
-    positions: Tensor | None = None,
 ) -> Engine:
     """Optimise a stack and save its units; an interrupted call goes on from its last checkpoint.
 
@@ -75,10 +87,9 @@ def recover_stack(
         stack: what to make.
         members: of its draw.
         weights: [members, units] shares of the vote.
-        start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
+        real: where they begin, and what else is real.
         work: the artefact's directory.
         advance: called with the number of iterations done since the last call.
-        positions: of the real images that each is made of, [classes, ipc, parts], where these are anchors.
 
     Returns:
         How members judged in the end.
@@ -89,10 +100,10 @@ def recover_stack(
     config, data = context.config, context.data()
     method = config.method
     names = [voter.name for voter, _ in members]
-    images = torch.stack([_start(context, unit, start) for unit in stack.units])
+    images = torch.stack([_start(context, unit, real.start) for unit in stack.units])
     rows: list[LogRow] = []
     if method.iterations:
-        images, rows, engine = _optimise(context, engine, stack, members, weights, images, work, advance, positions)
+        images, rows, engine = _optimise(context, engine, stack, members, weights, images, work, advance, real)
     else:
         advance(1)
     if splits_units(context) and not context.world.main:
@@ -119,7 +130,7 @@ def _optimise(
     initial: Tensor,
     work: Path,
     advance: Advance,
-    positions: Tensor | None,
+    real: RealImages,
 ) -> tuple[Tensor, list[LogRow], Engine]:
     config, data = context.config, context.data()
     method = config.method
@@ -127,7 +138,7 @@ def _optimise(
     targets = torch.stack([unit.targets for unit in stack.units])
     images, rows, done = initial, list[LogRow](), 0
     split = splits_units(context)
-    anchors = None if positions is None else anchors_of_units(context, positions, stack.units)
+    anchors = None if real.anchors is None else anchors_of_units(context, real.anchors, stack.units)
 
     def on_row(row: LogRow, current: Tensor) -> None:
         nonlocal done
