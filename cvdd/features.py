@@ -11,10 +11,60 @@ from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import InputWatch
 from cvdd.schema.anchors import HEAD
 
+FEATURES_AT_ONCE = 500
+"""Images in a forward pass that looks at features alone."""
+
 
 def head_of(network: nn.Module) -> str | None:
     """Return the name of a network's last linear layer, or None if it has none."""
     return next((name for name, layer in reversed([*network.named_modules()]) if isinstance(layer, nn.Linear)), None)
+
+
+def require_head(network: nn.Module, needed_by: str) -> nn.Linear:
+    """Return a network's last linear layer.
+
+    Args:
+        network: any.
+        needed_by: the setting that needs it, for messages.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    head = head_of(network)
+    layer = None if head is None else network.get_submodule(head)
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"{needed_by} compares what goes into a network's linear classifier, and a {type(network).__name__} has "
+            f"none; choose another backbone, or do without {needed_by}"
+        )
+    return layer
+
+
+@torch.no_grad()
+def head_features(network: nn.Module, images: Tensor, needed_by: str, batch: int = FEATURES_AT_ONCE) -> Tensor:
+    """What goes into a network's last linear layer.
+
+    Args:
+        network: in evaluation mode.
+        images: [n, 3, size, size], normalised, on any device.
+        needed_by: the setting that needs it, for messages.
+        batch: images per forward pass.
+
+    Returns:
+        [n, k] float32, on the CPU.
+
+    Raises:
+        ConfigError: it has no linear layer.
+    """
+    layer, device = require_head(network, needed_by), next(network.parameters()).device
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(1).float().cpu()))
+    try:
+        for some in images.split(batch):
+            network(some.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen)
 
 
 def feature_layer(network: nn.Module, layer: str, member: str) -> str:

@@ -23,7 +23,7 @@ from cvdd.chain.real_choice import require_real_images
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.features import require_features
+from cvdd.features import require_features, require_head
 from cvdd.label_pool import LabelPool
 from cvdd.label_rows import check_top
 from cvdd.labels import check_batches
@@ -89,6 +89,8 @@ def check_before_work(context: Context) -> None:
                 for member in _voting(row.config, _classes(row)):
                     network, side = members[name][member], row.config.dataset.image_size
                     require_features(network, anchors.layer, member, side)
+            if row.config.method.retrieves is not None:
+                require_head(members[name][row.config.patches.observer], "method.retrieval")
             if row.config.method.ranks:
                 require_ranking({member: members[name][member] for member in ranking_members(row.config)})
     for name, row in rows.items():

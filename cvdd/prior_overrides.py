@@ -25,6 +25,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.statistics": StatisticsConfig().model_dump(),
         "method.difficulty": None,
         "method.anchors": None,
+        "method.retrieval": None,
         "method.schedule": "cosine",
         "method.density": 0.0,
         "method.density_scale": "none",

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cvdd.config_base import ConfigError
-from cvdd.features import head_of
-
-FEATURES_AT_ONCE = 500
-"""Images in a forward pass."""
+from cvdd.features import FEATURES_AT_ONCE, head_features
 
 
 def herd(features: Tensor, count: int) -> Tensor:
@@ -41,7 +37,6 @@ def herd(features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-@torch.no_grad()
 def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = FEATURES_AT_ONCE) -> Tensor:
     """What each network's classifier sees of some images, on a common scale.
 
@@ -61,19 +56,7 @@ def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = 
     """
     parts = []
     for network in networks:
-        head = head_of(network)
-        if head is None:
-            raise ConfigError("method.init=herding needs members that end in a linear classifier; choose another init")
-        seen: list[Tensor] = []
-        layer = network.get_submodule(head)
-        handle = layer.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].cpu()))
-        device = next(network.parameters()).device
-        try:
-            for some in images.split(batch):
-                network(some.to(device))
-        finally:
-            handle.remove()
-        features = torch.cat([part.flatten(1) for part in seen]).float()
+        features = head_features(network, images, "method.init=herding", batch)
         scale = features.std(dim=0, correction=0).clamp(min=1e-6) * features.shape[1] ** 0.5
         parts.append((features - features.mean(dim=0)) / scale)
     return torch.cat(parts, dim=1)

@@ -13,6 +13,7 @@ _OF_KIND = {
     "easiest": "patches",
     "given": "patches",
     "difficulty": "patches",
+    "candidates": "patches",
     "labels": "labels",
     "students": "students",
 }

@@ -167,6 +167,15 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     (IMAGES | {"group_statistics"}, ('method.difficulty={} method.difficulty={"forward_share":1.0}',)),
     (PATCHES, ("method.difficulty={} method.init=difficulty",)),
     (
+        IMAGES | {"candidates"},
+        (
+            "method.stages=2 method.residual=0.5 method.retrieval={}",
+            'method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"candidates":20}',
+            'method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"sigma":2.0}',
+        ),
+    ),
+    (IMAGES, ('method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"complexity":0.5}',)),
+    (
         IMAGES,
         (
             'method.init=difficulty method.difficulty={} method.difficulty={"start":"front"}',

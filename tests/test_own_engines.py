@@ -21,8 +21,8 @@ def test_every_section_for_such_a_method_has_an_engine() -> None:
         if field.default is None
         and any(isinstance(one, type) and issubclass(one, StrictConfig) for one in get_args(field.annotation))
     }
-    # Groups by difficulty and anchors are parts of the recover loop.
-    assert set(OWN) == set(OWN_SECTIONS) == sections - {"difficulty", "anchors"}
+    # Groups by difficulty, anchors and retrieval are parts of the recover loop.
+    assert set(OWN) == set(OWN_SECTIONS) == sections - {"difficulty", "anchors", "retrieval"}
 
 
 @pytest.mark.parametrize(("method", "section"), [("apm_tiny", "apm"), ("mtt_tiny", "mtt"), ("tesla", "mtt")])

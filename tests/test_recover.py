@@ -9,7 +9,7 @@ import torch
 from helpers import method_config, small_network, tiny_context
 
 from cvdd.augment import normalise
-from cvdd.chain.recover import RealImages, _less_memory, _voters, recover_stack
+from cvdd.chain.recover import RealSources, _less_memory, _voters, recover_stack
 from cvdd.chain.unit_files import UNITS
 from cvdd.context import Context
 from cvdd.engine import Engine
@@ -42,7 +42,7 @@ def logged_of(
     members = [(Voter(name, small_network(10, seed=seed)), None) for seed, name in enumerate(NAMES)]
     output = context.config.paths.output
     (output / UNITS).mkdir(parents=True)
-    recover_stack(context, Engine(), stack, members, weights, RealImages(None), output, lambda done: None)
+    recover_stack(context, Engine(), stack, members, weights, RealSources(None), output, lambda done: None)
     return logged
 
 
@@ -85,7 +85,7 @@ def test_pixels_are_cut_to_whole_numbers_where_they_go_through_jpeg(
     monkeypatch.setattr("cvdd.chain.recover.write_unit", lambda folder, unit, pixels, *others: written.append(pixels))
     stack = Stack(0, (0,), (Unit(0, 0, 0, 10),))
     members = [(Voter("resnet18", small_network(10)), None)]
-    recover_stack(context, Engine(), stack, members, torch.ones(1, 1), RealImages(None), tmp_path, lambda done: None)
+    recover_stack(context, Engine(), stack, members, torch.ones(1, 1), RealSources(None), tmp_path, lambda done: None)
     assert written[0].unique().tolist() == [expected]
 
 

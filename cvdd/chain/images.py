@@ -19,7 +19,8 @@ from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
 from cvdd.chain.real_choice import chosen_positions
-from cvdd.chain.recover import RealImages, load_voter, recover_stack, require_splittable, splits_units
+from cvdd.chain.recover import RealSources, load_voter, recover_stack, require_splittable, splits_units
+from cvdd.chain.retrieval import Retrieval, make_candidates
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import plan_votes
@@ -74,7 +75,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         identity["ranks_of_a_unit"] = context.world.size
     graded = {} if method.grades is None else _graded(context, stacks)
     parents = [members[index] for index in voting] + [*recorded.values(), *graded.values()]
-    parents += [patches] if patches is not None else []
+    candidates = None if method.retrieves is None else make_candidates(context)
+    parents += [made for made in (patches, candidates) if made is not None]
     engine = Engine()
     if method.iterations:
         work = _work(context, stacks)
@@ -92,9 +94,10 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     @contextlib.contextmanager
     def maker(work: Path) -> Iterator[Maker]:
         steps = max(method.iterations, 1)
-        real = RealImages(
+        real = RealSources(
             None if method.init == "noise" else initial_images(context, patches),
             None if method.anchored is None else chosen_positions(context, patches),
+            None if candidates is None else Retrieval.of(context, candidates),
         )
         with context.progress("distill", len(stacks) * steps) as advance:
             voters = {index: load_voter(context, names[index], members[index], engine) for index in voting}
@@ -216,7 +219,7 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # So are images of one real one each; without iterations only real ones are put together here.
     whole = method.at_default("factor") or not (method.iterations or method.init in ("real", "easiest"))
     ignored |= {"factor"} if whole else set()
-    ignored |= set(filter(method.at_default, ("anchors", "schedule")))
+    ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval")))
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.

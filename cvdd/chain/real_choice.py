@@ -51,7 +51,7 @@ def make_easiest(context: Context) -> Artifact:
         with context.progress("easiest", len(data.classes)) as advance:
             for label in range(len(data.classes)):
                 looked_at = drawn_images(context, label, generator(seed, "candidates", label), candidates)
-                losses = score_crops(network, _whole(context, looked_at), label, data)
+                losses = score_crops(network, whole_images(context, looked_at), label, data)
                 chosen.append(looked_at[losses.argsort(stable=True)[:count]])
                 advance(1)
         save_file({"positions": torch.stack(chosen)}, work / POSITIONS)
@@ -72,11 +72,16 @@ def drawn_images(context: Context, label: int, source: torch.Generator, candidat
     Raises:
         ConfigError: there are too few.
     """
-    config, data = context.config, context.data()
-    images = (data.train.labels == label).nonzero()[:, 0]
-    ipc, factor = config.ipc.images_per_class, config.method.factor
-    require_real_images(data.classes[label], len(images), ipc, candidates, factor=factor)
-    return images[torch.randperm(len(images), generator=source)[:candidates]]
+    images = shuffled_images(context, label, source)
+    ipc, factor = context.config.ipc.images_per_class, context.config.method.factor
+    require_real_images(context.data().classes[label], len(images), ipc, candidates, factor=factor)
+    return images[:candidates]
+
+
+def shuffled_images(context: Context, label: int, source: torch.Generator) -> Tensor:
+    """Positions of all real images of a class in random order, [n]."""
+    images = (context.data().train.labels == label).nonzero()[:, 0]
+    return images[torch.randperm(len(images), generator=source)]
 
 
 def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:
@@ -111,11 +116,11 @@ def images_of_real_ones(context: Context, positions: Tensor) -> Tensor:
     """
     size, factor = context.data().image_size, context.config.method.factor
     if factor == 1:
-        return _whole(context, positions.squeeze(2))
+        return whole_images(context, positions.squeeze(2))
     mosaics = []
     for of_class in positions:
         # Cell by cell, as they are stitched.
-        small = resize_and_crop(_whole(context, of_class.T).flatten(0, 1), size // factor)
+        small = resize_and_crop(whole_images(context, of_class.T).flatten(0, 1), size // factor)
         mosaics.append(stitch(small, len(of_class), factor, size))
     return torch.stack(mosaics)
 
@@ -129,10 +134,10 @@ def anchors_of_units(context: Context, positions: Tensor, units: Sequence[Unit])
         units: of a stack.
     """
     data, chosen = context.data(), torch.stack([unit.of(positions) for unit in units])
-    return normalise(_whole(context, chosen), data.mean, data.std)
+    return normalise(whole_images(context, chosen), data.mean, data.std)
 
 
-def _whole(context: Context, positions: Tensor) -> Tensor:
+def whole_images(context: Context, positions: Tensor) -> Tensor:
     """Real images as they are tested, for positions of any shape: [..., 3, size, size] uint8."""
     data = context.data()
     pixels = to_eval_tensor(data.train, data.image_size, context.config.dataset.test_resize, positions.flatten())

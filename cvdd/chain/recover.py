@@ -21,6 +21,7 @@ from cvdd.bn import require_batchnorm
 from cvdd.chain.difficulty import take_group_statistics
 from cvdd.chain.members import load_network
 from cvdd.chain.real_choice import anchors_of_units
+from cvdd.chain.retrieval import Retrieval
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import effective_terms
 from cvdd.compiler import compiling
@@ -53,16 +54,18 @@ Member = tuple[Voter, RealStatistics | None]
 
 
 @dataclass(frozen=True)
-class RealImages:
+class RealSources:
     """What the stacks take of real images.
 
     Attributes:
         start: initial images [classes, ipc, 3, size, size] uint8; None for noise.
         anchors: positions of the real images that each is made of, [classes, ipc, parts], where these are anchors.
+        retrieval: chooses what is blended in after a stage; None for the initial images.
     """
 
     start: Tensor | None
     anchors: Tensor | None = None
+    retrieval: Retrieval | None = None
 
 
 def recover_stack(
@@ -71,7 +74,7 @@ def recover_stack(
     stack: Stack,
     members: Sequence[Member],
     weights: Tensor,
-    real: RealImages,
+    real: RealSources,
     work: Path,
     advance: Advance,
 ) -> Engine:
@@ -130,7 +133,7 @@ def _optimise(
     initial: Tensor,
     work: Path,
     advance: Advance,
-    real: RealImages,
+    real: RealSources,
 ) -> tuple[Tensor, list[LogRow], Engine]:
     config, data = context.config, context.data()
     method = config.method
@@ -148,13 +151,16 @@ def _optimise(
 
     for stage in plan_stages(method, data.image_size):
         finished = work / f"stack{stack.index:05d}.stage{stage.index}.tmp"
-        kept = method.residual if stage.index else 1.0
-        images = adjustable_residual(images, initial, kept, stage.size)
         if is_whole(finished):
             images, rows = _load_stage(finished)
             advance(stage.last - done)
             done = stage.last
             continue
+        if stage.index:
+            back = initial if real.retrieval is None else real.retrieval.real_images(images, targets)
+            images = adjustable_residual(images, back, method.residual, stage.size)
+        else:
+            images = adjustable_residual(images, initial, 1.0, stage.size)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
         while True:
             module = DistillModule(

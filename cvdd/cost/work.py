@@ -29,13 +29,13 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.engine import iteration_can_be_recorded
+from cvdd.features import FEATURES_AT_ONCE, require_head
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.labels import samples_at_most
 from cvdd.patches import SCORED_AT_ONCE
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
-from cvdd.selection import FEATURES_AT_ONCE
 from cvdd.units import as_composed
 
 
@@ -166,6 +166,14 @@ def _images(piece: Piece, work: Work) -> None:
         # Anchors are decoded once more, stack by stack.
         often = 1 if method.anchored is None else 2
         _decode(piece, work, count * method.factor**2 * often, in_workers=False)
+    if method.retrieves is not None:
+        # What is blended in is chosen by what the observer sees, at the end of each stage but the last.
+        observer = Network.of(
+            config.committee.members[config.patches.observer].backbone, len(data.classes), data.image_size
+        )
+        blended = count * (method.stages - 1)
+        work.use(MeasureStep(observer, FEATURES_AT_ONCE), blended)
+        _decode(piece, work, blended, in_workers=False)
     _recover(piece, work, plan)
 
 
@@ -240,6 +248,16 @@ def _easiest(piece: Piece, work: Work) -> None:
     _decode(piece, work, count, in_workers=False)
 
 
+def _candidates(piece: Piece, work: Work) -> None:
+    each = piece.identity["candidates"]
+    count = sum(min(images, each or images) for images in Counter(piece.data.train.labels.tolist()).values())
+    network = _network(piece, piece.parents[0].manifest["identity"])
+    work.use(MeasureStep(network, FEATURES_AT_ONCE), count)
+    # Features and complexity in float32.
+    work.other_bytes = 4 * (require_head(network.build(), "method.retrieval").in_features + 1) * count
+    _decode(piece, work, count, in_workers=False)
+
+
 def _given(piece: Piece, work: Work) -> None:
     count = piece.config.ipc.images_per_class * len(piece.data.classes)
     work.other_bytes = _pixels(piece, count)
@@ -276,6 +294,7 @@ _COUNTING = {
     "patches": _patches,
     "herds": _herd,
     "easiest": _easiest,
+    "candidates": _candidates,
     "given": _given,
     "statistics": _statistics,
     "difficulty": _difficulty,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def adjustable_residual(images: Tensor, initial: Tensor, kept: float, size: int) -> Tensor:
-    """Blend images with those that they started from, both at the next stage's size (specification, section 2).
+def adjustable_residual(images: Tensor, real: Tensor, kept: float, size: int) -> Tensor:
+    """Blend images with real ones, both at the next stage's size (specification, section 2).
 
     Args:
         images: [units, images, 3, h, w] as the stage left them.
-        initial: [units, images, 3, h', w'] as they were before the first stage.
-        kept: share of ``images``; the rest is ``initial``.
+        real: [units, images, 3, h', w'] what comes back; in FADRM the images as they were before the first stage.
+        kept: share of ``images``; the rest is ``real``.
         size: side in the next stage.
 
     Returns:
@@ -19,7 +19,7 @@ def adjustable_residual(images: Tensor, initial: Tensor, kept: float, size: int)
     """
     if kept == 1:
         return _resized(images, size)
-    return kept * _resized(images, size) + (1 - kept) * _resized(initial, size)
+    return kept * _resized(images, size) + (1 - kept) * _resized(real, size)
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from cvdd.schema.label import LabelConfig
 from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig, StatisticsConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
+from cvdd.schema.retrieval import RetrievalConfig
 from cvdd.schema.run import (
     RunConfig,
     members_used,
@@ -41,6 +42,7 @@ __all__ = [
     "PriorConfig",
     "ProtocolConfig",
     "RecipeConfig",
+    "RetrievalConfig",
     "RunConfig",
     "StatisticsConfig",
     "TemperatureConfig",

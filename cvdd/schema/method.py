@@ -13,6 +13,7 @@ from cvdd.schema.anchors import AnchorsConfig, anchors_problems
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.difficulty import DifficultyConfig, difficulty_problems
 from cvdd.schema.mtt import MttConfig
+from cvdd.schema.retrieval import RetrievalConfig, retrieval_problems
 from cvdd.schema.types import Betas, Name, Positive, Range, Share
 from cvdd.schema.unread import unread_settings
 
@@ -168,6 +169,10 @@ class MethodConfig(CheckedConfig):
     anchors: AnchorsConfig | None = Field(
         None, description="features of the real images that the parts of an image are to have; null for none"
     )
+    retrieval: RetrievalConfig | None = Field(
+        None,
+        description="real images that are chosen anew for what is blended in after a stage; null blends in the initial",
+    )
     density: float = Field(0.0, ge=0, description="weight of G-VBSM's data densification")
     density_scale: Literal["none", "dimension", "cosine"] = Field(
         "none", description="of the Gram matrix: none as released, divided by its dimension, or of unit vectors"
@@ -221,6 +226,11 @@ class MethodConfig(CheckedConfig):
     def anchored(self) -> AnchorsConfig | None:
         """Anchors that the voters look at, if they are to look at any."""
         return self.anchors if self.recovers else None
+
+    @property
+    def retrieves(self) -> RetrievalConfig | None:
+        """How real images are chosen anew, if any are blended in after a stage."""
+        return self.retrieval if self.recovers else None
 
     @property
     def parts_judged(self) -> int:
@@ -278,6 +288,7 @@ class MethodConfig(CheckedConfig):
         yield from self._problems_of_given()
         yield from difficulty_problems(self)
         yield from anchors_problems(self)
+        yield from retrieval_problems(self)
         if self.iterations == 0 and self.init == "noise":
             yield "method.iterations=0 keeps the initial images, and method.init=noise has none to keep"
         if self.iterations and self.name in AS_THEY_ARE:
@@ -302,8 +313,11 @@ class MethodConfig(CheckedConfig):
             yield f"method.sizes={self.sizes} needs one side for each of method.stages={self.stages}"
         if self.residual < 1 and self.stages == 1:
             yield "method.residual blends after a stage that is not the last; set method.stages to at least 2"
-        if self.residual < 1 and self.init == "noise":
-            yield "method.residual blends in the initial real images, and method.init=noise has none; set residual=1"
+        if self.residual < 1 and self.init == "noise" and self.retrieval is None:
+            yield (
+                "method.residual blends in the initial real images, and method.init=noise has none; set residual=1, or "
+                "'method.retrieval={complexity: 0.1}', which chooses others"
+            )
         if self.crop_schedule != "constant" and self.crop_scale is None:
             yield "method.crop_schedule needs method.crop_scale"
         if self.crop_milestone < 1 and self.crop_schedule == "constant":

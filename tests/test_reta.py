@@ -1,0 +1,292 @@
+"""RETA's retrieval: the maths by hand, which real images come back, what is refused, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compose
+from helpers import PRIORS, as_files, method_config, same_files, small_network, tiny_context
+from safetensors.torch import load_file
+from test_interruption import PulledPlug
+from torch import Tensor, nn
+
+import cvdd.chain.recover
+from cvdd.artifact import Artifact, Store
+from cvdd.augment import normalise
+from cvdd.backbones import BackboneConfig
+from cvdd.chain.images import make_images
+from cvdd.chain.members import load_network, make_member
+from cvdd.chain.retrieval import CANDIDATES, Retrieval, make_candidates
+from cvdd.chain.unit_files import load_images
+from cvdd.config_base import ConfigError
+from cvdd.context import Context
+from cvdd.cost.plan import plan_pieces, planning
+from cvdd.cost.steps import MeasureStep
+from cvdd.cost.work import work_of
+from cvdd.features import head_features
+from cvdd.methods.reta import best_fit, complexity, relative_complexities
+from cvdd.preflight import check_before_work
+from cvdd.schema import members_used
+from cvdd.schema.committee import MemberConfig
+
+pytest_plugins = ["chain_fixtures"]
+
+DRC = (
+    "method=fadrm_drc",
+    "method.iterations=6",
+    "method.stages=3",
+    "method.log_every=2",
+    "method.checkpoint_every=2",
+    "method.grid_every=2",
+)
+
+
+def images_of(home: Path, *overrides: str, store: Path | None = None) -> Artifact:
+    return make_images(tiny_context(home, *DRC, *overrides, store=store), PRIORS)
+
+
+# --- the maths --------------------------------------------------------------------------------------------------------
+
+
+def test_complexity_is_the_variance_of_squared_gradients() -> None:
+    """A slope changes everywhere alike but at the edges, where what is reflected is flat."""
+    slope = torch.arange(32.0).expand(1, 3, 32, 32)
+    assert complexity(torch.full((1, 3, 32, 32), 7.0), 1.0).item() == 0
+    assert complexity(slope, 0.01)[0] == pytest.approx(0, abs=1e-4)
+    half = slope.clone()
+    half[..., 16:] = 15
+    # Left of the middle a slope of 1, right of it 0, and one half at it; three colours.
+    squares = torch.tensor([3.0] * 15 + [0.75] + [0.0] * 16)
+    assert complexity(half, 0.01)[0] == pytest.approx(float(squares.var(correction=0)), rel=1e-3)
+
+
+def test_what_is_smoothed_first_is_less_complex() -> None:
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
+    assert (complexity(noise, 2.0) < 0.1 * complexity(noise, 0.5)).all()
+    assert torch.equal(complexity(noise.to(torch.uint8), 1.0), complexity(noise.to(torch.uint8).float(), 1.0))
+
+
+def test_images_that_are_smaller_than_the_gaussian_have_a_complexity() -> None:
+    noise = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert complexity(noise, 9.0).isfinite().all()
+
+
+@pytest.mark.parametrize(("weight", "chosen"), [(0.0, [0, 1]), (0.5, [0, 2]), (1.0, [2, 2])])
+def test_fit_and_complexity_are_weighed(weight: float, chosen: list[int]) -> None:
+    """Directions 0, 90 and 60 degrees with complexities 1, 2, 0; images at 0 and 85 degrees.
+
+    Squared distances of unit vectors are 2 - 2 cos: at 0 degrees 0, 2, 1; at 85 degrees 1.83, 0.008, 0.19.
+    """
+
+    def at(*degrees: float) -> Tensor:
+        radians = torch.tensor(degrees) * math.pi / 180
+        return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+    lengths = torch.tensor([[5.0], [0.1]])
+    candidates = at(0, 90, 60) * torch.tensor([[1.0], [3.0], [0.5]])
+    assert best_fit(at(0, 85) * lengths, candidates, torch.tensor([0.9, 2.0, 0.0]), weight).tolist() == chosen
+
+
+def test_complexities_are_relative_to_those_of_the_class() -> None:
+    assert relative_complexities(torch.tensor([2.0, 6.0])).tolist() == [0.5, 1.5]
+    assert relative_complexities(torch.zeros(2)).tolist() == [0, 0]
+
+
+def test_features_are_what_goes_into_the_classifier() -> None:
+    network = small_network().eval()
+    shown = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    features = head_features(network, shown, "method.retrieval", batch=2)
+    torch.testing.assert_close(network[-1](features), network(shown))
+    with pytest.raises(ConfigError, match=r"method\.retrieval compares .* choose another backbone"):
+        head_features(nn.Conv2d(3, 1, 3), shown, "method.retrieval")
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def found_in(context: Context) -> dict[str, Tensor]:
+    return load_file(make_candidates(context).path / CANDIDATES)
+
+
+def test_candidates_are_of_each_class_with_what_the_observer_sees(chain_home: Path) -> None:
+    context = tiny_context(chain_home, *DRC, "method.retrieval.candidates=7")
+    data, found = context.data(), found_in(context)
+    assert found["counts"].tolist() == [7] * 10
+    assert data.train.labels[found["positions"]].tolist() == [label for label in range(10) for _ in range(7)]
+    assert len(found["positions"].unique()) == 70
+    network = load_network(
+        context, make_member(context, "resnet18"), context.config.committee.members["resnet18"].backbone
+    )
+    images = data.train.stacked()[found["positions"]]
+    torch.testing.assert_close(
+        found["features"], head_features(network, normalise(images, data.mean, data.std), "method.retrieval")
+    )
+    torch.testing.assert_close(found["complexities"], complexity(images, 1.0))
+
+
+def test_candidates_are_random_ones_or_all(chain_home: Path) -> None:
+    few = [
+        found_in(tiny_context(chain_home, *DRC, "method.retrieval.candidates=7", f"method.seed={seed}"))["positions"]
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*few)
+    whole = [
+        make_candidates(tiny_context(chain_home, *DRC, "method.retrieval.candidates=null", f"method.seed={seed}"))
+        for seed in (0, 1)
+    ]
+    assert whole[0].path == whole[1].path
+    context = tiny_context(chain_home)
+    positions = load_file(whole[0].path / CANDIDATES)["positions"]
+    assert torch.equal(positions.sort().values, torch.arange(len(context.data().train)))
+    more = found_in(tiny_context(chain_home, *DRC, "method.retrieval.candidates=100000"))
+    assert torch.equal(more["positions"].sort().values, positions.sort().values)
+
+
+def test_candidates_are_the_same_from_files(chain_home: Path, tmp_path: Path) -> None:
+    usual = images_of(chain_home, "method.init=real")
+    decoded = as_files(tmp_path, tiny_context(chain_home, *DRC, "method.init=real", store=tmp_path / "store"))
+    assert same_files(make_images(decoded, PRIORS), usual)
+
+
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_is_a_candidate_finds_itself(chain_home: Path) -> None:
+    """Of class 4 and 2, in units of another order, with no weight on complexity."""
+    context = tiny_context(chain_home, *DRC, "method.retrieval.complexity=0")
+    retrieval = Retrieval.of(context, make_candidates(context))
+    data, positions = context.data(), retrieval.positions
+    chosen = torch.stack(
+        [torch.stack([positions[4][3], positions[2][0]]), torch.stack([positions[4][1], positions[2][5]])]
+    )
+    images = normalise(data.train.stacked()[chosen], data.mean, data.std)
+    targets = torch.tensor([[4, 2], [4, 2]])
+    assert torch.equal(retrieval.real_images(images, targets), images)
+    # Of another class no image of this one comes back.
+    others = retrieval.real_images(images, 5 + torch.zeros_like(targets))
+    of_five = normalise(data.train.stacked()[positions[5]], data.mean, data.std)
+    assert all((of_five == image).flatten(1).all(dim=1).any() for image in others.flatten(0, 1))
+
+
+@pytest.mark.parametrize("sizes", ["null", "[24,16,32]"])
+def test_what_fits_is_blended_in_after_each_stage(
+    sizes: str, made: object, chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Tensor, Tensor, float]] = []
+    blend = cvdd.chain.recover.adjustable_residual
+
+    def noting(images: Tensor, real: Tensor, kept: float, size: int) -> Tensor:
+        calls.append((images, real, kept))
+        return blend(images, real, kept, size)
+
+    monkeypatch.setattr(cvdd.chain.recover, "adjustable_residual", noting)
+    context = tiny_context(chain_home, *DRC, "method.seed=3", f"method.sizes={sizes}")
+    make_images(replace(context, store=Store(copied(chain_home, tmp_path))), PRIORS)
+    assert [kept for _, _, kept in calls] == [1.0, 0.5, 0.5] * (len(calls) // 3)
+    retrieval = Retrieval.of(context, make_candidates(context))
+    for images, real, kept in calls:
+        if kept < 1:
+            assert torch.equal(real, retrieval.real_images(images, torch.arange(10).expand(len(images), 10)))
+    assert len(calls) >= 3
+
+
+def copied(home: Path, place: Path) -> Path:
+    """A store that has members and patches alone."""
+    for kind in ("data", "members", "patches"):
+        shutil.copytree(home / "store" / kind, place / "store" / kind)
+    return place / "store"
+
+
+def test_retrieval_changes_images_and_complexity_changes_retrieval(chain_home: Path) -> None:
+    fixed = load_images(images_of(chain_home, "method=fadrm", *DRC[1:], "method.retrieval=null"))[0]
+    fitting = load_images(images_of(chain_home, "method.retrieval.complexity=0"))[0]
+    simple = load_images(images_of(chain_home, "method.retrieval.complexity=1"))[0]
+    assert not torch.equal(fixed, fitting)
+    assert not torch.equal(fitting, simple)
+
+
+def test_images_may_begin_as_noise(chain_home: Path) -> None:
+    made = load_images(images_of(chain_home, "method.init=noise"))[0]
+    assert made.shape == (20, 3, 32, 32)
+
+
+def test_what_is_interrupted_goes_on(
+    made: object, chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last stage; what was blended in is found again from the images of the stage before."""
+    usual, fit, begun = images_of(chain_home), Context.fit, 0
+
+    def pulling(self: Context, *arguments: Any) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 3:
+            raise PulledPlug
+        fit(self, *arguments)
+
+    store = copied(chain_home, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "fit", pulling)
+        with pytest.raises(PulledPlug):
+            images_of(chain_home, store=store)
+    again = images_of(chain_home, store=store)
+    assert again.path != usual.path
+    assert same_files(again, usual)
+
+
+# --- settings and costs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"residual": 1.0}, r"method\.retrieval chooses what is blended in .* method\.residual=1"),
+        ({"factor": 2}, r"method\.retrieval chooses whole real images, and with method\.factor=2"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(changes: dict[str, Any], message: str) -> None:
+    usual = {"iterations": 4, "stages": 2, "residual": 0.5, "retrieval": {}, "init": "real"}
+    method_config(**usual)
+    with pytest.raises(ValueError, match=message):
+        method_config(**usual | changes)
+    method_config(**usual | changes | {"iterations": 0, "stages": 1, "residual": 1.0})
+
+
+def test_noise_needs_images_that_come_back() -> None:
+    usual = {"iterations": 4, "stages": 2, "residual": 0.5, "init": "noise"}
+    method_config(**usual, retrieval={})
+    with pytest.raises(ValueError, match=r"method\.init=noise has none; .*method\.retrieval"):
+        method_config(**usual)
+
+
+def test_the_observer_is_among_those_who_are_needed(compose: Compose) -> None:
+    others = ("method.voters=[resnet50]", "label=tiny_resnet18", "label.teachers=[resnet50]", "method.init=real")
+    assert members_used(compose("evaluate", "method=fadrm", *others)) == ["resnet50"]
+    assert members_used(compose("evaluate", "method=fadrm_drc", *others)) == ["resnet18", "resnet50"]
+
+
+def test_an_observer_without_a_classifier_is_refused_before_any_work(chain_home: Path) -> None:
+    without = BackboneConfig(name="squeezenet", target="torchvision.models.squeezenet1_1")
+    others = ("method.voters=[resnet50]", "label.teachers=[resnet50]", "method.init=real")
+    context = tiny_context(chain_home, *DRC, *others)
+    members = {**context.config.committee.members, "resnet18": MemberConfig(backbone=without)}
+    committee = context.config.committee.model_copy(update={"members": members})
+    context = replace(context, config=context.config.model_copy(update={"committee": committee}))
+    with pytest.raises(ConfigError, match=r"method\.retrieval compares what goes into a network's linear classifier"):
+        check_before_work(context)
+
+
+def test_costs_count_candidates_and_what_comes_back(chain_home: Path, tmp_path: Path) -> None:
+    config = tiny_context(chain_home, *DRC, "method.retrieval.candidates=7", f"paths.store={tmp_path}").config
+    pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}
+    candidates, images = work_of(pieces["candidates"]), work_of(pieces["images"])
+    (uses,) = [times for step, times in candidates.uses.items() if isinstance(step, MeasureStep)]
+    assert uses == 70
+    assert candidates.other_bytes >= 70 * 4
+    # Twenty images after two of three stages.
+    assert [times for step, times in images.uses.items() if isinstance(step, MeasureStep)] == [40]
