@@ -27,11 +27,13 @@ class Views:
         boxes: [n, 4] integers or floats: top, left, height, width in pixels of the source.
         flips: [n] bool, horizontal flip after the crop.
         shifts: [n, 2] integers, circular shift (down, right) after the flip.
+        cuts: [n, 2] integers, the middle of a square that is cut out of the view; None for none.
     """
 
     boxes: Tensor
     flips: Tensor
     shifts: Tensor
+    cuts: Tensor | None = None
 
     @staticmethod
     def whole(count: int, height: int, width: int) -> Views:
@@ -42,19 +44,23 @@ class Views:
         )
 
     def __getitem__(self, index: Tensor | slice) -> Views:
-        return Views(self.boxes[index], self.flips[index], self.shifts[index])
+        cuts = None if self.cuts is None else self.cuts[index]
+        return Views(self.boxes[index], self.flips[index], self.shifts[index], cuts)
 
     def to(self, device: torch.device) -> Views:
         """Copy to a device."""
-        return Views(self.boxes.to(device), self.flips.to(device), self.shifts.to(device))
+        cuts = None if self.cuts is None else self.cuts.to(device)
+        return Views(self.boxes.to(device), self.flips.to(device), self.shifts.to(device), cuts)
 
     @staticmethod
     def cat(views: Sequence[Views]) -> Views:
         """Join views of several groups of images."""
+        cuts = [view.cuts for view in views if view.cuts is not None]
         return Views(
             torch.cat([view.boxes for view in views]),
             torch.cat([view.flips for view in views]),
             torch.cat([view.shifts for view in views]),
+            torch.cat(cuts) if cuts else None,
         )
 
 

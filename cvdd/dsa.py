@@ -113,21 +113,29 @@ def _crop(images: Tensor, values: Tensor) -> Tensor:
     return moved.permute(0, 3, 1, 2) * inside[:, None]
 
 
-def _draw_cutout(count: int, size: int, source: torch.Generator) -> Tensor:
-    side = int(size * CUTOUT + 0.5)
+def draw_cuts(count: int, size: int, source: torch.Generator, share: float = CUTOUT) -> Tensor:
+    """Draw the middles [n, 2] of squares that are cut out of images; a square may lie partly outside.
+
+    Args:
+        count: n.
+        size: side of the images.
+        source: of randomness.
+        share: of that side, the side of the square.
+    """
+    side = int(size * share + 0.5)
     return torch.randint(0, size + 1 - side % 2, (count, 2), generator=source)
 
 
+def left_by_cuts(cuts: Tensor, size: int, share: float = CUTOUT) -> Tensor:
+    """Return what is left [n, size, size] bool where squares are cut out around ``cuts`` [n, 2]."""
+    side = int(size * share + 0.5)
+    place = torch.arange(size, device=cuts.device) - (cuts[:, :, None] - side // 2)
+    rows, columns = ((place >= 0) & (place < side)).unbind(dim=1)
+    return ~(rows[:, :, None] & columns[:, None, :])
+
+
 def _cutout(images: Tensor, values: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-
-    def cut(length: int, centre: Tensor) -> Tensor:
-        side = int(length * CUTOUT + 0.5)
-        place = torch.arange(length, device=images.device)[None] - (centre[:, None] - side // 2)
-        return (place >= 0) & (place < side)
-
-    square = cut(height, values[:, 0])[:, :, None] & cut(width, values[:, 1])[:, None, :]
-    return images * ~square[:, None]
+    return images * left_by_cuts(values, images.shape[-1])[:, None]
 
 
 def _draw_flip(count: int, size: int, source: torch.Generator) -> Tensor:
@@ -169,7 +177,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "color": Family(_draw_color, _color),
         "crop": Family(_draw_crop, _crop),
-        "cutout": Family(_draw_cutout, _cutout),
+        "cutout": Family(draw_cuts, _cutout),
         "flip": Family(_draw_flip, _flip),
         "scale": Family(_draw_scale, _scale),
         "rotate": Family(_draw_rotate, _rotate),

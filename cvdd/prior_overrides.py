@@ -32,6 +32,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.crop_schedule": "constant",
         "method.crop_milestone": 1.0,
         "method.pad": 0,
+        "method.cutout": 0.0,
         **{f"method.{section}": None for section in OWN_SECTIONS},
         "label.bn_mode": "batch",
         "label.halves": True,

@@ -18,6 +18,7 @@ from cvdd.agreement import agreement, pairs_of
 from cvdd.augment import Views, apply_matrices, enlarged_parts, rounded_products
 from cvdd.committee import turn_weights
 from cvdd.distributed import sum_over_ranks
+from cvdd.dsa import left_by_cuts
 from cvdd.graphs import Recorded, side_by_side
 from cvdd.layer_statistics import HALVES
 from cvdd.log_rows import TERMS, LogRow, Said
@@ -25,7 +26,7 @@ from cvdd.methods.gvbsm import densification
 from cvdd.pace import note_pace, ranges_of_epoch, require_pace
 from cvdd.schedules import compute_as_made, cosine, optimizer_of, set_rate
 from cvdd.schema import MethodConfig
-from cvdd.units import Stage, unit_matrices
+from cvdd.units import Stage, View, unit_matrices
 from cvdd.voting import Anchors, Judgement, Voter, judge, weigh
 
 MATRIX_ELEMENTS = 2**24
@@ -159,7 +160,7 @@ class DistillModule(pl.LightningModule):
             if self._recorded is None:
                 vote = self._iterate(iteration, view, compared and self.method.turns == "all")
             else:
-                vote = Said(tuple(range(len(self._voters))), *self._recorded(*(view or ())))
+                vote = Said(tuple(range(len(self._voters))), *self._recorded(*(view.tensors if view else ())))
             if compared and vote.gradients is not None:
                 cosines = self._cosines(vote.gradients)
             history.append(vote.kept() if self._recorded is not None else vote)
@@ -169,7 +170,7 @@ class DistillModule(pl.LightningModule):
         method = self.method
         return method.lr * (cosine(iteration, method.iterations) if method.schedule == "cosine" else 1.0)
 
-    def _iterate(self, iteration: int, view: tuple[Tensor, Tensor] | None, apart: bool) -> Said:
+    def _iterate(self, iteration: int, view: View | None, apart: bool) -> Said:
         """Move the images by one step; return what was said of them before."""
         seen = self._seen(view)
         gradient, vote = self._vote(iteration, seen.detach(), apart, self._aims(view))
@@ -185,23 +186,24 @@ class DistillModule(pl.LightningModule):
 
     def _all_of_iteration(self, *view: Tensor) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """What of an iteration happens on the device; the number of the iteration shows in the learning rate alone."""
-        vote = self._iterate(0, (view[0], view[1]) if view else None, True)
+        vote = self._iterate(0, View(*view) if view else None, True)
         assert vote.gradients is not None
         return vote.loss, vote.ce, vote.bn, vote.features, vote.density, vote.gradients
 
-    def _seen(self, view: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _seen(self, view: View | None) -> Tensor:
         images = self.images[:, self._own]
         if self.anchors is not None:
             images = enlarged_parts(images, self.method.factor)
         return self._through(images, view)
 
-    def _through(self, images: Tensor, view: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _through(self, images: Tensor, view: View | None) -> Tensor:
         if view is None:
             return images
         with rounded_products(self._rounded):
-            return apply_matrices(images, *view)
+            seen = apply_matrices(images, view.rows, view.columns)
+        return seen if view.left is None else seen * view.left[:, None, None]
 
-    def _aims(self, view: tuple[Tensor, Tensor] | None) -> Anchors | None:
+    def _aims(self, view: View | None) -> Anchors | None:
         """Return the anchors as the voters see them, [units, images * parts, 3, size, size]."""
         settings = self.method.anchored
         if self.anchors is None or settings is None:
@@ -265,7 +267,7 @@ class DistillModule(pl.LightningModule):
     def _cosines(self, gradients: Sequence[Tensor]) -> dict[str, float]:
         return pairs_of(agreement(torch.stack(list(gradients))), [voter.name for voter in self._voters])
 
-    def _agreement_of_all(self, iteration: int, view: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    def _agreement_of_all(self, iteration: int, view: View | None) -> dict[str, float]:
         """Ask all voters where the vote asks only some, and forget that it was done."""
         with torch.no_grad():
             seen, aims = self._seen(view), self._aims(view)
@@ -277,7 +279,7 @@ class DistillModule(pl.LightningModule):
                 voter.matcher.load_state(averages)
         return self._cosines(gradients)
 
-    def _matrices(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor] | None]:
+    def _matrices(self, begin: int, end: int) -> Iterator[View | None]:
         if self._views is None:
             yield from [None] * (end - begin)
             return
@@ -289,8 +291,12 @@ class DistillModule(pl.LightningModule):
             rows, columns = unit_matrices(views, size)
             rows = rows.view(units, last - first, size, size)
             columns = columns.view(units, last - first, size, size)
+            left = None
+            if views.cuts is not None:
+                left = left_by_cuts(views.cuts, size, self.method.cutout).to(rows.dtype)
+                left = left.view(units, last - first, size, size)
             for index in range(last - first):
-                yield rows[:, index], columns[:, index]
+                yield View(rows[:, index], columns[:, index], None if left is None else left[:, index])
 
     def _report(self, begin: int, history: Sequence[Said], lr: float, cosines: dict[str, float]) -> None:
         iteration, last = begin + len(history), history[-1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvdd.augment import Views, draw_views, in_cells, view_matrices
 from cvdd.committee import Draw
+from cvdd.dsa import draw_cuts
 from cvdd.methods.cda import lowest_area
 from cvdd.schema import MethodConfig, RunConfig
 from cvdd.seeds import generator
@@ -169,7 +171,12 @@ def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
         boxes = torch.cat([offsets, boxes[:, 2:]], dim=1)
     if method.jitter_both_ways:
         shifts = shifts - method.jitter
-    return Views(boxes, views.flips, shifts)
+    cuts = None
+    if method.cutout:
+        # From a generator of its own, so that it changes nothing else.
+        squares = generator(method.seed, "cutout", unit.slot, unit.block, stage.index)
+        cuts = draw_cuts(count, stage.size, squares, method.cutout)
+    return Views(boxes, views.flips, shifts, cuts)
 
 
 def unit_matrices(views: Views, size: int) -> tuple[Tensor, Tensor]:
@@ -186,3 +193,22 @@ def unit_matrices(views: Views, size: int) -> tuple[Tensor, Tensor]:
     place = torch.arange(size, device=boxes.device)
     shifted = [(place[:, None] + offset[:, None, None] == place).float() for offset in boxes[:, :2].unbind(dim=1)]
     return rows @ shifted[0], columns @ shifted[1]
+
+
+class View(NamedTuple):
+    """What voters see of a stack in an iteration.
+
+    Attributes:
+        rows: [units, size, size] of :func:`unit_matrices`.
+        columns: likewise.
+        left: [units, size, size] 0 where a square is cut out, else 1; None where none is.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    left: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there is of it, in order."""
+        return tuple(part for part in self if part is not None)

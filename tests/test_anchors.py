@@ -196,7 +196,15 @@ def shifted(images: Tensor, down: int, right: int) -> Tensor:
     return padded[..., SIZE + down : 2 * SIZE + down, SIZE + right : 2 * SIZE + right]
 
 
-@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine", "ce": 0.5}])
+def with_square(images: Tensor, middle: Tensor, side: int) -> Tensor:
+    """Cut the same square out of all."""
+    left = torch.ones(SIZE, SIZE)
+    top, start = (int(place) - side // 2 for place in middle)
+    left[max(top, 0) : max(top + side, 0), max(start, 0) : max(start + side, 0)] = 0
+    return images * left
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine", "ce": 0.5}, {"cutout": 0.5}, {"cutout": 0.2}])
 def test_iterations_are_those_of_a_plain_loop(changes: dict[str, Any]) -> None:
     """All parts at once, with the same shift and flip as their anchors, by Adam at the schedule's rate."""
     method, networks = anchored(**changes), [small_network(CLASSES, seed=1), small_network(CLASSES, seed=2)]
@@ -216,6 +224,9 @@ def test_iterations_are_those_of_a_plain_loop(changes: dict[str, Any]) -> None:
             both = [parts_by_hand(own).flatten(0, 1), whole[unit].flatten(0, 1)]
             both = [shifted(one, down, right) for one in both]
             both = [one.flip(-1) for one in both] if views.flips[index] else both
+            if method.cutout:
+                side = {0.5: SIZE // 2, 0.2: 3}[method.cutout]
+                both = [with_square(one, views.cuts[index], side) for one in both]
             loss = torch.zeros(())
             for network in networks:
                 far = (penultimate(network, both[0]) - penultimate(network, both[1]).detach()).abs().mean()

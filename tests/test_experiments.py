@@ -151,7 +151,7 @@ def agrees_about_images(config: RunConfig, reference: dict[str, str]) -> None:
     )
     if method.anchors is not None:
         assert (method.ce, method.schedule, method.factor) == (0, "constant", int(reference["factor"]))
-        assert (method.anchors.weight, method.anchors.distance) == (1, "l1")
+        assert (method.anchors.weight, method.anchors.distance, method.cutout) == (1, "l1", 0.5)
         assert patches.candidates == int(reference["candidates"])
     assert (method.stages, method.residual) == (int(reference["stages"]), float(reference["residual"]))
     assert (method.sizes or []) == numbers(reference["sizes"])

@@ -126,6 +126,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             'method.factor=2 label.factor=2 method.init=real method.anchors={"weight":2}',
             'method.factor=2 label.factor=2 method.init=real method.anchors={"layer":"layer2"}',
             'method.factor=2 label.factor=2 method.init=real method.anchors={"distance":"l2"}',
+            "method.cutout=0.5",
             "method.ce=0.5",
             "method.r_bn=0.02",
             "method.first_bn_multiplier=1",

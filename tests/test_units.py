@@ -71,6 +71,23 @@ def test_views_of_a_unit_depend_on_nothing_else() -> None:
     assert not torch.equal(views.boxes, unit_views(unit, method, Stage(1, 20, 40, 32)).boxes)
 
 
+def test_squares_of_a_unit_are_drawn_beside_all_else() -> None:
+    """One for each iteration, anywhere on the image at the stage's size."""
+    plain, method = method_config(iterations=400), method_config(iterations=400, cutout=0.5)
+    stage, unit = Stage(0, 0, 400, 16), Unit(3, 1, 4, 8)
+    views, without = unit_views(unit, method, stage), unit_views(unit, plain, stage)
+    assert without.cuts is None
+    assert torch.equal(views.boxes, without.boxes)
+    assert torch.equal(views.flips, without.flips)
+    assert torch.equal(views.shifts, without.shifts)
+    assert sorted(set(views.cuts.flatten().tolist())) == list(range(17))
+    assert torch.equal(views.cuts, unit_views(Unit(3, 1, 0, 4), method, stage).cuts)
+    for other in (Unit(2, 1, 4, 8), Unit(3, 0, 4, 8)):
+        assert not torch.equal(views.cuts, unit_views(other, method, stage).cuts)
+    assert not torch.equal(views.cuts, unit_views(unit, method, Stage(1, 400, 800, 16)).cuts)
+    assert int(unit_views(unit, method, Stage(1, 400, 800, 32)).cuts.max()) == 32
+
+
 def test_stages_are_equal_parts_with_their_own_sizes() -> None:
     method = method_config(iterations=12, stages=3, sizes=[8, 12, 16])
     assert plan_stages(method, 16) == [Stage(0, 0, 4, 8), Stage(1, 4, 8, 12), Stage(2, 8, 12, 16)]

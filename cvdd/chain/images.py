@@ -219,7 +219,7 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     # So are images of one real one each; without iterations only real ones are put together here.
     whole = method.at_default("factor") or not (method.iterations or method.init in ("real", "easiest"))
     ignored |= {"factor"} if whole else set()
-    ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval")))
+    ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval", "cutout")))
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.

@@ -190,6 +190,13 @@ class MethodConfig(CheckedConfig):
     flip: bool = Field(True, description="random horizontal flip of the unit")
     jitter: int = Field(ge=0, description="circular shift of the unit, 0..jitter pixels on both axes")
     jitter_both_ways: bool = Field(False, description="-jitter..jitter pixels instead")
+    cutout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="side of a square that is cut out of what members see of a unit, as a share of the image's; 0 for "
+        "none",
+    )
     checkpoint_every: Positive = Field(500, description="iterations between checkpoints inside a stack")
     log_every: Positive = Field(25, description="iterations between log rows")
     log_agreement: bool = Field(
