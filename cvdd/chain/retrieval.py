@@ -17,7 +17,7 @@ from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import shuffled_images, whole_images
 from cvdd.context import Context
 from cvdd.features import FEATURES_AT_ONCE, head_features
-from cvdd.methods.reta import best_fit, complexity, relative_complexities
+from cvdd.methods.reta import best_fit, complexity
 from cvdd.schema import RetrievalConfig
 from cvdd.seeds import derive_seed, generator
 
@@ -51,8 +51,8 @@ def make_candidates(context: Context) -> Artifact:
             for label in range(len(data.classes)):
                 chosen = _of_class(context, label, seed, settings.candidates)
                 for some in chosen.split(FEATURES_AT_ONCE):
-                    images = whole_images(context, some)
-                    features.append(head_features(network, normalise(images, data.mean, data.std), FIELD))
+                    images = normalise(whole_images(context, some), data.mean, data.std)
+                    features.append(head_features(network, images, FIELD))
                     complexities.append(complexity(images, settings.sigma))
                 positions.append(chosen)
                 advance(1)
@@ -77,7 +77,7 @@ class Retrieval:
         network: the observer.
         positions: of each class those of its candidates in the training set.
         features: of each class those of its candidates, [m, k].
-        complexities: of each class those of its candidates, [m], relative to their mean.
+        complexities: of each class those of its candidates, [m].
     """
 
     context: Context
@@ -100,7 +100,7 @@ class Retrieval:
             found[name].split(counts) for name in ("positions", "features", "complexities")
         )
         network = _observer(context, make_member(context, context.config.patches.observer))
-        return Retrieval(context, network, positions, features, [*map(relative_complexities, complexities)])
+        return Retrieval(context, network, positions, features, complexities)
 
     def real_images(self, images: Tensor, targets: Tensor) -> Tensor:
         """Choose a real image for each synthetic one.

@@ -18,7 +18,7 @@ def complexity(images: Tensor, sigma: float) -> Tensor:
     Gradients are differences of neighbours, their squares summed over colours.
 
     Args:
-        images: [n, 3, h, w] uint8 or float.
+        images: [n, 3, h, w], normalised.
         sigma: of the Gaussian, in pixels.
 
     Returns:
@@ -27,7 +27,7 @@ def complexity(images: Tensor, sigma: float) -> Tensor:
     height, width = images.shape[-2:]
     # What is reflected at the edges must be inside.
     reach = min(math.ceil(REACH * sigma), height - 1, width - 1)
-    smooth = vision.gaussian_blur(images.float(), [2 * reach + 1] * 2, [sigma] * 2)
+    smooth = vision.gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
     down, right = torch.gradient(smooth, dim=(-2, -1))
     return (down.square() + right.square()).sum(dim=1).var(dim=(-2, -1), correction=0)
 
@@ -38,7 +38,7 @@ def best_fit(shown: Tensor, candidates: Tensor, complexities: Tensor, weight: fl
     Args:
         shown: [n, k] features of the images, of any length; their directions count.
         candidates: [m, k] those of real images of the same class.
-        complexities: [m] of the real images, relative to their mean, so that lambda means the same for any data.
+        complexities: [m] of the real images.
         weight: lambda.
 
     Returns:
@@ -48,9 +48,3 @@ def best_fit(shown: Tensor, candidates: Tensor, complexities: Tensor, weight: fl
     # Of unit vectors.
     distance = 2 - 2 * shown @ candidates.T
     return ((1 - weight) * distance + weight * complexities).argmin(dim=1)
-
-
-def relative_complexities(complexities: Tensor) -> Tensor:
-    """Divide complexities [m] by their mean; all are 0 where no image has any."""
-    mean = complexities.mean()
-    return complexities / mean if mean > 0 else complexities
