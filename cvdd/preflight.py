@@ -20,6 +20,7 @@ from cvdd.chain.given_labels import check_given_labels
 from cvdd.chain.own_engines import own_engine
 from cvdd.chain.priors import priors_needed, shares_priors
 from cvdd.chain.real_choice import require_real_images
+from cvdd.chain.retrieval import require_candidates_of_slots
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -96,6 +97,8 @@ def check_before_work(context: Context) -> None:
     for name, row in rows.items():
         with _said_of(name):
             _check_real_images(row, "ipc.images_per_class")
+            if row.config.method.retrieves is not None:
+                require_candidates_of_slots(row)
             own = own_engine(row.config.method)
             if own and own.check:
                 own.check(row)

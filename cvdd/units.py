@@ -45,6 +45,11 @@ class Unit:
         """Class of each image, [images]: class after class, and slot after slot within a class."""
         return torch.arange(self.start, self.stop).repeat_interleave(self.slots)
 
+    @property
+    def slots_of_images(self) -> Tensor:
+        """Slot of each image, [images]."""
+        return torch.arange(self.slot, self.slot + self.slots).repeat(self.stop - self.start)
+
     def of(self, images: Tensor) -> Tensor:
         """Pick this unit's images out of [classes, ipc, ...]: [images, ...]."""
         return images[self.start : self.stop, self.slot : self.slot + self.slots].flatten(0, 1)

@@ -175,7 +175,13 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             'method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"sigma":2.0}',
         ),
     ),
-    (IMAGES, ('method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"complexity":0.5}',)),
+    (
+        IMAGES,
+        (
+            'method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"complexity":0.5}',
+            'method.stages=2 method.residual=0.5 method.retrieval={} method.retrieval={"shared":false}',
+        ),
+    ),
     (
         IMAGES,
         (

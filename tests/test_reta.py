@@ -34,6 +34,7 @@ from cvdd.methods.reta import best_fit, complexity
 from cvdd.preflight import check_before_work
 from cvdd.schema import members_used
 from cvdd.schema.committee import MemberConfig
+from cvdd.units import Unit
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -158,10 +159,11 @@ def test_an_image_that_is_a_candidate_finds_itself(chain_home: Path) -> None:
         [torch.stack([positions[4][3], positions[2][0]]), torch.stack([positions[4][1], positions[2][5]])]
     )
     images = normalise(data.train.stacked()[chosen], data.mean, data.std)
-    targets = torch.tensor([[4, 2], [4, 2]])
-    assert torch.equal(retrieval.real_images(images, targets), images)
+    images = images.transpose(0, 1).reshape(4, 1, *images.shape[2:])
+    units = [Unit(slot, label, label, label + 1) for label in (4, 2) for slot in (0, 1)]
+    assert torch.equal(retrieval.real_images(images, units), images)
     # Of another class no image of this one comes back.
-    others = retrieval.real_images(images, 5 + torch.zeros_like(targets))
+    others = retrieval.real_images(images, [Unit(slot, 5, 5, 6) for slot in range(4)])
     of_five = normalise(data.train.stacked()[positions[5]], data.mean, data.std)
     assert all((of_five == image).flatten(1).all(dim=1).any() for image in others.flatten(0, 1))
 
@@ -184,8 +186,43 @@ def test_what_fits_is_blended_in_after_each_stage(
     retrieval = Retrieval.of(context, make_candidates(context))
     for images, real, kept in calls:
         if kept < 1:
-            assert torch.equal(real, retrieval.real_images(images, torch.arange(10).expand(len(images), 10)))
+            slots = [Unit(slot, 0, 0, 10) for slot in range(len(images))]
+            assert torch.equal(real, retrieval.real_images(images, slots))
     assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("composed", [(), ("method.composer=classes", "method.classes_per_unit=2")])
+def test_slots_may_have_candidates_of_their_own(composed: tuple[str, ...], chain_home: Path) -> None:
+    """Every second candidate is of the second of two slots, so equal images get back different ones."""
+    usual = (*DRC, *composed, "method.retrieval.complexity=0", "method.retrieval.candidates=9")
+    shared, apart = (
+        Retrieval.of(context, make_candidates(context))
+        for context in (
+            tiny_context(chain_home, *usual, f"method.retrieval.shared={value}") for value in ("true", "false")
+        )
+    )
+    units = [Unit(0, 0, 0, 2, 2)] if composed else [Unit(slot, 0, 0, 2) for slot in range(2)]
+    data = shared.context.data()
+    wanted = [[shared.positions[label][3]] * 2 for label in (0, 1)]
+    positions = torch.tensor(wanted)[None] if composed else torch.tensor(wanted).T[:, :, None]
+    images = normalise(data.train.stacked()[positions.reshape(len(units), -1)], data.mean, data.std)
+    assert torch.equal(shared.real_images(images, units), images)
+    own = apart.real_images(images, units)
+    for label in (0, 1):
+        places = [(0, 2 * label + slot) if composed else (slot, label) for slot in (0, 1)]
+        found = [own[place] for place in places]
+        # Number 3 is of slot 1.
+        assert torch.equal(found[1], images[places[1]])
+        others = normalise(data.train.stacked()[apart.positions[label][::2]], data.mean, data.std)
+        assert sum(torch.equal(found[0], other) for other in others) == 1
+
+
+def test_too_few_candidates_for_all_slots_are_refused(chain_home: Path) -> None:
+    context = tiny_context(chain_home, *DRC, "method.retrieval.shared=false", "method.retrieval.candidates=1")
+    for check in (check_before_work, make_candidates):
+        with pytest.raises(ConfigError, match=r"class 0 offers 1 .* method\.retrieval\.candidates=1"):
+            check(context)
+    check_before_work(tiny_context(chain_home, *DRC, "method.retrieval.candidates=1"))
 
 
 def copied(home: Path, place: Path) -> Path:

@@ -157,7 +157,7 @@ def _optimise(
             done = stage.last
             continue
         if stage.index:
-            back = initial if real.retrieval is None else real.retrieval.real_images(images, targets)
+            back = initial if real.retrieval is None else real.retrieval.real_images(images, stack.units)
             images = adjustable_residual(images, back, method.residual, stage.size)
         else:
             images = adjustable_residual(images, initial, 1.0, stage.size)

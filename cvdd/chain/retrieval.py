@@ -15,11 +15,13 @@ from cvdd.artifact import Artifact
 from cvdd.augment import normalise
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import shuffled_images, whole_images
+from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.features import FEATURES_AT_ONCE, head_features
 from cvdd.methods.reta import best_fit, complexity
 from cvdd.schema import RetrievalConfig
 from cvdd.seeds import derive_seed, generator
+from cvdd.units import Unit
 
 FIELD = "method.retrieval"
 
@@ -30,7 +32,11 @@ def make_candidates(context: Context) -> Artifact:
     """Return real images of each class, by their positions, with what ``patches.observer`` sees of them.
 
     Of each as it is tested: the input of the observer's last linear layer, and its complexity.
+
+    Raises:
+        ConfigError: there are too few for all slots to have their own.
     """
+    require_candidates_of_slots(context)
     config, data = context.config, context.data()
     settings = _settings(context)
     observer = make_member(context, config.patches.observer)
@@ -102,25 +108,53 @@ class Retrieval:
         network = _observer(context, make_member(context, context.config.patches.observer))
         return Retrieval(context, network, positions, features, complexities)
 
-    def real_images(self, images: Tensor, targets: Tensor) -> Tensor:
+    def real_images(self, images: Tensor, units: Sequence[Unit]) -> Tensor:
         """Choose a real image for each synthetic one.
 
         Args:
             images: [units, images, 3, h, w], normalised.
-            targets: [units, images] their classes.
+            units: of a stack.
 
         Returns:
             [units, images, 3, size, size], normalised, of the size of the data set.
         """
-        data, weight = self.context.data(), _settings(self.context).complexity
+        data, settings = self.context.data(), _settings(self.context)
         shown = head_features(self.network, images.flatten(0, 1), FIELD)
-        classes = targets.flatten()
+        classes = torch.cat([unit.targets for unit in units])
+        # Of shared candidates there is one part, which all slots have.
+        slots = self.context.config.ipc.images_per_class
+        parts = torch.cat([unit.slots_of_images for unit in units]) * (not settings.shared)
+        step = 1 if settings.shared else slots
         chosen = torch.empty_like(classes)
-        for label in classes.unique().tolist():
-            mine = classes == label
-            best = best_fit(shown[mine], self.features[label], self.complexities[label], weight)
-            chosen[mine] = self.positions[label][best]
-        return normalise(whole_images(self.context, chosen.view_as(targets)), data.mean, data.std)
+        for label, part in torch.stack([classes, parts], dim=1).unique(dim=0).tolist():
+            mine, offered = (classes == label) & (parts == part), slice(part, None, step)
+            features, complexities = self.features[label][offered], self.complexities[label][offered]
+            chosen[mine] = self.positions[label][offered][
+                best_fit(shown[mine], features, complexities, settings.complexity)
+            ]
+        return normalise(whole_images(self.context, chosen.view(images.shape[:2])), data.mean, data.std)
+
+
+def require_candidates_of_slots(context: Context) -> None:
+    """Refuse candidates that are too few for each slot to have its own.
+
+    Raises:
+        ConfigError: a class has fewer than IPC, or ``method.retrieval.candidates`` are fewer.
+    """
+    config, data = context.config, context.data()
+    settings = _settings(context)
+    if settings.shared:
+        return
+    ipc = config.ipc.images_per_class
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+    for name, count in zip(data.classes, counts, strict=True):
+        offered = min(count, settings.candidates or count)
+        if offered < ipc:
+            raise ConfigError(
+                f"method.retrieval.shared=false gives each of ipc.images_per_class={ipc} slots candidates of its own, "
+                f"and class {name} offers {offered} (it has {count} images, and method.retrieval.candidates="
+                f"{settings.candidates}); set method.retrieval.shared=true, or lower ipc.images_per_class"
+            )
 
 
 def _of_class(context: Context, label: int, seed: int | None, candidates: int | None) -> Tensor:

@@ -20,6 +20,11 @@ class RetrievalConfig(StrictConfig):
     candidates: Positive | None = Field(
         300, description="real images of each class that are looked at, random ones; null is all"
     )
+    shared: bool = Field(
+        True,
+        description="all images of a class choose among the same candidates, as in the paper; false: each slot has its "
+        "own, so that no two images of a class get back the same one",
+    )
     complexity: float = Field(
         0.1, ge=0, le=1, description="lambda: weight of how complex a real image is, beside how far its features are"
     )
