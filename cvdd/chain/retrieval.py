@@ -121,17 +121,16 @@ class Retrieval:
         data, settings = self.context.data(), _settings(self.context)
         shown = head_features(self.network, images.flatten(0, 1), FIELD)
         classes = torch.cat([unit.targets for unit in units])
-        # Of shared candidates there is one part, which all slots have.
-        slots = self.context.config.ipc.images_per_class
-        parts = torch.cat([unit.slots_of_images for unit in units]) * (not settings.shared)
-        step = 1 if settings.shared else slots
+        slots = torch.cat([unit.slots_of_images for unit in units])
+        # Where they are shared, all slots choose as one.
+        every = 1 if settings.shared else self.context.config.ipc.images_per_class
+        slots = slots % every
         chosen = torch.empty_like(classes)
-        for label, part in torch.stack([classes, parts], dim=1).unique(dim=0).tolist():
-            mine, offered = (classes == label) & (parts == part), slice(part, None, step)
+        for label, slot in torch.stack([classes, slots], dim=1).unique(dim=0).tolist():
+            mine, offered = (classes == label) & (slots == slot), slice(slot, None, every)
             features, complexities = self.features[label][offered], self.complexities[label][offered]
-            chosen[mine] = self.positions[label][offered][
-                best_fit(shown[mine], features, complexities, settings.complexity)
-            ]
+            best = best_fit(shown[mine], features, complexities, settings.complexity)
+            chosen[mine] = self.positions[label][offered][best]
         return normalise(whole_images(self.context, chosen.view(images.shape[:2])), data.mean, data.std)
 
 
