@@ -36,7 +36,7 @@ from cvdd.recorded_student import make_student_module
 from cvdd.schema import LabelConfig, MethodConfig, RunConfig
 from cvdd.synthesis import DistillModule
 from cvdd.teachers import Teachers
-from cvdd.units import Stage, Unit, unit_matrices, unit_views
+from cvdd.units import Stage, Unit, View, unit_matrices, unit_views
 from cvdd.voting import Voter
 
 LEAD = 3
@@ -219,7 +219,7 @@ def recover_gradient(
     rows, columns = unit_matrices(Views.cat(list(views)), images.shape[-1])
     module.to(images.device)
     # What a training step does up to the optimiser, which has no name of its own.
-    seen = module._seen((rows.to(images), columns.to(images)))
+    seen = module._seen(View(rows.to(images), columns.to(images)))
     gradient, vote = module._vote(0, seen.detach(), False)
     seen.backward(gradient)
     assert module.images.grad is not None

@@ -113,6 +113,11 @@ def _crop(images: Tensor, values: Tensor) -> Tensor:
     return moved.permute(0, 3, 1, 2) * inside[:, None]
 
 
+def side_of_cut(size: int, share: float) -> int:
+    """Side in pixels of a square that is cut out of images of ``size`` pixels."""
+    return int(size * share + 0.5)
+
+
 def draw_cuts(count: int, size: int, source: torch.Generator, share: float = CUTOUT) -> Tensor:
     """Draw the middles [n, 2] of squares that are cut out of images; a square may lie partly outside.
 
@@ -122,13 +127,13 @@ def draw_cuts(count: int, size: int, source: torch.Generator, share: float = CUT
         source: of randomness.
         share: of that side, the side of the square.
     """
-    side = int(size * share + 0.5)
+    side = side_of_cut(size, share)
     return torch.randint(0, size + 1 - side % 2, (count, 2), generator=source)
 
 
 def left_by_cuts(cuts: Tensor, size: int, share: float = CUTOUT) -> Tensor:
     """Return what is left [n, size, size] bool where squares are cut out around ``cuts`` [n, 2]."""
-    side = int(size * share + 0.5)
+    side = side_of_cut(size, share)
     place = torch.arange(size, device=cuts.device) - (cuts[:, :, None] - side // 2)
     rows, columns = ((place >= 0) & (place < side)).unbind(dim=1)
     return ~(rows[:, :, None] & columns[:, None, :])

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from simulated_gpu import simulated_gpu
 from simulated_tensors import Device
 from test_interruption import PulledPlug, epochs_begun, stop_at
 from test_label_phases import FEW_LABELS
+from torch import Tensor, nn
 
+import cvdd.chain.retrieval
 from cvdd.chain.compare import Distilled, Result, compare, distil
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
@@ -40,6 +43,7 @@ METHODS = {
     "edc": ("label=edc", "protocol=edc"),
     "lpld": ("label=lpld", "protocol=lpld", "label.keep=0.5"),
     "fadrm": ("label=fadrm",),
+    "fadrm_drc": ("label=fadrm",),
     "fadrm_plus": ("method.voters=[resnet18,shufflenetv2]",),
     "psm": ("label=fadrm",),
     "cim": ("method.crop_scale=null", "protocol.loss=mse", "label.dsa=true", "label.store=none"),
@@ -171,6 +175,25 @@ def test_steps_with_dsa_are_recorded(of_the_cpu: Callable[..., Path], simulated:
         losses[place] = [row["train_loss"] for row in load_curve(results[0].students[0])]
     assert losses[on_gpu] == pytest.approx(losses[tiny_context], rel=0.01)
     assert simulated.replayed >= 4
+
+
+def test_what_fits_is_found_on_a_gpu(
+    of_the_cpu: Callable[..., Path], simulated: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The observer looks there too, and real images come back as on a CPU."""
+    drc = ("method=fadrm_drc", "method.stages=2", "method.iterations=4", "label.store=none")
+    usual = distil(tiny_context(of_the_cpu("data", "members", "patches"), *drc), "")
+    shown = load_images(usual.images)[0].float()
+    devices, look = set[torch.device](), cvdd.chain.retrieval.head_features
+
+    def noting(network: nn.Module, *arguments: Any) -> Tensor:
+        devices.add(next(network.parameters()).device)
+        return look(network, *arguments)
+
+    monkeypatch.setattr(cvdd.chain.retrieval, "head_features", noting)
+    made = distil(on_gpu(of_the_cpu("data", "members", "patches"), *drc), "")
+    assert (load_images(made.images)[0].float() - shown).abs().mean() < 0.01
+    assert devices == {GPU}
 
 
 def test_votes_on_features_are_recorded(of_the_cpu: Callable[..., Path], simulated: Device) -> None:

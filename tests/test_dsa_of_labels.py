@@ -121,6 +121,8 @@ def test_it_is_on_disk(more: dict) -> None:
     plan = draw_epoch(label, 20, SIZE, seed=0, epoch=0)
     assert plan.record().dtype == record_type(label)
     assert "dsa" not in (record_type(label_config(**more)).names or ())
+    # Views are as large as images, whatever part of one they show.
+    assert int(plan.dsa[:, 6:].max()) > SIZE // 2
     again = Replay.from_record(np.frombuffer(plan.record().tobytes(), record_type(label)), plan.factor)
     shown = [replay(pixels, drawn.batch(8, 16), MEAN, STD) for drawn in (plan, again)]
     assert torch.equal(*shown)

@@ -98,6 +98,8 @@ def test_a_recipe_agrees_with_the_reference(name: str) -> None:
     agrees_about_labels(config, row("labels", method=method, dataset=dataset, ipc=ipc), result["variant"])
     agrees_about_students(config, result)
     agrees_about_the_result(config, result)
+    if method == "cim":
+        agrees_about_cims_students(config)
     if method == "cvdd":
         agrees_about_the_vote(config, result["variant"])
     command = f"#   python evaluate.py experiment={name}\n"
@@ -187,6 +189,14 @@ def agrees_about_students(config: RunConfig, result: dict[str, str]) -> None:
     assert (config.protocol.lr, config.protocol.eta) == (float(reference["lr"]), float(reference["eta"]))
     networks = {student.target for student in config.students.values()}
     assert len(networks) == len(config.students) == (11 if result["table"] == "CV-DD table 4" else 1)
+
+
+def agrees_about_cims_students(config: RunConfig) -> None:
+    label, protocol = config.label, config.protocol
+    assert (label.dsa, label.store, label.factor, label.flip) == (True, "none", 2, config.dataset.mirror)
+    assert (protocol.loss, protocol.hard_label_weight, protocol.optimizer) == ("mse", 0, "adamw")
+    assert (protocol.schedule, protocol.decay, protocol.betas) == ("two_steps", "all", (0.9, 0.999))
+    assert protocol.eval_every * 4 == protocol.epochs
 
 
 def agrees_about_the_result(config: RunConfig, result: dict[str, str]) -> None:

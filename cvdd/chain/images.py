@@ -221,6 +221,8 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     ignored |= {"factor"} if whole else set()
     ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval", "cutout")))
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
+    # The candidates are a parent.
+    chosen |= {"retrieval": {"candidates", "sigma"}}
     if method.iterations:
         # The draws and their weights are part of the identity by themselves, and recorded statistics are parents.
         return chosen | {"statistics": {"batch"}} | dict.fromkeys(ignored | {"voters"}, True)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.augment import normalise
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import shuffled_images, whole_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.features import FEATURES_AT_ONCE, head_features
+from cvdd.features import head_features
+from cvdd.methods.fadrm import resized
 from cvdd.methods.reta import best_fit, complexity
 from cvdd.schema import RetrievalConfig
 from cvdd.seeds import derive_seed, generator
+from cvdd.tensor_files import is_whole, save_tensors
 from cvdd.units import Unit
 
 FIELD = "method.retrieval"
 
-CANDIDATES = "candidates.safetensors"
+SHOWN_AT_ONCE = 100
+"""Images in a forward pass, and decoded at once: fewer than voters judge, beside whom the observer looks."""
 
 
 def make_candidates(context: Context) -> Artifact:
     """Return real images of each class, by their positions, with what ``patches.observer`` sees of them.
 
     Of each as it is tested: the input of the observer's last linear layer, and its complexity.
+
+    Each class is a part, which any process can make.
 
     Raises:
         ConfigError: there are too few for all slots to have their own.
@@ -40,38 +45,46 @@ def make_candidates(context: Context) -> Artifact:
     config, data = context.config, context.data()
     settings = _settings(context)
     observer = make_member(context, config.patches.observer)
-    # Nothing is drawn where all are taken.
-    seed = None if settings.candidates is None else derive_seed(config.method.seed, "retrieval")
+    most = _most_of_a_class(context)
+    # As many as there are is all of them, of which nothing is drawn.
+    candidates = settings.candidates if settings.candidates and settings.candidates < most else None
+    seed = None if candidates is None else derive_seed(config.method.seed, "retrieval")
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
-        "candidates": settings.candidates,
+        "candidates": candidates,
         "sigma": settings.sigma,
         "seed": seed,
     }
 
-    def build(work: Path) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def maker(work: Path) -> Iterator[Maker]:
         network = _observer(context, observer)
-        positions, features, complexities = list[Tensor](), list[Tensor](), list[Tensor]()
         with context.progress("candidates", len(data.classes)) as advance:
-            for label in range(len(data.classes)):
-                chosen = _of_class(context, label, seed, settings.candidates)
-                for some in chosen.split(FEATURES_AT_ONCE):
-                    images = normalise(whole_images(context, some), data.mean, data.std)
-                    features.append(head_features(network, images, FIELD))
-                    complexities.append(complexity(images, settings.sigma))
-                positions.append(chosen)
-                advance(1)
-        found = {
-            "positions": torch.cat(positions),
-            "counts": torch.tensor([len(chosen) for chosen in positions]),
-            "features": torch.cat(features),
-            "complexities": torch.cat(complexities),
-        }
-        save_file(found, work / CANDIDATES)
-        return {"images": len(found["positions"])}
 
-    return context.store.make("candidates", data.name, identity, [observer], build)
+            def make(label: int) -> None:
+                chosen = _of_class(context, label, seed, candidates)
+                features, complexities = list[Tensor](), list[Tensor]()
+                for some in chosen.split(SHOWN_AT_ONCE):
+                    images = normalise(whole_images(context, some), data.mean, data.std).to(context.device)
+                    features.append(head_features(network, images, FIELD))
+                    complexities.append(complexity(images, settings.sigma).cpu())
+                found = {
+                    "positions": chosen,
+                    "features": torch.cat(features),
+                    "complexities": torch.cat(complexities),
+                }
+                save_tensors(work / _file_of(label), found)
+                advance(1)
+
+            yield Maker(make, lambda made: advance(len(made)))
+
+    labels = range(len(data.classes))
+    parts = Parts(
+        [f"class{label:05d}" for label in labels], lambda work, label: is_whole(work / _file_of(label)), maker
+    )
+    metrics = {"classes": len(data.classes)}
+    return context.store.make_parts("candidates", data.name, identity, [observer], parts, lambda work: metrics)
 
 
 @dataclass(frozen=True)
@@ -81,16 +94,12 @@ class Retrieval:
     Attributes:
         context: the configuration and its surroundings.
         network: the observer.
-        positions: of each class those of its candidates in the training set.
-        features: of each class those of its candidates, [m, k].
-        complexities: of each class those of its candidates, [m].
+        candidates: of :func:`make_candidates`, read class by class.
     """
 
     context: Context
     network: nn.Module
-    positions: Sequence[Tensor]
-    features: Sequence[Tensor]
-    complexities: Sequence[Tensor]
+    candidates: Artifact
 
     @staticmethod
     def of(context: Context, candidates: Artifact) -> Retrieval:
@@ -100,13 +109,12 @@ class Retrieval:
             context: the configuration and its surroundings.
             candidates: of :func:`make_candidates`.
         """
-        found = load_file(candidates.path / CANDIDATES)
-        counts = found["counts"].tolist()
-        positions, features, complexities = (
-            found[name].split(counts) for name in ("positions", "features", "complexities")
-        )
         network = _observer(context, make_member(context, context.config.patches.observer))
-        return Retrieval(context, network, positions, features, complexities)
+        return Retrieval(context, network, candidates)
+
+    def of_class(self, label: int) -> dict[str, Tensor]:
+        """Candidates of a class: ``positions`` [m] in the training set, ``features`` [m, k], ``complexities`` [m]."""
+        return load_file(self.candidates.path / _file_of(label))
 
     def real_images(self, images: Tensor, units: Sequence[Unit]) -> Tensor:
         """Choose a real image for each synthetic one.
@@ -119,18 +127,21 @@ class Retrieval:
             [units, images, 3, size, size], normalised, of the size of the data set.
         """
         data, settings = self.context.data(), _settings(self.context)
-        shown = head_features(self.network, images.flatten(0, 1), FIELD)
+        # Of one size, as the candidates were seen.
+        seen = resized(images, data.image_size).flatten(0, 1)
+        shown = head_features(self.network, seen, FIELD, SHOWN_AT_ONCE)
         classes = torch.cat([unit.targets for unit in units])
-        slots = torch.cat([unit.slots_of_images for unit in units])
         # Where they are shared, all slots choose as one.
         every = 1 if settings.shared else self.context.config.ipc.images_per_class
-        slots = slots % every
+        slots = torch.cat([unit.slots_of_images for unit in units]) % every
         chosen = torch.empty_like(classes)
-        for label, slot in torch.stack([classes, slots], dim=1).unique(dim=0).tolist():
-            mine, offered = (classes == label) & (slots == slot), slice(slot, None, every)
-            features, complexities = self.features[label][offered], self.complexities[label][offered]
-            best = best_fit(shown[mine], features, complexities, settings.complexity)
-            chosen[mine] = self.positions[label][offered][best]
+        for label in classes.unique().tolist():
+            found = self.of_class(label)
+            for slot in slots[classes == label].unique().tolist():
+                mine, offered = (classes == label) & (slots == slot), slice(slot, None, every)
+                features, complexities = found["features"][offered], found["complexities"][offered]
+                best = best_fit(shown[mine], features, complexities, settings.complexity)
+                chosen[mine] = found["positions"][offered][best]
         return normalise(whole_images(self.context, chosen.view(images.shape[:2])), data.mean, data.std)
 
 
@@ -154,6 +165,14 @@ def require_candidates_of_slots(context: Context) -> None:
                 f"and class {name} offers {offered} (it has {count} images, and method.retrieval.candidates="
                 f"{settings.candidates}); set method.retrieval.shared=true, or lower ipc.images_per_class"
             )
+
+
+def _most_of_a_class(context: Context) -> int:
+    return int(torch.bincount(context.data().train.labels).max())
+
+
+def _file_of(label: int) -> str:
+    return f"class{label:05d}.safetensors"
 
 
 def _of_class(context: Context, label: int, seed: int | None, candidates: int | None) -> Tensor:

@@ -184,13 +184,14 @@ def move(units: int, images: int, size: int, method: MethodConfig, device: torch
         matrices = [unit_matrices(unit_views(unit, method, stage), size) for unit in members]
         rows = torch.stack([pair[0] for pair in matrices]).to(device)
         columns = torch.stack([pair[1] for pair in matrices]).to(device)
+        left = torch.ones(units, 1, 1, size, size, device=device) if method.cutout else 1.0
         for index in range(method.iterations):
             optimizer.zero_grad()
             shown = parameter if anchors is None else enlarged_parts(parameter, method.factor)
-            seen: Tensor = apply_matrices(shown, rows[:, index], columns[:, index])
+            seen: Tensor = apply_matrices(shown, rows[:, index], columns[:, index]) * left
             seen.sum().backward()
             if anchors is not None:
-                apply_matrices(anchors, rows[:, index], columns[:, index])
+                apply_matrices(anchors, rows[:, index], columns[:, index]) * left
             optimizer.step()
             with torch.no_grad():
                 parameter.clamp_(-2, 2)

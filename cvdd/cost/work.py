@@ -10,6 +10,7 @@ from typing import Any
 from cvdd.artifact import Artifact
 from cvdd.chain.difficulty import RANKED_AT_ONCE
 from cvdd.chain.members import MEASURED_AT_ONCE
+from cvdd.chain.retrieval import SHOWN_AT_ONCE
 from cvdd.chain.training import every, ten_times
 from cvdd.classifier import ShuffledBatches
 from cvdd.cost.plan import Piece
@@ -172,7 +173,7 @@ def _images(piece: Piece, work: Work) -> None:
             config.committee.members[config.patches.observer].backbone, len(data.classes), data.image_size
         )
         blended = count * (method.stages - 1)
-        work.use(MeasureStep(observer, FEATURES_AT_ONCE), blended)
+        work.use(MeasureStep(observer, SHOWN_AT_ONCE), blended)
         _decode(piece, work, blended, in_workers=False)
     _recover(piece, work, plan)
 
@@ -252,9 +253,12 @@ def _candidates(piece: Piece, work: Work) -> None:
     each = piece.identity["candidates"]
     count = sum(min(images, each or images) for images in Counter(piece.data.train.labels.tolist()).values())
     network = _network(piece, piece.parents[0].manifest["identity"])
-    work.use(MeasureStep(network, FEATURES_AT_ONCE), count)
-    # Features and complexity in float32.
-    work.other_bytes = 4 * (require_head(network.build(), "method.retrieval").in_features + 1) * count
+    work.use(MeasureStep(network, SHOWN_AT_ONCE), count)
+    # Features and complexity in float32, and a position.
+    width = require_head(network.build(), "method.retrieval").in_features
+    work.other_bytes = (4 * (width + 1) + 8) * count
+    work.parts["classes"] = len(piece.data.classes)
+    work.around(part=len(piece.data.classes))
     _decode(piece, work, count, in_workers=False)
 
 

@@ -18,15 +18,16 @@ def adjustable_residual(images: Tensor, real: Tensor, kept: float, size: int) ->
         [units, images, 3, size, size].
     """
     if kept == 1:
-        return _resized(images, size)
-    return kept * _resized(images, size) + (1 - kept) * _resized(real, size)
+        return resized(images, size)
+    return kept * resized(images, size) + (1 - kept) * resized(real, size)
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
+    """Resize images [units, images, 3, h, w] bilinearly to a side of ``size``; as they are where it is theirs."""
     if images.shape[-1] == size:
         return images
     units = len(images)
-    resized: Tensor = nn.functional.interpolate(
+    changed: Tensor = nn.functional.interpolate(
         images.flatten(0, 1), (size, size), mode="bilinear", align_corners=False
     )
-    return resized.view(units, -1, *resized.shape[1:])
+    return changed.view(units, -1, *changed.shape[1:])

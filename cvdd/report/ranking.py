@@ -91,7 +91,9 @@ def score(first: Difference, second: Difference) -> Difference:
 
 def _rank(result: Result, results: Sequence[Result]) -> Ranking | None:
     evaluation = _evaluation(result)
-    plain = {**evaluation, "label": {**evaluation["label"], **_PLAIN}}
+    label = evaluation["label"]
+    # What a recipe came to have later, it leaves out where it is at its default, which is plain.
+    plain = {**evaluation, "label": label | {name: value for name, value in _PLAIN.items() if name in label}}
     if is_real(result) or evaluation == plain:
         # These are what others are held against.
         return None

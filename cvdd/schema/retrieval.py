@@ -48,3 +48,9 @@ def retrieval_problems(method: MethodConfig) -> Iterator[str]:
             f"method.retrieval chooses whole real images, and with method.factor={method.factor} an image is made of "
             "several; set method.factor=1, or method.retrieval=null"
         )
+    config = method.retrieval
+    if config.complexity == 0 and not config.at_default("sigma"):
+        yield (
+            f"method.retrieval.sigma={config.sigma} is of method.retrieval.complexity, which is 0; set "
+            "method.retrieval.sigma=1.0, or a complexity above 0"
+        )

@@ -10,6 +10,7 @@ from pydantic import Field
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
+from cvdd.dsa import side_of_cut
 from cvdd.schema.anchors import BEGINNINGS
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.engine import EngineConfig
@@ -101,6 +102,17 @@ class RunConfig(CheckedConfig):
                 "trainer.split_units=true adds up what voters say of BatchNorm statistics over processes, and not what "
                 "they say of features (method.anchors); set trainer.split_units=false"
             )
+        if self.trainer.split_units and self.method.retrieves is not None:
+            yield (
+                "trainer.split_units=true needs equal images in all processes, and method.retrieval would be chosen in "
+                "each by what it computes; set trainer.split_units=false"
+            )
+        for side in self.method.sizes or [self.dataset.image_size]:
+            if self.method.recovers and self.method.cutout and not side_of_cut(side, self.method.cutout):
+                yield (
+                    f"method.cutout={self.method.cutout} of {side} pixels is no pixel; set it to at least "
+                    f"{0.5 / side:.2g}, or to 0.0"
+                )
         if self.protocol.student == "method":
             if not self.method.brings_students:
                 yield (
