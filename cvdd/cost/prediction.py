@@ -182,4 +182,5 @@ def _noun(piece: Piece) -> str:
         return "students"
     kind = piece.artifact.kind
     nouns = {"images": "images", "labels": "labels", "patches": "patches", "easiest": "easiest images"}
+    nouns |= {"candidates": "real images to choose from"}
     return f"sets of {nouns[kind]}" if kind in nouns else kind
