@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cvdd.schema.types import side_of_cut
+
 SHIFT = 0.125
 """Largest shift of a crop, as a share of the side."""
 CUTOUT = 0.5
@@ -111,11 +113,6 @@ def _crop(images: Tensor, values: Tensor) -> Tensor:
         sample, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
     ]
     return moved.permute(0, 3, 1, 2) * inside[:, None]
-
-
-def side_of_cut(size: int, share: float) -> int:
-    """Side in pixels of a square that is cut out of images of ``size`` pixels."""
-    return int(size * share + 0.5)
 
 
 def draw_cuts(count: int, size: int, source: torch.Generator, share: float = CUTOUT) -> Tensor:

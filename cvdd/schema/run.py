@@ -10,7 +10,6 @@ from pydantic import Field
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
-from cvdd.dsa import side_of_cut
 from cvdd.schema.anchors import BEGINNINGS
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.engine import EngineConfig
@@ -21,7 +20,7 @@ from cvdd.schema.method import IpcConfig, MethodConfig, PatchesConfig
 from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
 from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
-from cvdd.schema.types import Name, Verb
+from cvdd.schema.types import Name, Verb, side_of_cut
 
 
 class RunConfig(CheckedConfig):

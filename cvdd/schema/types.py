@@ -48,3 +48,8 @@ def whole_part(share: float, count: int) -> int:
     """Return how many of ``count`` things a share of them is, rounded down."""
     # Shares like 0.29 have no exact binary form, and 0.29 of 100 is 29.
     return int(round(share * count, 6))
+
+
+def side_of_cut(size: int, share: float) -> int:
+    """Side in pixels of a square that is cut out of images of ``size`` pixels."""
+    return int(size * share + 0.5)
