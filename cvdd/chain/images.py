@@ -18,7 +18,7 @@ from cvdd.chain.fitting import fit_units, forget, remember, remembered
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import make_member
-from cvdd.chain.real_choice import chosen_positions
+from cvdd.chain.real_choice import chosen_positions, images_of_class
 from cvdd.chain.recover import RealSources, load_voter, recover_stack, require_splittable, splits_units
 from cvdd.chain.retrieval import Retrieval, make_candidates
 from cvdd.chain.statistics import load_statistics, make_statistics
@@ -203,7 +203,7 @@ def _all_images(context: Context) -> Artifact:
     def build(work: Path) -> dict[str, Any]:
         (work / UNITS).mkdir(exist_ok=True)
         for label, count in enumerate(counts):
-            chosen = (data.train.labels == label).nonzero()[:, 0]
+            chosen = images_of_class(context, label)
             pixels = to_eval_tensor(data.train, data.image_size, config.dataset.test_resize, chosen)
             write_unit(work / UNITS, Unit(0, label, label, label + 1, count), pixels, [], {})
         return {"units": len(counts), "stacks": 0, "images": sum(counts)}

@@ -80,8 +80,13 @@ def drawn_images(context: Context, label: int, source: torch.Generator, candidat
 
 def shuffled_images(context: Context, label: int, source: torch.Generator) -> Tensor:
     """Positions of all real images of a class in random order, [n]."""
-    images = (context.data().train.labels == label).nonzero()[:, 0]
+    images = images_of_class(context, label)
     return images[torch.randperm(len(images), generator=source)]
+
+
+def images_of_class(context: Context, label: int) -> Tensor:
+    """Positions of all real images of a class in their own order, [n]."""
+    return (context.data().train.labels == label).nonzero()[:, 0]
 
 
 def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:

@@ -156,11 +156,10 @@ def _optimise(
             advance(stage.last - done)
             done = stage.last
             continue
-        if stage.index:
-            back = initial if real.retrieval is None else real.retrieval.real_images(images, stack.units)
-            images = adjustable_residual(images, back, method.residual, stage.size)
-        else:
-            images = adjustable_residual(images, initial, 1.0, stage.size)
+        kept, back = method.residual if stage.index else 1.0, initial
+        if stage.index and real.retrieval is not None:
+            back = real.retrieval.real_images(images, stack.units)
+        images = adjustable_residual(images, back, kept, stage.size)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
         while True:
             module = DistillModule(

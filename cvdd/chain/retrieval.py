@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cvdd.artifact import Artifact, Maker, Parts
 from cvdd.augment import normalise
 from cvdd.chain.members import load_network, make_member
-from cvdd.chain.real_choice import shuffled_images, whole_images
+from cvdd.chain.real_choice import images_of_class, shuffled_images, whole_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.features import head_features
@@ -177,7 +177,7 @@ def _file_of(label: int) -> str:
 
 def _of_class(context: Context, label: int, seed: int | None, candidates: int | None) -> Tensor:
     if seed is None:
-        return (context.data().train.labels == label).nonzero()[:, 0]
+        return images_of_class(context, label)
     return shuffled_images(context, label, generator(seed, "candidates", label))[:candidates]
 
 

@@ -181,6 +181,11 @@ def _noun(piece: Piece) -> str:
     if piece.stage == "students":
         return "students"
     kind = piece.artifact.kind
-    nouns = {"images": "images", "labels": "labels", "patches": "patches", "easiest": "easiest images"}
-    nouns |= {"candidates": "real images to choose from"}
+    nouns = {
+        "images": "images",
+        "labels": "labels",
+        "patches": "patches",
+        "easiest": "easiest images",
+        "candidates": "real images to choose from",
+    }
     return f"sets of {nouns[kind]}" if kind in nouns else kind
