@@ -10,6 +10,7 @@ from cvdd.config_base import ConfigError
 from cvdd.data import Data, ImageSource
 from cvdd.schema import PatchesConfig
 from cvdd.seeds import generator
+from cvdd.selection import outward
 
 SQUARE = (1.0, 1.0)
 
@@ -119,10 +120,7 @@ def select(losses: Tensor, count: int, difficulty: str) -> Tensor:
         return order[:count]
     if difficulty == "hard":
         return order.flip(0)[:count]
-    middle = len(order) // 2
-    distance = torch.arange(len(order)) - middle
-    outward = (2 * distance.abs() - (distance > 0).long()).argsort(stable=True)
-    return order[outward[:count]]
+    return order[outward(len(order), len(order) // 2)[:count]]
 
 
 def stitch(patches: Tensor, count: int, factor: int, size: int) -> Tensor:

@@ -21,6 +21,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType(
         "method.stages": 1,
         "method.sizes": None,
         "method.residual": 1.0,
+        "method.early_late": False,
         "method.statistics_of": "unit",
         "method.statistics": StatisticsConfig().model_dump(),
         "method.difficulty": None,

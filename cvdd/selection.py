@@ -60,3 +60,9 @@ def member_features(networks: Sequence[nn.Module], images: Tensor, batch: int = 
         scale = features.std(dim=0, correction=0).clamp(min=1e-6) * features.shape[1] ** 0.5
         parts.append((features - features.mean(dim=0)) / scale)
     return torch.cat(parts, dim=1)
+
+
+def outward(count: int, middle: int) -> Tensor:
+    """Places 0 to ``count - 1`` from the one in the middle outward, of two as far the upper one first: [count]."""
+    distance = torch.arange(count) - middle
+    return (2 * distance.abs() - (distance > 0).long()).argsort(stable=True)

@@ -11,6 +11,7 @@ _OF_KIND = {
     "patches": "patches",
     "herds": "patches",
     "easiest": "patches",
+    "medium": "patches",
     "given": "patches",
     "difficulty": "patches",
     "candidates": "patches",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from cvdd.augment import Views, draw_views, in_cells, view_matrices
 from cvdd.committee import Draw
 from cvdd.dsa import draw_cuts
 from cvdd.methods.cda import lowest_area
+from cvdd.methods.delt import first_stages
 from cvdd.schema import MethodConfig, RunConfig
 from cvdd.seeds import generator
 
@@ -34,6 +35,11 @@ class Unit:
     start: int
     stop: int
     slots: int = 1
+
+    @property
+    def classes(self) -> int:
+        """How many classes it has images of."""
+        return self.stop - self.start
 
     @property
     def name(self) -> str:
@@ -60,11 +66,44 @@ class Stack:
     """Units with the same draw and the same shape that share a forward pass.
 
     The partition into stacks is fixed by the configuration, because floating point makes it show in the last bits.
+
+    Attributes:
+        index: its number.
+        draw: the members that vote.
+        units: by slot, ascending.
+        begins: stage in which each slot of the whole set begins, ascending; empty where all begin with the first.
     """
 
     index: int
     draw: Draw
     units: tuple[Unit, ...]
+    begins: tuple[int, ...] = ()
+
+    def begun(self, stage: int) -> tuple[Unit, ...]:
+        """Units of which at least a slot has begun by a stage, with the slots that have: the first, and their first."""
+        if not self.begins:
+            return self.units
+        cut = (
+            replace(unit, slots=sum(begins <= stage for begins in self.begins[unit.slot : unit.slot + unit.slots]))
+            for unit in self.units
+        )
+        return tuple(unit for unit in cut if unit.slots)
+
+    def take_begun(self, images: Tensor, stage: int) -> Tensor:
+        """Pick what has begun by a stage out of [units, images, ...] of the whole stack."""
+        units = self.begun(stage)
+        if units == self.units:
+            return images
+        by_slot: Tensor = images.unflatten(1, (units[0].classes, -1))
+        return by_slot[: len(units), :, : units[0].slots].flatten(1, 2)
+
+    def put_begun(self, images: Tensor, stage: int, into: Tensor) -> Tensor:
+        """Return ``into``, [units, images, ...] of what has begun by a later stage, with that of this one replaced."""
+        units = self.begun(stage)
+        shape = (units[0].classes, -1)
+        joined: Tensor = into.unflatten(1, shape).clone()
+        joined[: len(units), :, : units[0].slots] = images.unflatten(1, shape)
+        return joined.flatten(1, 2)
 
 
 def as_composed(config: RunConfig) -> MethodConfig:
@@ -96,24 +135,29 @@ def plan_units(ipc: int, classes: int, method: MethodConfig) -> list[Unit]:
 def plan_stacks(units: Sequence[Unit], draws: Sequence[Draw], method: MethodConfig) -> list[Stack]:
     """Partition units into stacks: by draw and shape, in order, at most ``method.units_per_stack`` each.
 
-    Where voters have statistics of their own for each slot, a stack has units of one slot.
+    Where voters have statistics of their own for each slot, a stack has units of one slot; where slots begin in
+    different stages, and a unit has several of them, units whose slots begin alike.
 
     Args:
         units: all units.
         draws: the members that vote on each.
         method: how images are made.
     """
-    groups: dict[tuple[Draw, int, int, int], list[Unit]] = {}
+    begins: tuple[int, ...] = ()
+    if method.begins_late:
+        begins = tuple(first_stages(max(unit.slot + unit.slots for unit in units), method.stages))
+    groups: dict[tuple[Draw, int, int, int, tuple[int, ...]], list[Unit]] = {}
     for unit, draw in zip(units, draws, strict=True):
         slot = 0 if method.grades is None else unit.slot
-        groups.setdefault((draw, unit.stop - unit.start, unit.slots, slot), []).append(unit)
+        alike = begins[unit.slot : unit.slot + unit.slots] if unit.slots > 1 else ()
+        groups.setdefault((draw, unit.classes, unit.slots, slot, alike), []).append(unit)
     most = method.units_per_stack
     parts = [
         (draw, tuple(group[first : first + most]))
         for (draw, *_), group in groups.items()
         for first in range(0, len(group), most)
     ]
-    return [Stack(index, draw, part) for index, (draw, part) in enumerate(parts)]
+    return [Stack(index, draw, part, begins) for index, (draw, part) in enumerate(parts)]
 
 
 def draw_per_unit(units: Sequence[Unit], method: MethodConfig, draw: Callable[[int], Draw]) -> list[Draw]:

@@ -295,7 +295,7 @@ def test_units_in_passes_are_as_units_together() -> None:
     ("changes", "message"),
     [
         ({"factor": 1}, r"with method\.factor=1 an image is one; set method\.factor=2, or method\.anchors=null"),
-        ({"init": "patches"}, r"of method\.init=patches they are not known; set method\.init=real or easiest"),
+        ({"init": "patches"}, r"of method\.init=patches they are not known; set method\.init=real, easiest or medium"),
         ({"sizes": [8, 16], "stages": 2}, r"method\.sizes others; set method\.sizes=null"),
         ({"anchors": None, "pad": 0}, r"method\.ce=0 and method\.r_bn=0 leave nothing to optimise"),
         ({"anchors": None, "ce": 1.0}, r"method\.pad shifts whole images, and method\.factor=2 shows parts"),

@@ -44,6 +44,7 @@ METHODS = {
     "lpld": ("label=lpld", "protocol=lpld", "label.keep=0.5"),
     "fadrm": ("label=fadrm",),
     "fadrm_drc": ("label=fadrm",),
+    "delt": ("label=delt", "label.store=logits", "method.classes_per_unit=5", "method.stages=3"),
     "fadrm_plus": ("method.voters=[resnet18,shufflenetv2]",),
     "psm": ("label=fadrm",),
     "cim": ("method.crop_scale=null", "protocol.loss=mse", "label.dsa=true", "label.store=none"),

@@ -18,7 +18,7 @@ from cvdd.chain.fitting import fit_units
 from cvdd.chain.images import _work, make_images
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import load_network, make_member
-from cvdd.chain.real_choice import POSITIONS, anchors_of_units, chosen_positions, make_easiest
+from cvdd.chain.real_choice import POSITIONS, anchors_of_units, chosen_positions, make_ranked
 from cvdd.chain.unit_files import load_history, load_images
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
@@ -64,7 +64,7 @@ def losses_of(context: Context, positions: Tensor, label: int) -> Tensor:
 
 def test_the_easiest_of_the_candidates_are_chosen_in_order(chain_home: Path) -> None:
     context = tiny_context(chain_home, *CIM, "patches.candidates=1000")
-    chosen = load_file(make_easiest(context).path / POSITIONS)["positions"]
+    chosen = load_file(make_ranked(context).path / POSITIONS)["positions"]
     assert chosen.shape == (10, IPC * 4)
     for label in (0, 7):
         of_class = (context.data().train.labels == label).nonzero()[:, 0]
@@ -74,7 +74,7 @@ def test_the_easiest_of_the_candidates_are_chosen_in_order(chain_home: Path) -> 
 
 def test_candidates_are_random_ones(chain_home: Path) -> None:
     few = [
-        load_file(make_easiest(tiny_context(chain_home, *CIM, "patches.candidates=8", seed)).path / POSITIONS)[
+        load_file(make_ranked(tiny_context(chain_home, *CIM, "patches.candidates=8", seed)).path / POSITIONS)[
             "positions"
         ]
         for seed in ("method.seed=0", "method.seed=1")
@@ -85,7 +85,7 @@ def test_candidates_are_random_ones(chain_home: Path) -> None:
 def test_all_images_have_easy_parts_and_less_easy_ones(chain_home: Path) -> None:
     """Number q * IPC + t of a class is part q of image t."""
     context = tiny_context(chain_home, *CIM)
-    easiest = make_easiest(context)
+    easiest = make_ranked(context)
     ranked = load_file(easiest.path / POSITIONS)["positions"]
     positions = chosen_positions(context, easiest)
     assert positions.shape == (10, IPC, 4)
@@ -115,7 +115,7 @@ def test_images_begin_as_their_anchors_at_half_the_side(init: str, chain_home: P
 def test_real_images_can_be_the_easiest_without_any_method(chain_home: Path) -> None:
     context = tiny_context(chain_home, *KEPT[:2], "method.init=easiest")
     images, labels = load_images(make_images(context, {}))
-    ranked = load_file(make_easiest(context).path / POSITIONS)["positions"]
+    ranked = load_file(make_ranked(context).path / POSITIONS)["positions"]
     assert torch.equal(images, context.data().train.stacked()[ranked.flatten()])
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
 

@@ -76,6 +76,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ),
     (PATCHES | {"herds"}, ("method.init=herding",)),
     (PATCHES | {"easiest"}, ("method.init=easiest",)),
+    (PATCHES | {"medium"}, ("method.init=medium",)),
     (
         IMAGES | {"easiest"},
         (
@@ -117,6 +118,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "method.stages=2",
             "method.stages=2 method.sizes=[16,32]",
             "method.stages=2 method.residual=0.5",
+            "method.stages=2 method.early_late=true",
             "method.schedule=constant",
             "method.factor=2 label.factor=2 method.init=real method.anchors={}",
             'method.factor=2 label.factor=2 method.init=real method.anchors={"weight":2}',

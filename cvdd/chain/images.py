@@ -29,8 +29,9 @@ from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over
 from cvdd.schema import MethodConfig
+from cvdd.schema.anchors import BEGINNINGS
 from cvdd.tensor_files import is_whole
-from cvdd.units import Stack, Unit, as_composed, plan_stacks, plan_units
+from cvdd.units import Stack, Unit, as_composed, plan_stacks, plan_stages, plan_units
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
@@ -70,7 +71,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         identity["bn_scale"] = [config.committee.members[names[index]].bn_scale for index in voting]
     split = splits_units(context) and method.iterations > 0
     if split:
-        require_splittable(context, units)
+        require_splittable(context, stacks)
         # Sums over ranks round in another way than one rank does.
         identity["ranks_of_a_unit"] = context.world.size
     graded = {} if method.grades is None else _graded(context, stacks)
@@ -160,13 +161,18 @@ def _work(context: Context, stacks: Sequence[Stack]) -> Work:
     config, data = context.config, context.data()
     members = list(config.committee.members.values())
     units = [unit for stack in stacks for unit in stack.units]
+    shown = sum(
+        (stage.last - stage.first) * len(unit.targets)
+        for stage in plan_stages(config.method, data.image_size)
+        for stack in stacks
+        for unit in stack.begun(stage.index)
+    )
     backbones = tuple(members[index].backbone for index in sorted({index for stack in stacks for index in stack.draw}))
     voters = len(stacks[0].draw) if config.method.turns == "all" else 1
     parts = config.method.parts_judged
-    images = sum(len(unit.targets) for unit in units) * parts
     return Work(
         backbones,
-        config.method.iterations * images * voters // len(backbones),
+        shown * parts * voters // len(backbones),
         max(len(unit.targets) for unit in units) * parts,
         max(len(stack.units) for stack in stacks),
         data.image_size,
@@ -217,9 +223,9 @@ def _ignored(method: MethodConfig) -> Mapping[str, Any]:
     ignored = {"name", "seed", "given", "log_every", "log_agreement", "grid_every", "checkpoint_every"}
     # Ranks of real images and statistics of their groups are parents; images without them are older than they are.
     # So are images of one real one each; without iterations only real ones are put together here.
-    whole = method.at_default("factor") or not (method.iterations or method.init in ("real", "easiest"))
+    whole = method.at_default("factor") or not (method.iterations or method.init in BEGINNINGS)
     ignored |= {"factor"} if whole else set()
-    ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval", "cutout")))
+    ignored |= set(filter(method.at_default, ("anchors", "schedule", "retrieval", "cutout", "early_late")))
     chosen = {"difficulty": {"variance_weight", "forward_share"} if method.init == "difficulty" else True}
     # The candidates are a parent.
     chosen |= {"retrieval": {"candidates", "sigma"}}

@@ -14,11 +14,12 @@ from cvdd.augment import normalise
 from cvdd.chain.difficulty import graded_images, make_difficulty
 from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
-from cvdd.chain.real_choice import chosen_positions, drawn_images, images_of_real_ones, make_easiest
+from cvdd.chain.real_choice import chosen_positions, drawn_images, images_of_real_ones, make_ranked
 from cvdd.chain.unit_files import PATCHES
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.patches import make_patches
+from cvdd.schema.anchors import BEGINNINGS
 from cvdd.seeds import derive_seed, generator
 from cvdd.selection import herd, member_features
 
@@ -92,7 +93,8 @@ def make_start(context: Context) -> Artifact | None:
     makers = {
         "patches": make_initial_patches,
         "herding": make_herd,
-        "easiest": make_easiest,
+        "easiest": make_ranked,
+        "medium": make_ranked,
         "difficulty": make_difficulty,
         "given": given_start,
         "from_given": given_start,
@@ -106,7 +108,8 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
 
     With ``method.init=patches`` slot k starts from patch k, with ``herding`` from the image that was chosen k-th, with
     ``given`` from the k-th of its class, with ``difficulty`` from one of group k; with ``real`` from a random training
-    image, and with ``easiest`` from one that the observer tells well, or with ``method.factor`` from several.
+    image, with ``easiest`` from one that the observer tells well, and with ``medium`` from one that it tells neither
+    well nor badly; of these three with ``method.factor`` from several.
 
     Args:
         context: the configuration and its surroundings.
@@ -121,6 +124,6 @@ def initial_images(context: Context, patches: Artifact | None) -> Tensor:
         return first_images(context, patches)
     if patches is not None and config.method.init == "difficulty":
         return graded_images(context, patches)
-    if patches is not None and config.method.init != "easiest":
+    if patches is not None and config.method.init not in BEGINNINGS:
         return load_file(patches.path / PATCHES)["images"][:, :ipc]
     return images_of_real_ones(context, chosen_positions(context, patches))

@@ -16,26 +16,28 @@ from cvdd.chain.members import load_network, make_member
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import resize_and_crop, to_eval_tensor
-from cvdd.patches import score_crops, stitch
+from cvdd.methods.delt import around_the_middle
+from cvdd.patches import score_crops, select, stitch
 from cvdd.seeds import derive_seed, generator
 from cvdd.units import Unit
 
 POSITIONS = "positions.safetensors"
 
 
-def make_easiest(context: Context) -> Artifact:
-    """Return the real images of each class that ``patches.observer`` tells best, by their positions.
+def make_ranked(context: Context) -> Artifact:
+    """Return real images of each class by how well ``patches.observer`` tells them, by their positions.
 
-    Of ``patches.candidates`` random images of the class those with the least cross-entropy, as they are tested (CIM,
-    appendix C).
+    Of ``patches.candidates`` random images of the class, as they are tested: with ``method.init=easiest`` those with
+    the least cross-entropy (CIM, appendix C), with ``medium`` those in the middle (DELT).
 
     Raises:
         ConfigError: a class has too few images.
     """
     config, data = context.config, context.data()
+    kind = config.method.init
     observer = make_member(context, config.patches.observer)
     count, candidates = config.ipc.images_per_class * config.method.factor**2, config.patches.candidates
-    seed = derive_seed(config.method.seed, "easiest")
+    seed = derive_seed(config.method.seed, kind)
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
@@ -48,16 +50,17 @@ def make_easiest(context: Context) -> Artifact:
         backbone = config.committee.members[config.patches.observer].backbone
         network = load_network(context, observer, backbone).to(context.device)
         chosen = []
-        with context.progress("easiest", len(data.classes)) as advance:
+        with context.progress(kind, len(data.classes)) as advance:
             for label in range(len(data.classes)):
                 looked_at = drawn_images(context, label, generator(seed, "candidates", label), candidates)
                 losses = score_crops(network, whole_images(context, looked_at), label, data)
-                chosen.append(looked_at[losses.argsort(stable=True)[:count]])
+                best = around_the_middle(losses, count) if kind == "medium" else select(losses, count, "easy")
+                chosen.append(looked_at[best])
                 advance(1)
         save_file({"positions": torch.stack(chosen)}, work / POSITIONS)
         return {"images": count * len(data.classes)}
 
-    return context.store.make("easiest", f"{data.name}-{count}", identity, [observer], build)
+    return context.store.make(kind, f"{data.name}-{count}", identity, [observer], build)
 
 
 def drawn_images(context: Context, label: int, source: torch.Generator, candidates: int | None = None) -> Tensor:
@@ -89,24 +92,24 @@ def images_of_class(context: Context, label: int) -> Tensor:
     return (context.data().train.labels == label).nonzero()[:, 0]
 
 
-def chosen_positions(context: Context, easiest: Artifact | None) -> Tensor:
+def chosen_positions(context: Context, ranked: Artifact | None) -> Tensor:
     """Positions of the real images that each image is made of: [classes, ipc, factor^2], part by part, row by row.
 
-    Random ones of a smaller IPC are the first of a larger. Of the easiest, image t has number ``q * ipc + t`` as part
-    q, so that all images have easy ones and less easy ones.
+    Random ones of a smaller IPC are the first of a larger. Of ranked ones, image t has number ``q * ipc + t`` as part
+    q, so that all images have some from the beginning and some from the end of their order.
 
     Args:
         context: the configuration and its surroundings.
-        easiest: of :func:`make_easiest`; None for random ones.
+        ranked: of :func:`make_ranked`; None for random ones.
 
     Raises:
         ConfigError: a class has too few images.
     """
     config, data = context.config, context.data()
     ipc, each = config.ipc.images_per_class, config.method.factor**2
-    if easiest is not None:
-        ranked = load_file(easiest.path / POSITIONS)["positions"]
-        return ranked.view(len(data.classes), each, ipc).transpose(1, 2)
+    if ranked is not None:
+        positions = load_file(ranked.path / POSITIONS)["positions"]
+        return positions.view(len(data.classes), each, ipc).transpose(1, 2)
     seed = config.method.seed
     drawn = [drawn_images(context, label, generator(seed, "real", label)) for label in range(len(data.classes))]
     return torch.stack([of_class[: ipc * each] for of_class in drawn]).view(-1, ipc, each)

@@ -32,7 +32,7 @@ from cvdd.grids import image_grid
 from cvdd.log_rows import LogRow
 from cvdd.matching import Matcher
 from cvdd.memory import OutOfMemory, enough_memory
-from cvdd.methods.fadrm import adjustable_residual
+from cvdd.methods.fadrm import adjustable_residual, resized
 from cvdd.progress import Advance
 from cvdd.recording import RealStatistics
 from cvdd.schema import MethodConfig
@@ -40,7 +40,7 @@ from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
 from cvdd.synthesis import DistillModule
 from cvdd.tensor_files import is_whole, save_tensors
-from cvdd.units import Stack, Unit, plan_stages, unit_views
+from cvdd.units import Stack, Stage, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,7 @@ def _optimise(
     config, data = context.config, context.data()
     method = config.method
     shares = dict(zip([voter.name for voter, _ in members], weights.mean(dim=1).tolist(), strict=True))
-    targets = torch.stack([unit.targets for unit in stack.units])
-    images, rows, done = initial, list[LogRow](), 0
+    images, rows, done = initial[:0], list[LogRow](), 0
     split = splits_units(context)
     anchors = None if real.anchors is None else anchors_of_units(context, real.anchors, stack.units)
 
@@ -150,24 +149,24 @@ def _optimise(
         _log_row(context, stack, row, shares, current)
 
     for stage in plan_stages(method, data.image_size):
+        units = stack.begun(stage.index)
+        if not units:
+            continue
         finished = work / f"stack{stack.index:05d}.stage{stage.index}.tmp"
         if is_whole(finished):
             images, rows = _load_stage(finished)
             advance(stage.last - done)
             done = stage.last
             continue
-        kept, back = method.residual if stage.index else 1.0, initial
-        if stage.index and real.retrieval is not None:
-            back = real.retrieval.real_images(images, stack.units)
-        images = adjustable_residual(images, back, kept, stage.size)
+        images = _next_images(method, stack, stage, images, initial, real.retrieval)
         checkpoint = work / f"stack{stack.index:05d}.stage{stage.index}.ckpt.tmp"
         while True:
             module = DistillModule(
                 images,
-                targets,
-                [unit_views(unit, method, stage) for unit in stack.units],
-                _voters(context, members, len(stack.units)),
-                weights,
+                torch.stack([unit.targets for unit in units]),
+                [unit_views(unit, method, stage) for unit in units],
+                _voters(context, members, len(units)),
+                weights[:, : len(units)],
                 method,
                 pixel_bounds(data.mean, data.std),
                 on_row,
@@ -176,7 +175,7 @@ def _optimise(
                 engine.units_per_pass,
                 engine.opinion,
                 engine.record,
-                anchors,
+                None if anchors is None else stack.take_begun(anchors, stage.index),
             )
             module.rows = list(rows)
             try:
@@ -188,7 +187,7 @@ def _optimise(
                 break
             except OutOfMemory as error:
                 module.on_fit_end()
-                fewer = engine.fewer(len(stack.units)) if judges_by_unit(method) and not split else None
+                fewer = engine.fewer(len(units)) if judges_by_unit(method) and not split else None
                 if fewer is None:
                     raise
                 alone = " and members one after the other" if engine.record and not fewer.record else ""
@@ -198,6 +197,24 @@ def _optimise(
         if stage.last < method.iterations and (context.world.main or not split):
             _save_stage(finished, images, rows)
     return images, rows, engine
+
+
+def _next_images(
+    method: MethodConfig, stack: Stack, stage: Stage, images: Tensor, initial: Tensor, retrieval: Retrieval | None
+) -> Tensor:
+    """Return what a stage begins with: what the last one left, blended, and those that begin now as they were."""
+    late = resized(stack.take_begun(initial, stage.index), stage.size)
+    if not len(images):
+        return late
+    before = stage.index - 1
+    if method.residual == 1:
+        back = images
+    elif retrieval is not None:
+        back = retrieval.real_images(images, stack.begun(before))
+    else:
+        back = stack.take_begun(initial, before)
+    blended = adjustable_residual(images, back, method.residual, stage.size)
+    return stack.put_begun(blended, before, late)
 
 
 def _less_memory(method: MethodConfig, stack: Stack) -> str:
@@ -214,11 +231,12 @@ def splits_units(context: Context) -> bool:
     return context.config.trainer.split_units and context.world.size > 1
 
 
-def require_splittable(context: Context, units: Sequence[Unit]) -> None:
+def require_splittable(context: Context, stacks: Sequence[Stack]) -> None:
     """Refuse a method whose units cannot be split.
 
     Raises:
-        ConfigError: it looks at more of a unit than sums over its images tell, or a unit has too few of them.
+        ConfigError: it looks at more of a unit than sums over its images tell, or a unit has too few of them, at least
+            in a stage.
     """
     method, ranks = context.config.method, context.world.size
     if method.statistics != StatisticsConfig() or method.density:
@@ -226,7 +244,8 @@ def require_splittable(context: Context, units: Sequence[Unit]) -> None:
             "trainer.split_units=true adds up the statistics of BatchNorm layers alone; method.statistics and "
             "method.density look at more. Set trainer.split_units=false"
         )
-    fewest = min(len(unit.targets) for unit in units)
+    stages = plan_stages(method, context.data().image_size)
+    fewest = min(len(unit.targets) for stack in stacks for stage in stages for unit in stack.begun(stage.index))
     if fewest < ranks:
         raise ConfigError(
             f"trainer.split_units=true: a unit has {fewest} images, too few for {ranks} processes; set "

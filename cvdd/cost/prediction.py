@@ -186,6 +186,7 @@ def _noun(piece: Piece) -> str:
         "labels": "labels",
         "patches": "patches",
         "easiest": "easiest images",
+        "medium": "images of middling difficulty",
         "candidates": "real images to choose from",
     }
     return f"sets of {nouns[kind]}" if kind in nouns else kind

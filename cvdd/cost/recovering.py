@@ -108,6 +108,9 @@ def plan_recover(
     for stack in stacks if method.iterations else ():
         times = _times([list(shares[unit]) for unit in stack.units], method)
         for stage in plan_stages(method, size):
+            units_begun = stack.begun(stage.index)
+            if not units_begun:
+                continue
             steps = stage.last - stage.first
             rows = math.ceil(steps / method.log_every)
             # Where all judge anyway, their gradients are there to be compared.
@@ -115,11 +118,11 @@ def plan_recover(
             passes = tuple(
                 Pass(member, units_at_once, often * (share * steps + (rows if compared else 0)))
                 for member, share in zip(stack.draw, times, strict=True)
-                for units_at_once, often in _cut(len(stack.units), engine)
+                for units_at_once, often in _cut(len(units_begun), engine)
             )
             epochs = math.ceil(steps / method.checkpoint_every)
-            images = len(stack.units[0].targets)
-            work.append(StackWork(len(stack.units), images, stage.size, steps, rows, epochs, passes))
+            images = len(units_begun[0].targets)
+            work.append(StackWork(len(units_begun), images, stage.size, steps, rows, epochs, passes))
     return RecoverPlan(tuple(units), len(stacks), tuple(work))
 
 

@@ -131,7 +131,7 @@ class MoveStep:
     def of(units: int, images: int, size: int, method: MethodConfig) -> MoveStep:
         """Return the step of a method, whatever its length."""
         same = {"name": "any", "seed": 0, "iterations": 16}
-        same |= {"stages": 1, "sizes": None, "residual": 1.0, "retrieval": None}
+        same |= {"stages": 1, "sizes": None, "residual": 1.0, "early_late": False, "retrieval": None}
         changed = method.model_copy(update=same)
         return MoveStep(units, images, size, changed.model_dump_json())
 

@@ -37,6 +37,7 @@ from cvdd.labels import samples_at_most
 from cvdd.patches import SCORED_AT_ONCE
 from cvdd.replay import batch_bounds
 from cvdd.schema import LabelConfig
+from cvdd.schema.anchors import BEGINNINGS
 from cvdd.units import as_composed
 
 
@@ -163,7 +164,7 @@ def _images(piece: Piece, work: Work) -> None:
     )
     work.parts.update({"units": len(plan.units), "stacks": plan.stacks})
     work.around(part=plan.stacks)
-    if method.init in ("real", "easiest", "difficulty"):
+    if method.init in (*BEGINNINGS, "difficulty"):
         # Anchors are decoded once more, stack by stack.
         often = 1 if method.anchored is None else 2
         _decode(piece, work, count * method.factor**2 * often, in_workers=False)
@@ -242,7 +243,7 @@ def _herd(piece: Piece, work: Work) -> None:
     _decode(piece, work, count, in_workers=False)
 
 
-def _easiest(piece: Piece, work: Work) -> None:
+def _ranked(piece: Piece, work: Work) -> None:
     data = piece.data
     count = min(piece.config.patches.candidates * len(data.classes), len(data.train))
     work.use(MeasureStep(_network(piece, piece.parents[0].manifest["identity"]), SCORED_AT_ONCE), count)
@@ -297,7 +298,8 @@ _COUNTING = {
     "labels": _labels,
     "patches": _patches,
     "herds": _herd,
-    "easiest": _easiest,
+    "easiest": _ranked,
+    "medium": _ranked,
     "candidates": _candidates,
     "given": _given,
     "statistics": _statistics,

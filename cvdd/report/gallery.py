@@ -20,6 +20,7 @@ from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.unit_files import PATCHES, UNITS
 from cvdd.context import Context
+from cvdd.schema.anchors import BEGINNINGS
 
 CLASSES, SLOTS = 20, 10
 """Most rows and columns that are shown."""
@@ -182,7 +183,7 @@ def _start(context: Context, images: Artifact, labels: Sequence[int], slots: int
                 stored = file.get_slice("images")
                 chosen = [stored[label : label + 1, :slots][0] for label in labels]
             return torch.stack(chosen), f"{STARTS[parent['kind']]} they started from"
-    if not few or method["init"] not in ("real", "easiest", "difficulty", "from_given"):
+    if not few or method["init"] not in (*BEGINNINGS, "difficulty", "from_given"):
         return None, None
     # Of a set of a store, whose images are no initial images by themselves.
     start = initial_images(context, make_start(context))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HEAD = "head"
 """Of a network, its last linear layer."""
 
-BEGINNINGS = ("real", "easiest")
+BEGINNINGS = ("real", "easiest", "medium")
 """Initial images of which it is known which real ones they are made of."""
 
 
@@ -47,7 +47,7 @@ def anchors_problems(method: MethodConfig) -> Iterator[str]:
     if method.init not in BEGINNINGS:
         yield (
             f"method.anchors are the real images that an image is made of, and of method.init={method.init} they are "
-            "not known; set method.init=real or easiest, or method.anchors=null"
+            "not known; set method.init=real, easiest or medium, or method.anchors=null"
         )
     if method.sizes is not None:
         yield "method.anchors have the size of the data set, and method.sizes others; set method.sizes=null"

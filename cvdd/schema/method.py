@@ -116,9 +116,12 @@ class MethodConfig(CheckedConfig):
 
     name: Name = Field(description="name of the method, shown in results")
     seed: int = Field(ge=0, description="of the choice of real images and patches, of draws, crops and noise")
-    init: Literal["patches", "real", "easiest", "herding", "difficulty", "noise", "all", "given", "from_given"] = Field(
-        description="initial images: easiest chooses the real ones that patches.observer tells best; herding those "
-        "whose mean is that of the class, in the members' features; difficulty one of each group of method.difficulty; "
+    init: Literal[
+        "patches", "real", "easiest", "medium", "herding", "difficulty", "noise", "all", "given", "from_given"
+    ] = Field(
+        description="initial images: easiest chooses the real ones that patches.observer tells best, medium those in "
+        "the middle of that order; herding those whose mean is that of the class, in the members' features; difficulty "
+        "one of each group of method.difficulty; "
         "all takes every real image, whatever ipc says, and optimises nothing; given keeps those of method.given as "
         "they are, and from_given begins with them"
     )
@@ -156,6 +159,11 @@ class MethodConfig(CheckedConfig):
     stages: Positive = Field(1, description="equal parts of the iterations, each with a fresh Adam")
     sizes: list[Positive] | None = Field(None, description="side of the images in each stage; null is the data set's")
     residual: Share = Field(1.0, description="share of the images kept after a stage; the rest is blended in anew")
+    early_late: bool = Field(
+        False,
+        description="slots begin one after the other, some with each stage, and all end with the last (DELT); false: "
+        "all begin with the first",
+    )
     ce: float = Field(1.0, ge=0, description="weight of each member's cross-entropy")
     r_bn: float = Field(0.01, ge=0, description="weight of each member's statistics term")
     first_bn_multiplier: float = Field(10.0, ge=0, description="extra weight of the first layer that is matched")
@@ -228,6 +236,11 @@ class MethodConfig(CheckedConfig):
     def ranks(self) -> bool:
         """Whether real images are ranked by difficulty."""
         return self.init == "difficulty" or self.grades is not None
+
+    @property
+    def begins_late(self) -> bool:
+        """Whether some slots begin in a later stage than others."""
+        return self.early_late and self.recovers
 
     @property
     def anchored(self) -> AnchorsConfig | None:
@@ -318,6 +331,11 @@ class MethodConfig(CheckedConfig):
             yield f"method.stages={self.stages} must divide method.iterations={self.iterations}"
         if self.sizes is not None and len(self.sizes) != self.stages:
             yield f"method.sizes={self.sizes} needs one side for each of method.stages={self.stages}"
+        if self.early_late and self.iterations and self.stages == 1:
+            yield (
+                "method.early_late begins some slots with each stage, and method.stages=1 is one; set method.stages to "
+                "at least 2, or method.early_late=false"
+            )
         if self.residual < 1 and self.stages == 1:
             yield "method.residual blends after a stage that is not the last; set method.stages to at least 2"
         if self.residual < 1 and self.init == "noise" and self.retrieval is None:
@@ -332,7 +350,7 @@ class MethodConfig(CheckedConfig):
         if self.factor > 1 and self.init in ("herding", "difficulty", "all", "noise"):
             yield (
                 f"method.factor={self.factor} makes an image of several real ones, and method.init={self.init} has "
-                "none or whole ones; set method.factor=1, or method.init=real, easiest or patches"
+                "none or whole ones; set method.factor=1, or method.init=real, easiest, medium or patches"
             )
         if self.factor > 1 and self.pad and self.anchors is None:
             yield f"method.pad shifts whole images, and method.factor={self.factor} shows parts; set method.pad=0"

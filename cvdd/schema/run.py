@@ -161,7 +161,7 @@ def teachers_of(config: RunConfig) -> list[str]:
 
 def members_used(config: RunConfig) -> list[str]:
     """Names of the members that may vote, that label, or that choose real images, in committee order."""
-    observed = config.method.init in ("patches", "easiest") or config.method.retrieves is not None
+    observed = config.method.init in ("patches", "easiest", "medium") or config.method.retrieves is not None
     used = set(teachers_of(config)) | ({config.patches.observer} if observed else set())
     if config.method.recovers or config.method.ranks:
         voters = config.method.voters
