@@ -110,6 +110,11 @@ class Context:
         if self.world.main:
             self.once(("told", message), lambda: log.info("%s", message))
 
+    def warn(self, message: str) -> None:
+        """Warn of something that is true of the whole run, likewise."""
+        if self.world.main:
+            self.once(("told", message), lambda: log.warning("%s", message))
+
     def differing(
         self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None
     ) -> Context:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -24,8 +23,6 @@ from cvdd.schema.anchors import HEAD
 from cvdd.schema.method import StatisticsConfig
 from cvdd.stem import with_folded_stem
 from cvdd.voting import Judgement, Voter, judge
-
-log = logging.getLogger(__name__)
 
 PIXELS_PER_PASS = 100 * 256 * 256
 """The most that a member is shown at once; more fills no device better and costs memory."""
@@ -137,25 +134,42 @@ def can_be_compiled(method: MethodConfig, split: bool) -> bool:
 def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
     """Decide what is automatic; the choice depends on the configuration, the kind of device and the compiler alone.
 
-    Warns if there is no compiler where one is wanted, and of what is wanted and cannot be.
+    Warns if there is no compiler where one is wanted.
     """
     by_unit = judges_by_unit(method)
     compilable = can_be_compiled(method, work.split)
-    if config.compile is True and not compilable:
-        log.warning(
-            "engine.compile=true: nothing is compiled where ranks share a unit, statistics are of a stack, or features "
-            "of anchors are those of a layer inside"
-        )
-    if config.units_per_pass != "auto" and not by_unit:
-        log.warning(
-            "engine.units_per_pass=%s: units of a stack are judged together where its statistics are matched",
-            config.units_per_pass,
-        )
     compiled = compilable and compiles(config.compile, lambda: work.seconds(device), device)
     precision = precision_of(config.precision, device)
     units = _units_per_pass(config, work, compiled, device.type) if by_unit else None
     recorded = records(config.cuda_graphs, device) and iteration_can_be_recorded(method, work.split)
     return Engine(compiled, precision, units, recorded)
+
+
+def vain_wishes(config: EngineConfig, method: MethodConfig, split: bool) -> list[str]:
+    """Say what is wished for and cannot be, a line for each wish.
+
+    Args:
+        config: the wishes.
+        method: how images are made.
+        split: whether ranks share each unit.
+    """
+    said = []
+    if config.compile is True and not can_be_compiled(method, split):
+        if split:
+            why = "where ranks share a unit (trainer.split_units)"
+        elif not judges_by_unit(method):
+            why = (
+                f"of method={method.name}, whose statistics are not those of BatchNorm in each unit (method.statistics)"
+            )
+        else:
+            why = f"of method={method.name}, whose features are those of a layer inside (method.anchors.layer)"
+        said.append(f"engine.compile=true: no judgement is compiled {why}")
+    if config.units_per_pass != "auto" and not judges_by_unit(method):
+        said.append(
+            f"engine.units_per_pass={config.units_per_pass}: units of a stack are judged together by method="
+            f"{method.name}, which matches statistics of all of them or moving ones (method.statistics)"
+        )
+    return said
 
 
 def engines_elsewhere(config: EngineConfig, method: MethodConfig, work: Work) -> list[Engine]:

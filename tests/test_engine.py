@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import method_config, quiet_trainer, small_network
+from helpers import PRIORS, method_config, quiet_trainer, small_network, tiny_context
 from torch import Tensor
 
 import cvdd.automatic
 import cvdd.passes
 from cvdd.automatic import compiles, forward_flops, has_compiler, precision_of, uncompiled_seconds
 from cvdd.backbones import BackboneConfig
+from cvdd.chain.images import make_images
 from cvdd.compiler import compiling
-from cvdd.engine import Engine, Work, choose_engine, ready_voter
+from cvdd.engine import Engine, Work, choose_engine, ready_voter, vain_wishes
 from cvdd.passes import Passes
 from cvdd.schema import EngineConfig
 from cvdd.synthesis import DistillModule
@@ -69,12 +72,25 @@ def test_units_of_a_pass_fit_their_size() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"statistics_of": "stack"}, {"statistics": {"momentum": 0.5}}])
-def test_statistics_that_need_the_whole_stack(changes: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
-    wanted = EngineConfig(compile=True, units_per_pass=1)
-    assert choose_engine(wanted, method_config(**changes), work(), CPU) == Engine()
-    assert [message.partition(":")[0] for message in caplog.messages] == [
-        "engine.compile=true",
-        "engine.units_per_pass=1",
+def test_statistics_that_need_the_whole_stack(changes: dict[str, object]) -> None:
+    wanted, method = EngineConfig(compile=True, units_per_pass=1), method_config(**changes)
+    assert choose_engine(wanted, method, work(), CPU) == Engine()
+    compiled, units = vain_wishes(wanted, method, split=False)
+    assert re.match(r"engine\.compile=true: no .* of method=test, .*\(method\.statistics\)", compiled)
+    assert re.match(r"engine\.units_per_pass=1: .* by method=test", units)
+    assert vain_wishes(wanted, method_config(), split=False) == []
+    assert vain_wishes(EngineConfig(), method, split=False) == []
+    (shared,) = vain_wishes(wanted, method_config(), split=True)
+    assert "trainer.split_units" in shared
+
+
+def test_a_wish_in_vain_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever rows a comparison has."""
+    context = tiny_context(tmp_path, "engine.compile=true", "method.statistics.momentum=0.5", "recipe.epochs=1")
+    for seed in (0, 1):
+        make_images(context.differing({"method.seed": seed}, ""), PRIORS)
+    assert [message for message in caplog.messages if message.startswith("engine.compile=true")] == [
+        *vain_wishes(context.config.engine, context.config.method, split=False)
     ]
 
 

@@ -155,6 +155,9 @@ def agrees_about_images(config: RunConfig, reference: dict[str, str]) -> None:
         assert (method.ce, method.schedule, method.factor) == (0, "constant", int(reference["factor"]))
         assert (method.anchors.weight, method.anchors.distance, method.cutout) == (1, "l1", 0.5)
         assert patches.candidates == int(reference["candidates"])
+    if method.init == "medium":
+        assert (patches.observer, patches.candidates) == ("resnet18", int(reference["candidates"]))
+    assert (method.early_late, method.composer) == (reference["early_late"] == "true", reference["composer"] or "slots")
     assert (method.stages, method.residual) == (int(reference["stages"]), float(reference["residual"]))
     assert (method.sizes or []) == numbers(reference["sizes"])
     assert method.turns == reference["turns"]
@@ -170,6 +173,7 @@ def agrees_about_labels(config: RunConfig, reference: dict[str, str], variant: s
     assert label.teachers == (teachers if teachers == "committee" else teachers.split())
     assert label.weights == (reference["weights"] or label.weights)
     assert label.epochs == protocol.epochs
+    assert label.randaugment == (config.method.name == "delt")
     check_batches(config.ipc.images_per_class * CLASSES[config.dataset.name], label)
     assert protocol.accumulation == int(reference["accumulation"])
     assert protocol.temperature == float(reference["temperature"])

@@ -27,7 +27,7 @@ from cvdd.chain.votes import plan_votes
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over
+from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over, vain_wishes
 from cvdd.schema import MethodConfig
 from cvdd.schema.anchors import BEGINNINGS
 from cvdd.tensor_files import is_whole
@@ -82,6 +82,8 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
     if method.iterations:
         work = _work(context, stacks)
         engine = choose_engine(config.engine, method, work, context.device)
+        for wish in vain_wishes(config.engine, method, split):
+            context.warn(wish)
         others = [one.identity for one in engines_elsewhere(config.engine, method, work)]
         typed = f"engine.compile={str(engine.compile).lower()} engine.precision={engine.precision}"
         identity |= as_it_was_made(context, "images", identity, parents, engine.identity, others, typed)
