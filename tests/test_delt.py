@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import Compose
-from helpers import PRIORS, method_config, same_files, small_network, tiny_context
+from helpers import PRIORS, method_config, tiny_context
 from safetensors.torch import load_file
-from test_interruption import PulledPlug
-from torch import Tensor, nn
+from torch import Tensor
 
-from cvdd.artifact import Artifact
-from cvdd.augment import denormalise, normalise
 from cvdd.chain.images import _work, make_images
 from cvdd.chain.initial import make_start
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import POSITIONS, drawn_images, whole_images
-from cvdd.chain.recover import RealSources, recover_stack, require_splittable
-from cvdd.chain.unit_files import UNITS, load_images
+from cvdd.chain.recover import require_splittable
+from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import VoteStep
 from cvdd.cost.work import work_of
-from cvdd.engine import Engine
 from cvdd.methods.delt import around_the_middle, first_stages
 from cvdd.patches import score_crops
 from cvdd.schedules import cosine
 from cvdd.schema import members_used
 from cvdd.seeds import derive_seed, generator
-from cvdd.units import Stack, Stage, Unit, plan_stacks, plan_stages, plan_units, unit_views
-from cvdd.voting import Voter
+from cvdd.units import Stack, Stage, plan_stacks, plan_stages, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -117,172 +109,6 @@ def test_units_of_several_slots_share_a_stack_where_these_begin_alike() -> None:
     assert len(plan_stacks(units, [(0,)] * len(units), together)) == 1
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def images_of(home: Path, *overrides: str, store: Path | None = None) -> Artifact:
-    return make_images(tiny_context(home, *LATE, *overrides, store=store), PRIORS)
-
-
-def recovered(context: Context, stack: Stack, network: nn.Module, start: Tensor) -> list[Tensor]:
-    """Images of each unit of a stack, uint8, of one member's vote."""
-    output = context.config.paths.output
-    (output / UNITS).mkdir(parents=True, exist_ok=True)
-    members = [(Voter("resnet18", network), None)]
-    done: list[int] = []
-    weights = torch.ones(1, len(stack.units))
-    recover_stack(context, Engine(), stack, members, weights, RealSources(start), output, done.append)
-    assert sum(done) == context.config.method.iterations
-    return [load_file(output / UNITS / f"{unit.name}.safetensors")["images"] for unit in stack.units]
-
-
-def as_released(context: Context, stack: Stack, network: nn.Module, start: Tensor) -> Tensor:
-    """The published loop for one unit: all images are one parameter, of which a round shows those that have begun.
-
-    Adam is fresh in every round, as in every stage here.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as vision
-
-    method, (unit,) = context.config.method, stack.units
-    size = start.shape[-1]
-    data = context.data()
-    images = normalise(unit.of(start), data.mean, data.std)
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    inputs: dict[int, Tensor] = {}
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda module, given, index=index: inputs.__setitem__(index, given[0]))
-    begins = torch.tensor(first_stages(4, method.stages))[unit.slots_of_images]
-    rounds = method.iterations // method.stages
-    for stage in plan_stages(method, size):
-        leaf = images.clone().requires_grad_()
-        optimizer = torch.optim.Adam([leaf], lr=method.lr, betas=method.betas, eps=method.eps)
-        views = unit_views(unit, method, stage)
-        shown = (begins <= stage.index).nonzero()[:, 0]
-        for step in range(rounds):
-            iteration = stage.first + step
-            optimizer.param_groups[0]["lr"] = method.lr * cosine(iteration, method.iterations)
-            box = views.boxes[step].tolist()
-            seen = vision.resized_crop(leaf[shown], *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
-            seen = vision.hflip(seen) if views.flips[step] else seen
-            seen = torch.roll(seen, views.shifts[step].tolist(), dims=(-2, -1))
-            loss = nn.functional.cross_entropy(network(seen), unit.targets[shown])
-            for index, layer in enumerate(layers):
-                variance, mean = torch.var_mean(inputs[index], dim=(0, 2, 3), correction=0)
-                term = (layer.running_var - variance).norm() + (layer.running_mean - mean).norm()
-                loss = loss + method.r_bn * (10 if index == 0 else 1) * term
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            low, high = ((bound - torch.tensor(data.mean)) / torch.tensor(data.std) for bound in (0.0, 1.0))
-            with torch.no_grad():
-                leaf.clamp_(low.view(3, 1, 1), high.view(3, 1, 1))
-        images = leaf.detach()
-    return denormalise(images, data.mean, data.std)
-
-
-def test_a_unit_of_classes_is_optimised_as_released(tmp_path: Path) -> None:
-    context = tiny_context(tmp_path, *LATE, *BY_CLASS, "method.crop_schedule=cosine", "method.lr=0.05")
-    stack = Stack(0, (0,), (Unit(0, 0, 0, 5, 4),), tuple(first_stages(4, 3)))
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (made,) = recovered(context, stack, small_network(10).eval(), start)
-    expected = as_released(context, stack, small_network(10).eval(), start)
-    # A step of Adam may flip where a gradient is all but 0.
-    assert ((made.int() - expected.int()).abs() <= 1).double().mean() > 0.995
-    moved = (made.int() - stack.units[0].of(start).int()).abs().double().flatten(1).mean(dim=1)
-    by_slot = moved.view(5, 4).mean(dim=0).tolist()
-    assert by_slot[0] > 2 * by_slot[3] > 0
-
-
-def test_slots_that_begin_late_are_those_of_fewer_stages(tmp_path: Path) -> None:
-    """Units know nothing of each other: what begins at once is as without the others, to the last bits."""
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    units = tuple(Unit(slot, 0, 0, 10) for slot in range(4))
-    network = small_network(10).eval()
-    late = tiny_context(tmp_path / "late", *LATE)
-    usual = tiny_context(tmp_path / "usual", *LATE, "method.early_late=false")
-    with_late = recovered(late, Stack(0, (0,), units, tuple(first_stages(4, 3))), network, start)
-    at_once = recovered(usual, Stack(0, (0,), units), network, start)
-    for slot in (0, 1):
-        assert (with_late[slot].int() - at_once[slot].int()).abs().max() <= 1
-    for slot in (2, 3):
-        assert not torch.equal(with_late[slot], at_once[slot])
-    # The last slot sees the last stage alone.
-    alone = recovered(
-        tiny_context(tmp_path / "alone", *LATE), Stack(0, (0,), units[3:], tuple(first_stages(4, 3))), network, start
-    )
-    assert (with_late[3].int() - alone[0].int()).abs().max() <= 1
-    moved = [(made.int() - start[:, slot].int()).abs().double().mean() for slot, made in enumerate(with_late)]
-    assert all(earlier > later for earlier, later in pairwise(moved[1:]))
-
-
-@pytest.mark.parametrize("composed", [(), BY_CLASS])
-@pytest.mark.parametrize("residual", [(), ("method.residual=0.5", "method.sizes=[24,16,32]")])
-def test_what_begins_later_is_not_blended_before(
-    composed: tuple[str, ...], residual: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What begins with a stage is the initial image at the stage's size, whatever the others went through."""
-    context = tiny_context(tmp_path, *LATE, *composed, *residual)
-    method, data = context.config.method, context.data()
-    units = (Unit(0, 0, 0, 5, 4),) if composed else tuple(Unit(slot, 0, 0, 10) for slot in range(4))
-    stack = Stack(0, (0,), units, tuple(first_stages(4, 3)))
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    began: list[Tensor] = []
-    fit = Context.fit
-
-    def noting(self: Context, module: Any, *arguments: Any) -> None:
-        began.append(module.images.detach().clone())
-        fit(self, module, *arguments)
-
-    monkeypatch.setattr(Context, "fit", noting)
-    recovered(context, stack, small_network(10).eval(), start)
-    initial = torch.stack([normalise(unit.of(start), data.mean, data.std) for unit in units])
-    assert len(began) == 3
-    for stage, images in zip(plan_stages(method, 32), began, strict=True):
-        slots = torch.stack([unit.slots_of_images for unit in stack.begun(stage.index)])
-        now = torch.tensor(stack.begins)[slots] == stage.index
-        expected = stack.take_begun(initial, stage.index)
-        if stage.size != 32:
-            shape = (stage.size, stage.size)
-            expected = nn.functional.interpolate(expected.flatten(0, 1), shape, mode="bilinear").view_as(images)
-        assert now.any()
-        assert torch.equal(images[now], expected[now])
-        if stage.index:
-            assert not (images[~now] == expected[~now]).flatten(1).all(dim=1).any()
-
-
-@pytest.mark.parametrize("composed", [(), BY_CLASS])
-def test_what_is_interrupted_goes_on(
-    composed: tuple[str, ...], made: object, chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual, fit, begun = images_of(chain_home, *composed), Context.fit, 0
-
-    def pulling(self: Context, *arguments: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun == 3:
-            raise PulledPlug
-        fit(self, *arguments)
-
-    store = tmp_path / "store"
-    for kind in ("data", "members", "patches"):
-        (store / kind).parent.mkdir(parents=True, exist_ok=True)
-        (store / kind).symlink_to(chain_home / "store" / kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "fit", pulling)
-        with pytest.raises(PulledPlug):
-            images_of(chain_home, *composed, store=store)
-    again = images_of(chain_home, *composed, store=store)
-    assert again.path != usual.path
-    assert same_files(again, usual)
-
-
-def test_equal_images_are_one_artefact_whatever_begins_late(chain_home: Path) -> None:
-    """Where nothing is optimised nothing begins."""
-    kept = ("method.iterations=0", "method.name=patches")
-    assert images_of(chain_home, *kept).path == images_of(chain_home, *kept, "method.early_late=false").path
-
-
 # --- what they begin with ---------------------------------------------------------------------------------------------
 
 
@@ -318,7 +144,8 @@ def test_a_single_stage_is_refused() -> None:
     method_config(**usual, stages=2)
     with pytest.raises(ValueError, match=r"method\.early_late begins some slots with each stage, and method\.stages=1"):
         method_config(**usual)
-    method_config(**usual | {"iterations": 0, "init": "real"})
+    kept = method_config(**usual | {"iterations": 0, "init": "real"})
+    assert not kept.begins_late
 
 
 def test_ranks_need_an_image_each_from_the_first_stage(tmp_path: Path) -> None:
