@@ -21,7 +21,7 @@ from cvdd.chain.recover import require_splittable
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.cost.plan import plan_pieces, planning
-from cvdd.cost.steps import VoteStep
+from cvdd.cost.steps import MeasureStep, VoteStep
 from cvdd.cost.work import work_of
 from cvdd.methods.delt import around_the_middle, first_stages
 from cvdd.patches import score_crops
@@ -171,6 +171,15 @@ def test_costs_count_what_has_begun(composed: tuple[str, ...], chain_home: Path,
     pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}
     uses = work_of(pieces["images"]).uses
     assert sum(step.units * step.images * times for step, times in uses.items() if isinstance(step, VoteStep)) == shown
+
+
+def test_costs_count_what_comes_back_to_what_had_begun(chain_home: Path, tmp_path: Path) -> None:
+    """Of 40 images 20 have begun after the first stage, and 30 after the second."""
+    fitting = ("method.residual=0.5", "method.retrieval={complexity: 0}", f"paths.store={tmp_path}")
+    config = tiny_context(chain_home, *LATE, *fitting).config
+    pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}
+    uses = work_of(pieces["images"]).uses
+    assert [times for step, times in uses.items() if isinstance(step, MeasureStep)] == [50]
 
 
 def test_the_method_is_that_of_the_release(compose: Compose) -> None:

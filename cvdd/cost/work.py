@@ -173,7 +173,7 @@ def _images(piece: Piece, work: Work) -> None:
         observer = Network.of(
             config.committee.members[config.patches.observer].backbone, len(data.classes), data.image_size
         )
-        blended = count * (method.stages - 1)
+        blended = sum(stage.units * stage.images for stage in plan.work) - count
         work.use(MeasureStep(observer, SHOWN_AT_ONCE), blended)
         _decode(piece, work, blended, in_workers=False)
     _recover(piece, work, plan)
