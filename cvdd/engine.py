@@ -158,18 +158,23 @@ def vain_wishes(config: EngineConfig, method: MethodConfig, split: bool) -> list
         if split:
             why = "where ranks share a unit (trainer.split_units)"
         elif not judges_by_unit(method):
-            why = (
-                f"of method={method.name}, whose statistics are not those of BatchNorm in each unit (method.statistics)"
-            )
+            why = f"of method={method.name}, whose statistics are {_unusual(method)}"
         else:
             why = f"of method={method.name}, whose features are those of a layer inside (method.anchors.layer)"
         said.append(f"engine.compile=true: no judgement is compiled {why}")
     if config.units_per_pass != "auto" and not judges_by_unit(method):
         said.append(
             f"engine.units_per_pass={config.units_per_pass}: units of a stack are judged together by method="
-            f"{method.name}, which matches statistics of all of them or moving ones (method.statistics)"
+            f"{method.name}, whose statistics are {_unusual(method)}"
         )
     return said
+
+
+def _unusual(method: MethodConfig) -> str:
+    if method.statistics_of == "stack":
+        return "those of all units of a stack (method.statistics_of=stack)"
+    changed = method.statistics.model_dump(exclude_defaults=True)
+    return f"more than those of BatchNorm layers ({', '.join(f'method.statistics.{name}' for name in changed)})"
 
 
 def engines_elsewhere(config: EngineConfig, method: MethodConfig, work: Work) -> list[Engine]:

@@ -191,6 +191,12 @@ def plan_stages(method: MethodConfig, size: int) -> list[Stage]:
     return [Stage(index, index * length, (index + 1) * length, side) for index, side in enumerate(sizes)]
 
 
+def first_iteration(stack: Stack, unit: Unit, method: MethodConfig) -> int:
+    """Return the iteration with which the first slot of a unit begins."""
+    begins = stack.begins[unit.slot] if stack.begins else 0
+    return begins * (method.iterations // method.stages)
+
+
 def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:
     """Draw the crops, flips and shifts of a unit in one stage from (``method.seed``, slot, block, stage) alone.
 

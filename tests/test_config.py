@@ -134,9 +134,19 @@ def test_temperature_presets_hold_the_number_in_their_name(name: str, compose: C
 def test_a_moment_is_a_moment_whatever_the_experiment_says(experiment: str, debug: str, compose: Compose) -> None:
     config = compose("evaluate", f"experiment={experiment}", f"debug={debug}")
     assert (config.recipe.epochs, config.protocol.epochs, config.protocol.seeds) == (1, 1, [0])
-    assert config.method.iterations in (0, 4)
+    assert config.method.iterations in (0, 8)
     if experiment == "compare":
         assert config.compare["random_real"]["method.iterations"] == 0
+
+
+@pytest.mark.parametrize("name", [path.stem for path in GROUP_FILES if path.parts[0] == "method"])
+def test_every_method_can_be_tried_for_a_moment(name: str, compose: Compose) -> None:
+    """Those that keep their initial images, and those with engines of their own, as the file says."""
+    kept = name in ("random_real", "rded", "patches", "given", "full")
+    own = next((engine for engine in ("apm", "mtt") if name.startswith(engine)), "mtt" if name == "tesla" else None)
+    smoke = "debug=smoke" if own is None else f"debug=smoke_{own}"
+    with_it = ("label=hard", "protocol=method") if own else ("method.iterations=0",) if kept else ()
+    compose("distill", f"method={name}", smoke, *with_it, *FIELDS.get(f"method/{name}", ()))
 
 
 def test_other_numbers_are_reached_by_their_field(compose: Compose) -> None:

@@ -21,13 +21,16 @@ from cvdd.chain.recover import require_splittable
 from cvdd.chain.unit_files import load_images
 from cvdd.config_base import ConfigError
 from cvdd.cost.plan import plan_pieces, planning
-from cvdd.cost.steps import MeasureStep, VoteStep
+from cvdd.cost.steps import MeasureStep, Overhead, VoteStep
 from cvdd.cost.work import work_of
 from cvdd.methods.delt import around_the_middle, first_stages
 from cvdd.patches import score_crops
+from cvdd.preflight import check_before_work
+from cvdd.report.gallery import _start
 from cvdd.schedules import cosine
 from cvdd.schema import members_used
 from cvdd.seeds import derive_seed, generator
+from cvdd.stages import stage_of
 from cvdd.units import Stack, Stage, plan_stacks, plan_stages, plan_units
 
 pytest_plugins = ["chain_fixtures"]
@@ -131,6 +134,22 @@ def test_middling_images_are_those_around_the_median(chain_home: Path) -> None:
     assert torch.equal(kept, whole_images(context, positions).flatten(0, 1))
 
 
+def test_middling_images_need_as_many_candidates_as_slots(chain_home: Path) -> None:
+    wanted = ("method.init=medium", "patches.candidates=1", "patches.images_per_class=1")
+    with pytest.raises(ConfigError, match=r"patches\.candidates=1 images of class .* Raise patches\.candidates"):
+        check_before_work(tiny_context(chain_home, *wanted))
+    assert stage_of("medium") == "patches"
+
+
+def test_the_page_shows_what_middling_images_became(chain_home: Path) -> None:
+    wanted = ("method.init=medium", "patches.candidates=9")
+    context = tiny_context(chain_home, *wanted)
+    shown, said = _start(context, make_images(context, PRIORS), [0, 3], 2)
+    kept = make_images(tiny_context(chain_home, *wanted, "method.iterations=0", "method.name=kept"), PRIORS)
+    assert said == "real images they started from"
+    assert torch.equal(shown, load_images(kept)[0].unflatten(0, (10, 2))[[0, 3]])
+
+
 def test_middling_images_need_their_observer(compose: Compose) -> None:
     others = ("method.voters=[resnet50]", "label=tiny_resnet18", "label.teachers=[resnet50]", "method.iterations=2")
     assert members_used(compose("evaluate", *others, "method.init=medium")) == ["resnet18", "resnet50"]
@@ -142,7 +161,9 @@ def test_middling_images_need_their_observer(compose: Compose) -> None:
 def test_a_single_stage_is_refused() -> None:
     usual = {"iterations": 4, "early_late": True}
     method_config(**usual, stages=2)
-    with pytest.raises(ValueError, match=r"method\.early_late begins some slots with each stage, and method\.stages=1"):
+    with pytest.raises(
+        ValueError, match=r"method\.early_late lets slots begin in different stages, and method\.stages=1"
+    ):
         method_config(**usual)
     kept = method_config(**usual | {"iterations": 0, "init": "real"})
     assert not kept.begins_late
@@ -171,6 +192,19 @@ def test_costs_count_what_has_begun(composed: tuple[str, ...], chain_home: Path,
     pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}
     uses = work_of(pieces["images"]).uses
     assert sum(step.units * step.images * times for step, times in uses.items() if isinstance(step, VoteStep)) == shown
+
+
+def test_code_is_compiled_for_one_number_of_images_and_for_any(
+    chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three stages show three numbers of images."""
+    monkeypatch.setattr("cvdd.automatic.has_compiler", lambda device: True)
+    one = ("committee.size=1", "method.voters=[resnet18]", "engine.compile=true", f"paths.store={tmp_path}")
+    config = tiny_context(chain_home, *LATE, *BY_CLASS, *one).config
+    pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}
+    uses = work_of(pieces["images"]).uses
+    assert len({step.images for step in uses if isinstance(step, VoteStep)}) == 3
+    assert uses[Overhead("compile")] == 2
 
 
 def test_costs_count_what_comes_back_to_what_had_begun(chain_home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import PRIORS, same_files, small_network, tiny_context
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_delt import BY_CLASS, LATE
 from test_interruption import PulledPlug
@@ -195,6 +197,19 @@ def test_each_unit_has_its_own_shares_of_the_vote_in_every_stage(
         tiny_context(tmp_path, *LATE), stack, torch.zeros(10, 4, 3, 32, 32).byte(), monkeypatch, weights=weights
     )
     assert [module.weights.tolist() for _, _, module in seen] == [weights[:, :count].tolist() for count in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("composed", [(), BY_CLASS])
+def test_a_unit_has_the_log_rows_since_it_began(composed: tuple[str, ...], tmp_path: Path) -> None:
+    context = tiny_context(tmp_path, *LATE, *composed)
+    stack = Stack(0, (0,), (Unit(0, 0, 0, 5, 4),) if composed else FOUR_UNITS, tuple(first_stages(4, 3)))
+    recovered(context, stack, small_network(10).eval(), torch.zeros(10, 4, 3, 32, 32).byte())
+    rows = []
+    for unit in stack.units:
+        with safe_open(context.config.paths.output / UNITS / f"{unit.name}.safetensors", "pt") as file:
+            history = json.loads(file.metadata()["history"])
+        rows.append([row["iteration"] for row in history["rows"]])
+    assert rows == ([[2, 4, 6]] if composed else [[2, 4, 6], [2, 4, 6], [4, 6], [6]])
 
 
 @pytest.mark.parametrize("composed", [(), BY_CLASS])

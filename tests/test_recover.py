@@ -92,6 +92,6 @@ def test_pixels_are_cut_to_whole_numbers_where_they_go_through_jpeg(
 def test_units_that_need_too_much_memory_are_to_be_halved() -> None:
     together = Stack(0, (0,), tuple(Unit(slot, 0, 0, 10) for slot in range(6)))
     method = method_config(statistics_of="stack")
-    assert "6 units of 10 images are judged together" in _less_memory(method, together)
-    assert "lower method.units_per_stack to at most 3" in _less_memory(method, together)
-    assert "lower method.classes_per_unit" in _less_memory(method, Stack(0, (0,), together.units[:1]))
+    assert "6 units of 10 images are judged together" in _less_memory(method, together.units)
+    assert "lower method.units_per_stack to at most 3" in _less_memory(method, together.units)
+    assert "lower method.classes_per_unit" in _less_memory(method, together.units[:1])

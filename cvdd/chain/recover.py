@@ -40,7 +40,7 @@ from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
 from cvdd.synthesis import DistillModule
 from cvdd.tensor_files import is_whole, save_tensors
-from cvdd.units import Stack, Stage, Unit, plan_stages, unit_views
+from cvdd.units import Stack, Stage, Unit, first_iteration, plan_stages, unit_views
 from cvdd.voting import Voter
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ def recover_stack(
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
     for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):
         shares = dict(zip(names, unit_weights.tolist(), strict=True))
-        write_unit(work / UNITS, unit, unit_pixels, [asdict(row) for row in rows], shares)
+        # Rows of earlier iterations are of other units.
+        own = [asdict(row) for row in rows if row.iteration > first_iteration(stack, unit, method)]
+        write_unit(work / UNITS, unit, unit_pixels, own, shares)
     for leftover in work.glob(f"stack{stack.index:05d}.*.tmp"):
         leftover.unlink()
     return engine
@@ -180,7 +182,7 @@ def _optimise(
             module.rows = list(rows)
             try:
                 with (
-                    enough_memory(f"stack {stack.index} of the images", _less_memory(method, stack)),
+                    enough_memory(f"stack {stack.index} of the images", _less_memory(method, units)),
                     compiling(engine.compile),
                 ):
                     context.fit(module, None, module.epochs, checkpoint, context.world.size if split else 1)
@@ -217,11 +219,11 @@ def _next_images(
     return stack.put_begun(blended, before, late)
 
 
-def _less_memory(method: MethodConfig, stack: Stack) -> str:
-    units, images = len(stack.units), len(stack.units[0].targets)
-    if units > 1 and not judges_by_unit(method):
-        shown = f"{units} units of {images} images are judged together, as method.statistics needs it"
-        return f"{shown}; lower method.units_per_stack to at most {units // 2}"
+def _less_memory(method: MethodConfig, units: Sequence[Unit]) -> str:
+    count, images = len(units), len(units[0].targets)
+    if count > 1 and not judges_by_unit(method):
+        shown = f"{count} units of {images} images are judged together, as method.statistics needs it"
+        return f"{shown}; lower method.units_per_stack to at most {count // 2}"
     shown = f"a unit of {images} images is judged in one forward pass"
     return f"{shown}; lower method.classes_per_unit, or share each unit: trainer.split_units=true"
 

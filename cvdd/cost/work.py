@@ -182,7 +182,7 @@ def _images(piece: Piece, work: Work) -> None:
 def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
     method, data = piece.config.method, piece.data
     matched, engine = method.r_bn > 0, engine_of(piece.identity)
-    kinds = set[Step]()
+    kinds = set[VoteStep]()
     side_by_side = piece.recorded and iteration_can_be_recorded(method, split=False)
     for stack in plan.work:
         held = dict[int, VoteStep]()
@@ -206,7 +206,8 @@ def _recover(piece: Piece, work: Work, plan: RecoverPlan) -> None:
         work.steps += stack.iterations
         work.around(fit=1, epoch=stack.epochs, batch=stack.rows)
     if engine.compile:
-        work.around(compile=len(kinds))
+        # A second number of images is compiled for any.
+        work.around(compile=sum(min(often, 2) for often in Counter(step.network for step in kinds).values()))
 
 
 def _labels(piece: Piece, work: Work) -> None:

@@ -55,8 +55,8 @@ def terms_of(members: Mapping[str, MemberTerms]) -> list[str]:
 def member_terms(history: Mapping[str, Mapping[str, Any]], config: RunConfig) -> dict[str, MemberTerms]:
     """Average the log rows of a distilled set by member; empty where nothing was optimised.
 
-    A log row is the mean over the units of its stack, and every unit carries the rows of its stack, so the mean over
-    units is that of all units, whatever the stacks.
+    A log row is the mean over the units of its stack that have begun, and each of these carries it, so the mean over
+    units is that of all that have begun, whatever the stacks.
 
     Args:
         history: by the unit's name, ``weights`` and ``rows``, as stored with the images.

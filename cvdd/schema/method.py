@@ -161,8 +161,8 @@ class MethodConfig(CheckedConfig):
     residual: Share = Field(1.0, description="share of the images kept after a stage; the rest is blended in anew")
     early_late: bool = Field(
         False,
-        description="slots begin one after the other, some with each stage, and all end with the last (DELT); false: "
-        "all begin with the first",
+        description="slots begin spread evenly over the stages, the first ones first, and all end with the last stage "
+        "(DELT); false: all begin with the first. The rate of that name is protocol.schedule's",
     )
     ce: float = Field(1.0, ge=0, description="weight of each member's cross-entropy")
     r_bn: float = Field(0.01, ge=0, description="weight of each member's statistics term")
@@ -333,8 +333,8 @@ class MethodConfig(CheckedConfig):
             yield f"method.sizes={self.sizes} needs one side for each of method.stages={self.stages}"
         if self.early_late and self.iterations and self.stages == 1:
             yield (
-                "method.early_late begins some slots with each stage, and method.stages=1 is one; set method.stages to "
-                "at least 2, or method.early_late=false"
+                "method.early_late lets slots begin in different stages, and method.stages=1 is one; set method.stages "
+                "to at least 2, or method.early_late=false"
             )
         if self.residual < 1 and self.stages == 1:
             yield "method.residual blends after a stage that is not the last; set method.stages to at least 2"
