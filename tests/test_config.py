@@ -139,16 +139,6 @@ def test_a_moment_is_a_moment_whatever_the_experiment_says(experiment: str, debu
         assert config.compare["random_real"]["method.iterations"] == 0
 
 
-@pytest.mark.parametrize("name", [path.stem for path in GROUP_FILES if path.parts[0] == "method"])
-def test_every_method_can_be_tried_for_a_moment(name: str, compose: Compose) -> None:
-    """Those that keep their initial images, and those with engines of their own, as the file says."""
-    kept = name in ("random_real", "rded", "patches", "given", "full")
-    own = next((engine for engine in ("apm", "mtt") if name.startswith(engine)), "mtt" if name == "tesla" else None)
-    smoke = "debug=smoke" if own is None else f"debug=smoke_{own}"
-    with_it = ("label=hard", "protocol=method") if own else ("method.iterations=0",) if kept else ()
-    compose("distill", f"method={name}", smoke, *with_it, *FIELDS.get(f"method/{name}", ()))
-
-
 def test_other_numbers_are_reached_by_their_field(compose: Compose) -> None:
     config = compose("evaluate", "ipc.images_per_class=7", "temperature.vote=2.5")
     assert (config.ipc.images_per_class, config.temperature.vote) == (7, 2.5)

@@ -1,4 +1,4 @@
-"""Every field of the schema stands in the composed configuration, so that it can be set without a plus sign."""
+"""Every field stands in the composed configuration, to be set without a plus sign, and every method can be tried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Compose, compose_raw
 from omegaconf import OmegaConf
-from test_config import GROUP_FILES, overrides_for
+from test_config import FIELDS, GROUP_FILES, overrides_for
 
 from cvdd.fields import fields
 
@@ -84,3 +84,13 @@ def test_priors_are_given_without_a_plus_sign(compose: Compose) -> None:
     one_by_one = [f"+prior.values.{name}={value}" for name, value in values.items()]
     assert compose("evaluate", "prior.source=given", *one_by_one).prior.values == values
     assert compose("evaluate", "prior=cifar10", "prior.values.resnet18=1").prior.values["resnet18"] == 1
+
+
+@pytest.mark.parametrize("name", [path.stem for path in GROUP_FILES if path.parts[0] == "method"])
+def test_every_method_can_be_tried_for_a_moment(name: str, compose: Compose) -> None:
+    """Those that keep their initial images, and those with engines of their own, as the file says."""
+    kept = name in ("random_real", "rded", "patches", "given", "full")
+    own = next((engine for engine in ("apm", "mtt") if name.startswith(engine)), "mtt" if name == "tesla" else None)
+    smoke = "debug=smoke" if own is None else f"debug=smoke_{own}"
+    with_it = ("label=hard", "protocol=method") if own else ("method.iterations=0",) if kept else ()
+    compose("distill", f"method={name}", smoke, *with_it, *FIELDS.get(f"method/{name}", ()))

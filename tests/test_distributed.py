@@ -32,7 +32,7 @@ from cvdd.config_base import ConfigError
 from cvdd.distributed import FAILED, World, given_world
 from cvdd.launching import check_multirun
 from cvdd.member import own_images
-from cvdd.units import Unit
+from cvdd.units import Stack, Unit
 from cvdd.voting import Voter
 
 ROOT = Path(__file__).parent.parent
@@ -377,6 +377,10 @@ def test_a_split_unit_has_the_loss_and_the_gradient_of_the_whole(statistics_of: 
         torch.testing.assert_close(loss, expected.loss.detach(), rtol=1e-12, atol=0)
 
 
+def stacks_of(*units: Unit) -> list[Stack]:
+    return [Stack(index, (0,), (unit,)) for index, unit in enumerate(units)]
+
+
 def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trainer=ddp trainer.devices=2"):
         configure(tmp_path, *TINY, "trainer.split_units=true")
@@ -386,9 +390,9 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
     two = replace(context, world=World(0, 2, 0, 2))
     assert splits_units(two)
     assert not splits_units(context)
-    require_splittable(two, [Unit(0, 0, 0, 2)])
+    require_splittable(two, stacks_of(Unit(0, 0, 0, 2)))
     with pytest.raises(ConfigError, match="a unit has 1 images, too few for 2 processes"):
-        require_splittable(two, [Unit(0, 0, 0, 2), Unit(0, 1, 2, 3)])
+        require_splittable(two, stacks_of(Unit(0, 0, 0, 2), Unit(0, 1, 2, 3)))
     dense = replace(two, config=two.config.model_copy(update={"method": method_config(composer="classes", density=1)}))
     with pytest.raises(ConfigError, match="method.density"):
-        require_splittable(dense, [Unit(0, 0, 0, 2)])
+        require_splittable(dense, stacks_of(Unit(0, 0, 0, 2)))

@@ -98,9 +98,9 @@ def test_smoke_is_for_a_moment_whatever_rows_say(tmp_path: Path) -> None:
     config = check(compose_raw(tmp_path, "evaluate", *typed))
     rows = {name: with_overrides(config, {**row, "compare": {}}) for name, row in config.compare.items()}
     assert len(rows) > 20
-    assert {row.method.iterations for row in rows.values()} == {0, 4}
+    assert {row.method.iterations for row in rows.values()} == {0, 8}
     assert {row.protocol.epochs for row in rows.values()} == {1}
-    assert config.compare["row"] == {"method.iterations": 4}
+    assert config.compare["row"] == {"method.iterations": 8}
 
 
 @pytest.mark.parametrize(
