@@ -13,7 +13,8 @@ from helpers import PRIORS, same_files, small_network, tiny_context
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_delt import BY_CLASS, LATE
-from test_interruption import PulledPlug
+from test_interruption import PulledPlug, stop_at
+from test_reta import copied
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
@@ -269,21 +270,10 @@ def test_units_of_a_pass_are_halved_of_those_that_have_begun(tmp_path: Path, mon
 def test_what_is_interrupted_goes_on(
     composed: tuple[str, ...], made: object, chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, fit, begun = images_of(chain_home, *composed), Context.fit, 0
-
-    def pulling(self: Context, *arguments: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun == 3:
-            raise PulledPlug
-        fit(self, *arguments)
-
-    store = tmp_path / "store"
-    for kind in ("data", "members", "patches"):
-        (store / kind).parent.mkdir(parents=True, exist_ok=True)
-        (store / kind).symlink_to(chain_home / "store" / kind)
+    usual = images_of(chain_home, *composed)
+    store = copied(chain_home, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Context, "fit", pulling)
+        stop_at(patch, Context, "fit", 3, PulledPlug)
         with pytest.raises(PulledPlug):
             images_of(chain_home, *composed, store=store)
     again = images_of(chain_home, *composed, store=store)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Compose
 from helpers import PRIORS, as_files, method_config, same_files, small_network, tiny_context
-from test_interruption import PulledPlug
+from test_interruption import PulledPlug, stop_at
 from torch import Tensor, nn
 
 import cvdd.chain.recover
@@ -293,18 +293,10 @@ def test_what_is_interrupted_goes_on(
     made: object, chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the last stage; what was blended in is found again from the images of the stage before."""
-    usual, fit, begun = images_of(chain_home), Context.fit, 0
-
-    def pulling(self: Context, *arguments: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun == 3:
-            raise PulledPlug
-        fit(self, *arguments)
-
+    usual = images_of(chain_home)
     store = copied(chain_home, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Context, "fit", pulling)
+        stop_at(patch, Context, "fit", 3, PulledPlug)
         with pytest.raises(PulledPlug):
             images_of(chain_home, store=store)
     again = images_of(chain_home, store=store)
