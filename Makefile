@@ -25,7 +25,7 @@ help: ## show this
 demo: $(STAMP) ## run the whole chain on the embedded data set
 	$(BIN)/python evaluate.py experiment=demo
 
-compare: $(STAMP) ## compare all methods on the embedded data set, in 40 minutes on two cores
+compare: $(STAMP) ## compare all methods on the embedded data set, in an hour on two cores
 	$(BIN)/python evaluate.py experiment=compare
 
 compare-matching: $(STAMP) ## the same for APM and MTT at IPC 1 and 10, in more than an hour
