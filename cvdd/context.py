@@ -105,15 +105,10 @@ class Context:
         found: T = self._known[key]
         return found
 
-    def tell(self, message: str) -> None:
+    def tell(self, message: str, level: int = logging.INFO) -> None:
         """Say something that is true of the whole run, once and by one rank."""
         if self.world.main:
-            self.once(("told", message), lambda: log.info("%s", message))
-
-    def warn(self, message: str) -> None:
-        """Warn of something that is true of the whole run, likewise."""
-        if self.world.main:
-            self.once(("told", message), lambda: log.warning("%s", message))
+            self.once(("told", message), lambda: log.log(level, "%s", message))
 
     def differing(
         self, overrides: Mapping[str, Any], label: str, serves: Literal["priors", "students"] | None = None

@@ -117,18 +117,27 @@ def judges_by_unit(method: MethodConfig) -> bool:
     return method.statistics == StatisticsConfig() and method.statistics_of == "unit"
 
 
-def can_be_compiled(method: MethodConfig, split: bool) -> bool:
-    """Whether judgements can be compiled.
-
-    Not where ranks share a unit: their sums are made between the layers. Nor where features are those of a layer that
-    has others inside: compiled code goes through these as one piece.
+def why_not_compiled(method: MethodConfig, split: bool) -> str | None:
+    """Say why judgements cannot be compiled; None where they can.
 
     Args:
         method: how images are made.
         split: whether ranks share each unit.
     """
-    inside = method.anchored is not None and method.anchored.layer != HEAD
-    return judges_by_unit(method) and not split and not inside
+    if split:
+        # Their sums are made between the layers.
+        return "where ranks share a unit (trainer.split_units)"
+    if not judges_by_unit(method):
+        return f"of method={method.name}, whose statistics are {_unusual(method)}"
+    if method.anchored is not None and method.anchored.layer != HEAD:
+        # Compiled code goes through a layer that has others inside as one piece.
+        return f"of method={method.name}, whose features are those of a layer inside (method.anchors.layer)"
+    return None
+
+
+def can_be_compiled(method: MethodConfig, split: bool) -> bool:
+    """Whether judgements can be compiled; arguments are those of :func:`why_not_compiled`."""
+    return why_not_compiled(method, split) is None
 
 
 def choose_engine(config: EngineConfig, method: MethodConfig, work: Work, device: torch.device) -> Engine:
@@ -154,13 +163,7 @@ def vain_wishes(config: EngineConfig, method: MethodConfig, split: bool) -> list
         split: whether ranks share each unit.
     """
     said = []
-    if config.compile is True and not can_be_compiled(method, split):
-        if split:
-            why = "where ranks share a unit (trainer.split_units)"
-        elif not judges_by_unit(method):
-            why = f"of method={method.name}, whose statistics are {_unusual(method)}"
-        else:
-            why = f"of method={method.name}, whose features are those of a layer inside (method.anchors.layer)"
+    if config.compile is True and (why := why_not_compiled(method, split)):
         said.append(f"engine.compile=true: no judgement is compiled {why}")
     if config.units_per_pass != "auto" and not judges_by_unit(method):
         said.append(

@@ -31,7 +31,7 @@ from cvdd.labels import check_batches
 from cvdd.patches import require_candidates
 from cvdd.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, members_used, teachers_of, votes_by_priors
-from cvdd.schema.anchors import BEGINNINGS
+from cvdd.schema.anchors import BEGINNINGS, RANKED
 from cvdd.units import plan_units
 
 log = logging.getLogger(__name__)
@@ -321,13 +321,13 @@ def _check_real_images(context: Context, field: str) -> None:
         try:
             if init == "real" or config.method.ranks:
                 require_real_images(name, count, ipc, field=field, factor=factor)
-            if init in ("herding", "easiest", "medium"):
+            if init in ("herding", *RANKED):
                 require_real_images(name, count, ipc, patches.candidates, field, factor)
             elif init == "patches":
                 require_candidates(name, count, patches, field)
         except ConfigError as error:
             # More candidates than there are images are of no use.
-            enough = patches.candidates if init in ("patches", "herding", "easiest", "medium") else ipc * factor**2
+            enough = patches.candidates if init in ("patches", "herding", *RANKED) else ipc * factor**2
             if count != per_class or count >= enough:
                 raise
             raise ConfigError(f"{error}. Or raise dataset.train_per_class={per_class}, which leaves no more") from error

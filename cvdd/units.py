@@ -79,6 +79,10 @@ class Stack:
     units: tuple[Unit, ...]
     begins: tuple[int, ...] = ()
 
+    def first_stage(self, unit: Unit) -> int:
+        """Stage in which the first slot of a unit begins."""
+        return self.begins[unit.slot] if self.begins else 0
+
     def begun(self, stage: int) -> tuple[Unit, ...]:
         """Units of which at least a slot has begun by a stage, with the slots that have: the first, and their first."""
         if not self.begins:
@@ -189,12 +193,6 @@ def plan_stages(method: MethodConfig, size: int) -> list[Stage]:
     length = method.iterations // method.stages
     sizes = method.sizes or [size] * method.stages
     return [Stage(index, index * length, (index + 1) * length, side) for index, side in enumerate(sizes)]
-
-
-def first_iteration(stack: Stack, unit: Unit, method: MethodConfig) -> int:
-    """Return the iteration with which the first slot of a unit begins."""
-    begins = stack.begins[unit.slot] if stack.begins else 0
-    return begins * (method.iterations // method.stages)
 
 
 def unit_views(unit: Unit, method: MethodConfig, stage: Stage) -> Views:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ from cvdd.units import Stack, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
 pytest_plugins = ["chain_fixtures"]
+
+
+FOUR_UNITS = tuple(Unit(slot, 0, 0, 10) for slot in range(4))
+START = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+"""Initial images of ten classes."""
+
+
+def late_stack(composed: tuple[str, ...] = ()) -> Stack:
+    """Four slots, in a unit of five classes or in four units of ten."""
+    units = (Unit(0, 0, 0, 5, 4),) if composed else FOUR_UNITS
+    return Stack(0, (0,), units, tuple(first_stages(4, 3)))
 
 
 def images_of(home: Path, *overrides: str, store: Path | None = None) -> Artifact:
@@ -107,36 +119,33 @@ def as_released(context: Context, stack: Stack, network: nn.Module, start: Tenso
 
 def test_a_unit_of_classes_is_optimised_as_released(tmp_path: Path) -> None:
     context = tiny_context(tmp_path, *LATE, *BY_CLASS, "method.crop_schedule=cosine", "method.lr=0.05")
-    stack = Stack(0, (0,), (Unit(0, 0, 0, 5, 4),), tuple(first_stages(4, 3)))
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (made,) = recovered(context, stack, small_network(10).eval(), start)
-    expected = as_released(context, stack, small_network(10).eval(), start)
+    stack = late_stack(BY_CLASS)
+    (made,) = recovered(context, stack, small_network(10).eval(), START)
+    expected = as_released(context, stack, small_network(10).eval(), START)
     # A step of Adam may flip where a gradient is all but 0.
     assert ((made.int() - expected.int()).abs() <= 1).double().mean() > 0.995
-    moved = (made.int() - stack.units[0].of(start).int()).abs().double().flatten(1).mean(dim=1)
+    moved = (made.int() - stack.units[0].of(START).int()).abs().double().flatten(1).mean(dim=1)
     by_slot = moved.view(5, 4).mean(dim=0).tolist()
     assert by_slot[0] > 2 * by_slot[3] > 0
 
 
 def test_slots_that_begin_late_are_those_of_fewer_stages(tmp_path: Path) -> None:
     """Units know nothing of each other: what begins at once is as without the others, to the last bits."""
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    units = tuple(Unit(slot, 0, 0, 10) for slot in range(4))
     network = small_network(10).eval()
     late = tiny_context(tmp_path / "late", *LATE)
     usual = tiny_context(tmp_path / "usual", *LATE, "method.early_late=false")
-    with_late = recovered(late, Stack(0, (0,), units, tuple(first_stages(4, 3))), network, start)
-    at_once = recovered(usual, Stack(0, (0,), units), network, start)
+    with_late = recovered(late, late_stack(), network, START)
+    at_once = recovered(usual, Stack(0, (0,), FOUR_UNITS), network, START)
     for slot in (0, 1):
         assert (with_late[slot].int() - at_once[slot].int()).abs().max() <= 1
     for slot in (2, 3):
         assert not torch.equal(with_late[slot], at_once[slot])
     # The last slot sees the last stage alone.
     alone = recovered(
-        tiny_context(tmp_path / "alone", *LATE), Stack(0, (0,), units[3:], tuple(first_stages(4, 3))), network, start
+        tiny_context(tmp_path / "alone", *LATE), replace(late_stack(), units=FOUR_UNITS[3:]), network, START
     )
     assert (with_late[3].int() - alone[0].int()).abs().max() <= 1
-    moved = [(made.int() - start[:, slot].int()).abs().double().mean() for slot, made in enumerate(with_late)]
+    moved = [(made.int() - START[:, slot].int()).abs().double().mean() for slot, made in enumerate(with_late)]
     assert all(earlier > later for earlier, later in pairwise(moved[1:]))
 
 
@@ -148,11 +157,9 @@ def test_what_begins_later_is_not_blended_before(
     """What begins with a stage is the initial image at the stage's size, whatever the others went through."""
     context = tiny_context(tmp_path, *LATE, *composed, *residual)
     method, data = context.config.method, context.data()
-    units = (Unit(0, 0, 0, 5, 4),) if composed else tuple(Unit(slot, 0, 0, 10) for slot in range(4))
-    stack = Stack(0, (0,), units, tuple(first_stages(4, 3)))
-    start = torch.randint(0, 256, (10, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = stages_of(context, stack, start, monkeypatch)
-    initial = torch.stack([normalise(unit.of(start), data.mean, data.std) for unit in units])
+    stack = late_stack(composed)
+    seen = stages_of(context, stack, START, monkeypatch)
+    initial = torch.stack([normalise(unit.of(START), data.mean, data.std) for unit in stack.units])
     left = initial[:0]
     for stage, (begins, ends, _) in zip(plan_stages(method, 32), seen, strict=True):
         slots = torch.stack([unit.slots_of_images for unit in stack.begun(stage.index)])
@@ -186,13 +193,10 @@ def stages_of(
     return seen
 
 
-FOUR_UNITS = tuple(Unit(slot, 0, 0, 10) for slot in range(4))
-
-
 def test_each_unit_has_its_own_shares_of_the_vote_in_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stack = Stack(0, (0,), FOUR_UNITS, tuple(first_stages(4, 3)))
+    stack = late_stack()
     weights = torch.tensor([[1.0, 0.5, 0.25, 0.125]])
     seen = stages_of(
         tiny_context(tmp_path, *LATE), stack, torch.zeros(10, 4, 3, 32, 32).byte(), monkeypatch, weights=weights
@@ -203,7 +207,7 @@ def test_each_unit_has_its_own_shares_of_the_vote_in_every_stage(
 @pytest.mark.parametrize("composed", [(), BY_CLASS])
 def test_a_unit_has_the_log_rows_since_it_began(composed: tuple[str, ...], tmp_path: Path) -> None:
     context = tiny_context(tmp_path, *LATE, *composed)
-    stack = Stack(0, (0,), (Unit(0, 0, 0, 5, 4),) if composed else FOUR_UNITS, tuple(first_stages(4, 3)))
+    stack = late_stack(composed)
     recovered(context, stack, small_network(10).eval(), torch.zeros(10, 4, 3, 32, 32).byte())
     rows = []
     for unit in stack.units:
@@ -219,8 +223,7 @@ def test_anchors_are_those_of_what_has_begun(
 ) -> None:
     four = ("method.factor=2", "label.factor=2", "method.init=real", "method.anchors={weight: 1.0}")
     context = tiny_context(chain_home, *LATE, *composed, *four, f"paths.output={tmp_path}")
-    units = (Unit(0, 0, 0, 5, 4),) if composed else FOUR_UNITS
-    stack = Stack(0, (0,), units, tuple(first_stages(4, 3)))
+    stack = late_stack(composed)
     positions = chosen_positions(context, None)
     with monkeypatch.context() as patch:
         # Features are not what is looked at.
@@ -236,12 +239,11 @@ def test_what_fits_is_blended_into_what_had_begun(
 ) -> None:
     fitting = ("method.residual=0.5", "method.retrieval={complexity: 0}", f"paths.output={tmp_path}")
     context = tiny_context(chain_home, *LATE, *composed, *fitting)
-    units = (Unit(0, 0, 0, 5, 4),) if composed else FOUR_UNITS
-    stack = Stack(0, (0,), units, tuple(first_stages(4, 3)))
+    stack = late_stack(composed)
     retrieval = Retrieval.of(context, make_candidates(context))
     start = whole_images(context, chosen_positions(context, None))[:, :, 0]
     seen = stages_of(context, stack, start, monkeypatch, retrieval=retrieval)
-    initial = torch.stack([normalise(unit.of(start), context.data().mean, context.data().std) for unit in units])
+    initial = torch.stack([normalise(unit.of(start), context.data().mean, context.data().std) for unit in stack.units])
     for stage in (1, 2):
         left, (begins, _, _) = seen[stage - 1][1], seen[stage]
         blended = 0.5 * left + 0.5 * retrieval.real_images(left, stack.begun(stage - 1))
@@ -261,7 +263,7 @@ def test_units_of_a_pass_are_halved_of_those_that_have_begun(tmp_path: Path, mon
         fit(self, module, *arguments)
 
     monkeypatch.setattr(Context, "fit", short)
-    stack = Stack(0, (0,), FOUR_UNITS, tuple(first_stages(4, 3)))
+    stack = late_stack()
     recovered(tiny_context(tmp_path, *LATE), stack, small_network(10).eval(), torch.zeros(10, 4, 3, 32, 32).byte())
     assert tried == [(2, 2), (2, 1), (3, 1), (4, 1)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -83,7 +84,7 @@ def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:
         work = _work(context, stacks)
         engine = choose_engine(config.engine, method, work, context.device)
         for wish in vain_wishes(config.engine, method, split):
-            context.warn(wish)
+            context.tell(wish, logging.WARNING)
         others = [one.identity for one in engines_elsewhere(config.engine, method, work)]
         typed = f"engine.compile={str(engine.compile).lower()} engine.precision={engine.precision}"
         identity |= as_it_was_made(context, "images", identity, parents, engine.identity, others, typed)

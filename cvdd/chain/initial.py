@@ -19,7 +19,7 @@ from cvdd.chain.unit_files import PATCHES
 from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.patches import make_patches
-from cvdd.schema.anchors import BEGINNINGS
+from cvdd.schema.anchors import BEGINNINGS, RANKED
 from cvdd.seeds import derive_seed, generator
 from cvdd.selection import herd, member_features
 
@@ -93,8 +93,7 @@ def make_start(context: Context) -> Artifact | None:
     makers = {
         "patches": make_initial_patches,
         "herding": make_herd,
-        "easiest": make_ranked,
-        "medium": make_ranked,
+        **dict.fromkeys(RANKED, make_ranked),
         "difficulty": make_difficulty,
         "given": given_start,
         "from_given": given_start,

@@ -40,7 +40,7 @@ from cvdd.schema.method import StatisticsConfig
 from cvdd.seeds import generator
 from cvdd.synthesis import DistillModule
 from cvdd.tensor_files import is_whole, save_tensors
-from cvdd.units import Stack, Stage, Unit, first_iteration, plan_stages, unit_views
+from cvdd.units import Stack, Stage, Unit, plan_stages, unit_views
 from cvdd.voting import Voter
 
 log = logging.getLogger(__name__)
@@ -116,10 +116,12 @@ def recover_stack(
     pixels = denormalise(images, data.mean, data.std, truncate=truncate)
     if method.jpeg_round_trip:
         pixels = torch.stack([jpeg_round_trip(image) for image in pixels.flatten(0, 1)]).view_as(pixels)
+    stages = plan_stages(method, data.image_size)
     for unit, unit_pixels, unit_weights in zip(stack.units, pixels, weights.T, strict=True):
         shares = dict(zip(names, unit_weights.tolist(), strict=True))
-        # Rows of earlier iterations are of other units.
-        own = [asdict(row) for row in rows if row.iteration > first_iteration(stack, unit, method)]
+        # Rows of earlier stages are of other units.
+        first = stages[stack.first_stage(unit)].first
+        own = [asdict(row) for row in rows if row.iteration > first]
         write_unit(work / UNITS, unit, unit_pixels, own, shares)
     for leftover in work.glob(f"stack{stack.index:05d}.*.tmp"):
         leftover.unlink()
@@ -205,10 +207,9 @@ def _next_images(
     method: MethodConfig, stack: Stack, stage: Stage, images: Tensor, initial: Tensor, retrieval: Retrieval | None
 ) -> Tensor:
     """Return what a stage begins with: what the last one left, blended, and those that begin now as they were."""
-    late = resized(stack.take_begun(initial, stage.index), stage.size)
+    before, now = stage.index - 1, stage.index
     if not len(images):
-        return late
-    before = stage.index - 1
+        return resized(stack.take_begun(initial, now), stage.size)
     if method.residual == 1:
         back = images
     elif retrieval is not None:
@@ -216,7 +217,9 @@ def _next_images(
     else:
         back = stack.take_begun(initial, before)
     blended = adjustable_residual(images, back, method.residual, stage.size)
-    return stack.put_begun(blended, before, late)
+    if stack.begun(before) == stack.begun(now):
+        return blended
+    return stack.put_begun(blended, before, resized(stack.take_begun(initial, now), stage.size))
 
 
 def _less_memory(method: MethodConfig, units: Sequence[Unit]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -170,8 +171,10 @@ class Planning(Context):
                 self.notes[why] = None
         return self._loaded[key]
 
-    def tell(self, message: str) -> None:
-        """Say nothing: a walk is made for many configurations."""
+    def tell(self, message: str, level: int = logging.INFO) -> None:
+        """Say warnings alone: a walk is made for many configurations."""
+        if level > logging.INFO:
+            super().tell(message, level)
 
     def _open_elsewhere(self, path: Path, kind: str) -> Artifact:
         # What is not computed with needs no checksums.

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 HEAD = "head"
 """Of a network, its last linear layer."""
 
-BEGINNINGS = ("real", "easiest", "medium")
+RANKED = ("easiest", "medium")
+"""Initial images that are chosen by how well ``patches.observer`` tells them."""
+
+BEGINNINGS = ("real", *RANKED)
 """Initial images of which it is known which real ones they are made of."""
 
 

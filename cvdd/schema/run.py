@@ -10,7 +10,7 @@ from pydantic import Field
 from cvdd.backbones.config import BackboneConfig
 from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
-from cvdd.schema.anchors import BEGINNINGS
+from cvdd.schema.anchors import BEGINNINGS, RANKED
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
 from cvdd.schema.engine import EngineConfig
 from cvdd.schema.expected import ExpectedConfig
@@ -161,7 +161,7 @@ def teachers_of(config: RunConfig) -> list[str]:
 
 def members_used(config: RunConfig) -> list[str]:
     """Names of the members that may vote, that label, or that choose real images, in committee order."""
-    observed = config.method.init in ("patches", "easiest", "medium") or config.method.retrieves is not None
+    observed = config.method.init in ("patches", *RANKED) or config.method.retrieves is not None
     used = set(teachers_of(config)) | ({config.patches.observer} if observed else set())
     if config.method.recovers or config.method.ranks:
         voters = config.method.voters
