@@ -7,37 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cvdd.backbones.heads import find_head, require_head
 from cvdd.config_base import ConfigError
 from cvdd.layer_statistics import InputWatch
 from cvdd.schema.anchors import HEAD
 
 FEATURES_AT_ONCE = 500
 """Images in a forward pass that looks at features alone."""
-
-
-def head_of(network: nn.Module) -> str | None:
-    """Return the name of a network's last linear layer, or None if it has none."""
-    return next((name for name, layer in reversed([*network.named_modules()]) if isinstance(layer, nn.Linear)), None)
-
-
-def require_head(network: nn.Module, needed_by: str) -> nn.Linear:
-    """Return a network's last linear layer.
-
-    Args:
-        network: any.
-        needed_by: the setting that needs it, for messages.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    head = head_of(network)
-    layer = None if head is None else network.get_submodule(head)
-    if not isinstance(layer, nn.Linear):
-        raise ConfigError(
-            f"{needed_by} compares what goes into a network's linear classifier, and a {type(network).__name__} has "
-            f"none; choose another backbone, or do without {needed_by}"
-        )
-    return layer
 
 
 @torch.no_grad()
@@ -56,7 +32,7 @@ def head_features(network: nn.Module, images: Tensor, needed_by: str, batch: int
     Raises:
         ConfigError: it has no linear layer.
     """
-    layer, device = require_head(network, needed_by), next(network.parameters()).device
+    layer, device = require_head(network, needed_by)[1], next(network.parameters()).device
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(1).float().cpu()))
     try:
@@ -79,12 +55,15 @@ def feature_layer(network: nn.Module, layer: str, member: str) -> str:
         ConfigError: the network has no such module.
     """
     names = [name for name, _ in network.named_modules() if name]
-    found = head_of(network) if layer == HEAD else layer
-    if found is None:
-        raise ConfigError(
-            f"method.anchors.layer={HEAD}: member {member} does not end in a linear layer; name one of its modules "
-            f"({_outermost(names)}), or leave it out of the vote (method.voters)"
-        )
+    found = layer
+    if layer == HEAD:
+        head = find_head(network)
+        if head is None:
+            raise ConfigError(
+                f"method.anchors.layer={HEAD}: member {member} does not end in a linear layer; name one of its modules "
+                f"({_outermost(names)}), or leave it out of the vote (method.voters)"
+            )
+        found, _ = head
     if found not in names:
         raise ConfigError(
             f"method.anchors.layer={layer}: member {member} has no module of that name; choose {HEAD}, or one of "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cvdd.automatic import records
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.backbones.heads import require_head
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
 from cvdd.chain.difficulty import ranking_members, require_ranking
@@ -24,7 +25,7 @@ from cvdd.chain.retrieval import require_candidates_of_slots
 from cvdd.chain.votes import plan_draws
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.features import require_features, require_head
+from cvdd.features import require_features
 from cvdd.label_pool import LabelPool
 from cvdd.label_rows import check_top
 from cvdd.labels import check_batches

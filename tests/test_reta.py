@@ -20,6 +20,7 @@ import cvdd.chain.retrieval
 from cvdd.artifact import Artifact, Store
 from cvdd.augment import normalise
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.backbones.heads import require_head
 from cvdd.chain.images import make_images
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.retrieval import Retrieval, make_candidates
@@ -30,7 +31,7 @@ from cvdd.context import Context
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep, MoveStep
 from cvdd.cost.work import work_of
-from cvdd.features import head_features, require_head
+from cvdd.features import head_features
 from cvdd.methods.reta import best_fit, complexity
 from cvdd.preflight import check_before_work
 from cvdd.schema import members_used
@@ -99,7 +100,7 @@ def test_features_are_what_goes_into_the_classifier() -> None:
     shown = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     features = head_features(network, shown, "method.retrieval", batch=2)
     torch.testing.assert_close(network[-1](features), network(shown))
-    with pytest.raises(ConfigError, match=r"method\.retrieval compares .* choose another backbone"):
+    with pytest.raises(ConfigError, match=r"method\.retrieval needs .* choose another backbone"):
         head_features(nn.Conv2d(3, 1, 3), shown, "method.retrieval")
 
 
@@ -346,7 +347,7 @@ def test_an_observer_without_a_classifier_is_refused_before_any_work(chain_home:
     members = {**context.config.committee.members, "resnet18": MemberConfig(backbone=without)}
     committee = context.config.committee.model_copy(update={"members": members})
     context = replace(context, config=context.config.model_copy(update={"committee": committee}))
-    with pytest.raises(ConfigError, match=r"method\.retrieval compares what goes into a network's linear classifier"):
+    with pytest.raises(ConfigError, match=r"method\.retrieval needs what goes into a network's linear classifier"):
         check_before_work(context)
 
 
@@ -356,7 +357,7 @@ def test_costs_count_candidates_and_what_comes_back(chain_home: Path, tmp_path: 
     candidates, images = work_of(pieces["candidates"]), work_of(pieces["images"])
     (uses,) = [times for step, times in candidates.uses.items() if isinstance(step, MeasureStep)]
     assert uses == 70
-    width = require_head(build_network(config.committee.members["resnet18"].backbone, 10, 0), "it").in_features
+    width = require_head(build_network(config.committee.members["resnet18"].backbone, 10, 0), "it")[1].in_features
     assert candidates.other_bytes == 70 * (4 * width + 4 + 8)
     assert candidates.parts["classes"] == 10
     # Twenty images after two of three stages.

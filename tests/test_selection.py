@@ -62,7 +62,7 @@ def test_features_do_not_depend_on_a_networks_scale_or_on_the_batch() -> None:
 
 def test_a_network_without_a_linear_classifier_is_refused() -> None:
     network = nn.Sequential(*[module for module in small_network() if not isinstance(module, nn.Linear)])
-    with pytest.raises(ConfigError, match=r"method\.init=herding compares what goes into a network's"):
+    with pytest.raises(ConfigError, match=r"method\.init=herding needs what goes into a network's"):
         member_features([network], torch.zeros(2, 3, 12, 12))
 
 

@@ -15,6 +15,25 @@ def find_head(network: nn.Module) -> tuple[str, nn.Linear] | None:
     return heads[-1] if heads else None
 
 
+def require_head(network: nn.Module, needed_by: str) -> tuple[str, nn.Linear]:
+    """Return the name and the module of the last registered linear layer.
+
+    Args:
+        network: any.
+        needed_by: the setting that needs it, for messages.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    found = find_head(network)
+    if found is None:
+        raise ConfigError(
+            f"{needed_by} needs what goes into a network's linear classifier, and a {type(network).__name__} has "
+            f"none; choose another backbone, or do without {needed_by}"
+        )
+    return found
+
+
 def replace_heads(network: nn.Module, num_classes: int) -> None:
     """Replace, in place, every 1000-class head (auxiliary ones too) by a fresh one with ``num_classes`` outputs.
 

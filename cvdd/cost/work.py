@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cvdd.artifact import Artifact
+from cvdd.backbones.heads import require_head
 from cvdd.chain.difficulty import RANKED_AT_ONCE
 from cvdd.chain.members import MEASURED_AT_ONCE
 from cvdd.chain.retrieval import SHOWN_AT_ONCE
@@ -30,7 +31,7 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.engine import iteration_can_be_recorded
-from cvdd.features import FEATURES_AT_ONCE, require_head
+from cvdd.features import FEATURES_AT_ONCE
 from cvdd.label_pool import LabelPool
 from cvdd.label_store import LabelLayout
 from cvdd.labels import samples_at_most
@@ -257,7 +258,7 @@ def _candidates(piece: Piece, work: Work) -> None:
     network = _network(piece, piece.parents[0].manifest["identity"])
     work.use(MeasureStep(network, SHOWN_AT_ONCE), count)
     # Features and complexity in float32, and a position.
-    width = require_head(network.build(), "method.retrieval").in_features
+    width = require_head(network.build(), "method.retrieval")[1].in_features
     work.other_bytes = (4 * (width + 1) + 8) * count
     work.parts["classes"] = len(piece.data.classes)
     work.around(part=len(piece.data.classes))
