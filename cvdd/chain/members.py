@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact, file_checksum
 from cvdd.backbones import (
@@ -37,11 +36,12 @@ from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
 from cvdd.context import Context
-from cvdd.data import Data, check_same_classes, resize_and_crop
+from cvdd.data import check_same_classes
 from cvdd.measure import Evaluator
 from cvdd.member import MemberModule, own_images
 from cvdd.memory import enough_memory
 from cvdd.passes import passes_of_members
+from cvdd.real_images import RealImages, side_of_files
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import derive_seed
 
@@ -152,40 +152,6 @@ def load_network(context: Context, artifact: Artifact, backbone: BackboneConfig)
     return network.eval().requires_grad_(False)
 
 
-class RealImages(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of real images that do not fit memory, resized and cropped to one size for batched augmentation.
-
-    Args:
-        data: the data set.
-        side: of the images.
-        own: picks from [n] indices those of the images that this rank forwards; of the others only labels are given.
-            None picks all.
-        shorter_side: before the centre crop, in pixels; None is ``side``.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        side: int,
-        own: Callable[[Tensor], Tensor] | None = None,
-        shorter_side: int | None = None,
-    ) -> None:
-        self.data, self.side, self.own, self.shorter_side = data, side, own, shorter_side
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = index if self.own is None else self.own(index)
-        pixels = torch.empty(len(wanted), 3, self.side, self.side, dtype=torch.uint8)
-        for row, i in zip(pixels, wanted.tolist(), strict=True):
-            row.copy_(resize_and_crop(self.data.train.image(i), self.side, self.shorter_side))
-        return pixels, self.data.train.labels[index]
-
-
-def side_of_files(size: int, recipe: RecipeConfig) -> int:
-    """Side that images of this size which do not fit memory have before the recipe's augmentation."""
-    # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
-    return size * 8 // 7 if recipe.crop == "resized" else size
-
-
 def _train(context: Context, name: str, network: nn.Module, seed: int, work: Path) -> MemberModule:
     # A network belongs to no row of a comparison, whichever asked for it first.
     context = replace(context, label="")
@@ -197,8 +163,9 @@ def _train(context: Context, name: str, network: nn.Module, seed: int, work: Pat
     sampler = ShuffledBatches(len(data.train), recipe.batch_size, seed)
     rank, ranks = (context.world.rank, context.world.size) if context.world.shares(recipe.accumulation) else (0, 1)
     own = partial(own_images, part=part_size(recipe.batch_size, recipe.accumulation), rank=rank, ranks=ranks)
+    side = side_of_files(data.image_size, resized=recipe.crop == "resized")
     loader: DataLoader[Any] = DataLoader(
-        Positions() if in_memory else RealImages(data, side_of_files(data.image_size, recipe), own),
+        Positions() if in_memory else RealImages(data, side, own),
         sampler=sampler,
         batch_size=None,
         num_workers=0 if in_memory else config.trainer.workers,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cvdd.augment import normalise
-from cvdd.chain.members import RealImages, side_of_files
 from cvdd.context import Context
 from cvdd.footprint import free_memory
 from cvdd.member import augment
+from cvdd.real_images import RealImages, side_of_files
 
 DECODED_AT_ONCE = 256
 """Images in a batch that is decoded to be kept."""
@@ -41,7 +41,7 @@ def augmented_batches(
         order: of each batch, the positions of its images.
         source: of the draws of a batch, by its number.
     """
-    side = side_of_files(context.data().image_size, context.config.recipe)
+    side = side_of_files(context.data().image_size, resized=context.config.recipe.crop == "resized")
     for index, (pixels, labels) in enumerate(_pixels(context, order, side)):
         yield augmented(context, pixels, source(index)), labels.to(context.device)
 
@@ -71,7 +71,7 @@ def decoded(context: Context, chosen: Tensor) -> Tensor | None:
     data = context.data()
     if data.train.in_memory:
         return data.train.stacked()[chosen]
-    side = side_of_files(data.image_size, context.config.recipe)
+    side = side_of_files(data.image_size, resized=context.config.recipe.crop == "resized")
     if len(chosen) * 3 * side**2 > free_memory(torch.device("cpu")) / 2:
         return None
     held = torch.empty(len(chosen), 3, side, side, dtype=torch.uint8)

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
-from cvdd.chain.members import RealImages
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import every, log_epochs, save_curve
 from cvdd.classifier import Measure, Positions, ShuffledBatches, smallest_batch
@@ -23,6 +22,7 @@ from cvdd.config_base import ConfigError
 from cvdd.context import Context
 from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
 from cvdd.progress import Advance
+from cvdd.real_images import RealImages
 from cvdd.schema.mtt import MttConfig
 from cvdd.seeds import derive_seed
 from cvdd.sgd_training import SgdModule, SgdRecipe, dsa

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cvdd.batch_parts import part_size
-from cvdd.chain.members import side_of_files
 from cvdd.classifier import Classifier
 from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
@@ -36,6 +35,7 @@ from cvdd.label_batches import LabelledBatch
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule
 from cvdd.patches import SCORED_AT_ONCE, make_patches
+from cvdd.real_images import side_of_files
 from cvdd.replay import draw_epoch, replay
 from cvdd.student import StudentModule
 from cvdd.teachers import Teachers
@@ -116,7 +116,7 @@ def train_run(step: TrainStep, images: int, build: Build, device: torch.device) 
     """Return a training step of a member with so many images."""
     size = step.network.size
     recipe = step.settings.model_copy(update={"batch_size": images})
-    side = size if step.in_memory else side_of_files(size, recipe)
+    side = size if step.in_memory else side_of_files(size, resized=recipe.crop == "resized")
     pixels, labels = _pixels(images, side).to(device), _labels(images, step.network)
     batch: Any = torch.arange(images) if step.in_memory else (pixels, labels.to(device))
     held = pixels if step.in_memory else None
