@@ -21,7 +21,7 @@ from cvdd.seeds import generator
 
 
 class MemberModule(Classifier):
-    """Trains a committee member on labelled real images.
+    """Trains a committee member, or what of it is not frozen, on labelled real images.
 
     Args:
         recipe: optimiser, schedule and augmentation.
@@ -126,7 +126,7 @@ class MemberModule(Classifier):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule of the recipe."""
         recipe = self.recipe
-        parameters = self.network.parameters()
+        parameters = self.trained_parameters()
         optimizer: torch.optim.Optimizer
         if recipe.optimizer == "muon":
             decay, on_gpu = recipe.weight_decay, self.device.type == "cuda"

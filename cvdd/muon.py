@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def matrices_and_others(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the weights of layers that multiply, and all that is added, scales or marks places.
+    """Return the weights of layers that multiply, and all that is added, scales or marks places; nothing frozen.
 
     Kernels of convolutions are matrices. Tokens and positions of a transformer have two axes as well, and are no
     weights.
     """
-    named = list(network.named_parameters())
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     matrices = {name for name, parameter in named if parameter.ndim > 1 and "weight" in name}
     return [p for name, p in named if name in matrices], [p for name, p in named if name not in matrices]
 

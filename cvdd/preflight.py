@@ -79,6 +79,11 @@ def check_before_work(context: Context) -> None:
             for row_name, row in rows.items():
                 with _said_of(row_name):
                     _check_last_batch(row, name, network)
+    for name, row in rows.items():
+        if row.config.recipe.moco is not None:
+            with _said_of(name):
+                for network in members[name].values():
+                    require_head(network, "recipe.moco")
     if config.verb == "train":
         return
     for name, row in rows.items():

@@ -228,6 +228,7 @@ def _quiet_libraries() -> None:
         ".*`srun` command is available.*",
         ".*Experiment logs directory.*",
         ".*Checkpoint directory.*",
+        ".*module\\(s\\) in eval mode.*",
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
     ):

@@ -6,6 +6,7 @@ STAGES = ("members", "patches", "priors", "images", "labels", "students")
 
 _OF_KIND = {
     "members": "members",
+    "encoders": "members",
     "trajectories": "members",
     "teachers": "members",
     "patches": "patches",

@@ -42,6 +42,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "committee/imagenet_pretrained": (*LARGE, "dataset=imagenet1k"),
     "debug/smoke_apm": ("label=hard", "method=apm_tiny", "protocol=method"),
     "debug/smoke_mtt": ("label=hard", "method=mtt_tiny", "protocol=method"),
+    "debug/smoke_moco": ("recipe=tiny_moco",),
     "label/hald": ("protocol=hald",),
     "label/hard": ("protocol=hard_tiny",),
     "protocol/hald": ("label=hald",),

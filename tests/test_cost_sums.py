@@ -21,6 +21,7 @@ from cvdd.cost.recovering import COMPILED_SHARE
 from cvdd.cost.steps import (
     DecodeStep,
     MeasureStep,
+    MocoStep,
     MoveStep,
     Network,
     Overhead,
@@ -36,6 +37,7 @@ from cvdd.cost.work import Work
 from cvdd.engine import Engine
 from cvdd.footprint import Profile
 from cvdd.schema import RunConfig
+from cvdd.schema.moco import MocoConfig
 
 ONE_IMAGE = Profile(flops=7.0, activations=5.0, weights=2)
 """What an image costs in every network of these tests."""
@@ -91,6 +93,10 @@ def test_a_step_holds_its_images_and_its_weights(compose: Compose) -> None:
     # Weights with their gradients and two averages, and the part of a batch that is held at once.
     assert held(TrainStep.of(network, recipe, True)) == 20 * 5 + 4 * 2
     assert held(StudentStep.of(network, protocol, label)) == 4 * 5 + 4 * 2
+    # A group of a batch, and the queue.
+    moco = MocoConfig(epochs=1, batch_size=60, groups=3, lr=0.1, dimension=7, queue=100)
+    without_labels = config.recipe.model_copy(update={"moco": moco})
+    assert held(MocoStep.of(network, without_labels, True)) == 20 * 5 + 4 * 2 + 4 * 7 * 100
     assert held(ScoreStep.of(network, label, 30)) == 30 * 5 + 2
     assert held(MeasureStep(network, 12)) == 12 * 5 + 2
     assert held(VoteStep(network, 2, 3, True, Engine())) == 6 * 5 + 2

@@ -73,7 +73,7 @@ def command(tmp_path: Path) -> Command:
 
 def files(store: Path) -> dict[str, str]:
     """Checksums of all files of the members, images and labels of a store."""
-    kinds = ("members", "images", "labels")
+    kinds = ("encoders", "members", "images", "labels")
     made = [artifact for artifact in sealed(store) if artifact.kind in kinds]
     return {f"{a.path.name}/{name}": entry["sha256"] for a in made for name, entry in a.manifest["files"].items()}
 
@@ -111,6 +111,21 @@ def test_two_ranks_and_two_interrupted_runs_make_the_bits_of_one_process(command
     # Only rank 0 logs: each stack and iteration once at most.
     rows = (tmp_path / "together-output" / "csv" / "metrics.csv").read_text().splitlines()
     assert len(rows) == len(set(rows))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_without_labels_as_one_process_does(command: Command, tmp_path: Path) -> None:
+    """Four groups of a batch: a rank's views are held against the keys of both."""
+    moco = "recipe.moco={epochs:2,batch_size:20,groups:4,queue:50}"
+    without_labels = ("recipe=tiny_moco", "recipe.batch_size=50", moco)
+    alone = command("alone", *without_labels)
+    together = command("together", *without_labels, "trainer=ddp", "trainer.accelerator=cpu")
+    for process in (alone, together):
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    expected = files(tmp_path / "alone")
+    assert sum("weights" in name for name in expected) == 4
+    assert files(tmp_path / "together") == expected
 
 
 @pytest.mark.slow
@@ -316,12 +331,12 @@ def test_ranks_divide_a_batch_among_them() -> None:
 
 def test_an_undivided_recipe_keeps_its_hash(tmp_path: Path) -> None:
     """Members that were trained before batches could be divided are found again."""
-    from cvdd.chain.members import _undivided
+    from cvdd.chain.members import _told_otherwise
 
     recipe = configure(tmp_path, *TINY).recipe
-    assert "accumulation" not in recipe.model_dump(exclude=_undivided(recipe))
+    assert "accumulation" not in recipe.model_dump(exclude=_told_otherwise(recipe))
     divided = recipe.model_copy(update={"accumulation": 2})
-    assert divided.model_dump(exclude=_undivided(divided))["accumulation"] == 2
+    assert divided.model_dump(exclude=_told_otherwise(divided))["accumulation"] == 2
 
 
 # --- units that are split over ranks ----------------------------------------------------------------------------------

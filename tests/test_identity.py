@@ -59,6 +59,8 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "seed=1",
         ),
     ),
+    # Each of its fields is looked at in tests/test_moco.py.
+    (MEMBERS | {"encoders"}, ('recipe.moco={"epochs":1,"batch_size":20,"groups":2,"lr":0.1}',)),
     (
         PATCHES,
         (

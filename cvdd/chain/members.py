@@ -22,6 +22,7 @@ from cvdd.backbones import (
     weights_chosen_by_timm,
 )
 from cvdd.batch_parts import part_size
+from cvdd.chain.encoders import make_encoder, with_encoder
 from cvdd.chain.training import (
     CURVE,
     WEIGHTS,
@@ -63,17 +64,18 @@ def make_member(context: Context, name: str) -> Artifact:
 def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
     """Return a network trained on the real data with ``recipe``.
 
-    The artefact holds the weights, the curve, and top-1, top-5 and loss on test and train images.
+    The artefact holds the weights, the curve, and top-1, top-5 and loss on test and train images. With ``recipe.moco``
+    all but the last layer is an artefact of its own, trained without labels (:mod:`cvdd.chain.encoders`).
     """
     data, recipe = context.data(), context.config.recipe
     # ImageNet's own head is kept by build_network; any other number of classes needs a head that is trained.
     ready = backbone.pretrained and len(data.classes) == 1000
+    encoder = make_encoder(context, name, backbone, seed) if recipe.moco is not None and not ready else None
     identity = {
         "data": data.identity,
         "classes": list(data.classes),
         "backbone": backbone.model_dump(mode="json"),
-        # An undivided batch is what every recipe had before batches could be divided.
-        "recipe": None if ready else recipe.model_dump(mode="json", exclude=_undivided(recipe)),
+        "recipe": None if ready else recipe.model_dump(mode="json", exclude=_told_otherwise(recipe)),
         "seed": seed,
         **({} if ready else passes_of_members(context.config.engine, context.device).identity),
     }
@@ -82,7 +84,10 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
         identity["weights"] = weights
 
     def train(work: Path) -> MemberModule:
-        return _train(context, name, build_network(backbone, len(data.classes), seed), seed, work)
+        network = build_network(backbone, len(data.classes), seed)
+        if encoder is not None:
+            with_encoder(network, encoder, derive_seed(seed, "probe"))
+        return _train(context, name, network, seed, work)
 
     def build(work: Path) -> dict[str, Any]:
         if ready:
@@ -91,11 +96,13 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
         return _finish(context, module.network, module.curve, work)
 
     parts = 1 if ready else recipe.accumulation
-    return context.make_network("members", f"{data.name}-{name}", identity, [], build, train, parts)
+    parents = [] if encoder is None else [encoder]
+    return context.make_network("members", f"{data.name}-{name}", identity, parents, build, train, parts)
 
 
-def _undivided(recipe: RecipeConfig) -> set[str]:
-    return {"accumulation"} if recipe.accumulation == 1 else set()
+def _told_otherwise(recipe: RecipeConfig) -> set[str]:
+    """Fields that identities leave out: a parent tells of them, or earlier versions had just their default."""
+    return {"moco", *({"accumulation"} if recipe.accumulation == 1 else ())}
 
 
 def _imported(context: Context, name: str, backbone: BackboneConfig, checkpoint: Path) -> Artifact:

@@ -18,6 +18,7 @@ from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
     DecodeStep,
     MeasureStep,
+    MocoStep,
     MoveStep,
     Network,
     Overhead,
@@ -34,6 +35,7 @@ from cvdd.footprint import Profile
 from cvdd.label_batches import LabelledBatch
 from cvdd.measure import Accuracy, Evaluator
 from cvdd.member import MemberModule
+from cvdd.moco import MocoModule, only_probed, with_projection
 from cvdd.patches import SCORED_AT_ONCE, make_patches
 from cvdd.real_images import side_of_files
 from cvdd.replay import draw_epoch, replay
@@ -73,11 +75,16 @@ def scale_of(step: Step, profiles: Callable[[Network, str], Profile]) -> Scale:
         profiles: what one image costs in a network, by mode.
     """
     if isinstance(step, TrainStep):
-        recipe, one = step.settings, profiles(step.network, "train")
+        recipe, one = step.settings, profiles(step.network, "forward" if step.probe else "train")
         part = part_size(recipe.batch_size, recipe.accumulation)
         # Weights, gradients and the two averages of an optimiser.
         held = one.activations * part + 4 * one.weights
         return Scale(recipe.batch_size, 2 * recipe.accumulation, one.flops * recipe.batch_size, held)
+    if isinstance(step, MocoStep):
+        moco, one, keys = step.settings, profiles(step.network, "train"), profiles(step.network, "forward")
+        held = one.activations * (moco.batch_size // moco.groups) + 4 * one.weights
+        each = one.flops + keys.flops + 4.0 * moco.dimension * moco.queue
+        return Scale(moco.batch_size, 2 * moco.groups, each * moco.batch_size, held + 4 * moco.dimension * moco.queue)
     if isinstance(step, StudentStep):
         protocol, label = step.settings
         one = profiles(step.network, "train")
@@ -120,10 +127,23 @@ def train_run(step: TrainStep, images: int, build: Build, device: torch.device) 
     pixels, labels = _pixels(images, side).to(device), _labels(images, step.network)
     batch: Any = torch.arange(images) if step.in_memory else (pixels, labels.to(device))
     held = pixels if step.in_memory else None
-    module = MemberModule(
-        recipe, held, labels.to(device), MEAN, STD, size, network=_trainable(build, step.network), **_shared()
-    ).to(device)
+    network = _trainable(build, step.network)
+    if step.probe:
+        only_probed(network)
+    module = MemberModule(recipe, held, labels.to(device), MEAN, STD, size, network=network, **_shared()).to(device)
     return _optimising(module, batch)
+
+
+def moco_run(step: MocoStep, images: int, build: Build, device: torch.device) -> Run:
+    """Return a step of a member's training without labels with so many images."""
+    size, moco = step.network.size, step.settings
+    moco = moco.model_copy(update={"batch_size": images})
+    pixels = _pixels(images, size if step.in_memory else side_of_files(size, resized=True)).to(device)
+    network = _trainable(build, step.network)
+    with_projection(network, 0)
+    held = pixels if step.in_memory else None
+    module = MocoModule(moco, step.flip, held, MEAN, STD, size, network=network, **_shared()).to(device)
+    return _optimising(module, torch.arange(images) if step.in_memory else (pixels, torch.zeros(images)))
 
 
 def student_run(step: StudentStep, images: int, build: Build, device: torch.device) -> Run:
@@ -223,6 +243,7 @@ def run_of(step: Step, images: int, build: Build, device: torch.device) -> Run:
     assert not isinstance(step, Overhead)
     makers: Mapping[type, Callable[..., Run]] = {
         TrainStep: train_run,
+        MocoStep: moco_run,
         StudentStep: student_run,
         VoteStep: vote_run,
         ScoreStep: score_run,

@@ -16,7 +16,7 @@ from cvdd.artifact import digest_of, write_atomically
 from cvdd.artifact.files import store_errors
 from cvdd.cost.fakes import scale_of
 from cvdd.cost.plan import Piece
-from cvdd.cost.steps import Network, Step, TrainStep
+from cvdd.cost.steps import MocoStep, Network, Step, TrainStep
 from cvdd.cost.work import Work
 from cvdd.portable import what_is_made
 from cvdd.schema import RunConfig
@@ -129,7 +129,7 @@ def _memory(work: Work, profiles: Callable[[Network, str], Any]) -> float:
 
 def _weights(work: Work, profiles: Callable[[Network, str], Any]) -> int:
     """Bytes of what a member's training leaves."""
-    trained = [step for step in work.uses if isinstance(step, TrainStep)]
+    trained = [step for step in work.uses if isinstance(step, TrainStep | MocoStep)]
     return sum(int(profiles(step.network, "train").weights) for step in trained)
 
 

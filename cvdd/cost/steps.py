@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.engine import Engine
 from cvdd.schema import LabelConfig, MethodConfig, PatchesConfig, ProtocolConfig, RecipeConfig
+from cvdd.schema.moco import MocoConfig
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,54 @@ class TrainStep:
         network: the member.
         recipe: JSON of how it is trained.
         in_memory: whether images are held decoded.
+        probe: whether its last layer alone is trained.
     """
 
     network: Network
     recipe: str
     in_memory: bool
+    probe: bool = False
 
     @staticmethod
     def of(network: Network, recipe: RecipeConfig, in_memory: bool) -> TrainStep:
         """Return the step of a recipe, whatever its length and rate."""
-        same = {"name": "any", "epochs": 1, "lr": 1e-3, "schedule": "constant", "cosine_period": None}
-        return TrainStep(network, recipe.model_copy(update=same).model_dump_json(), in_memory)
+        same = {"name": "any", "epochs": 1, "lr": 1e-3, "schedule": "constant", "cosine_period": None, "moco": None}
+        settings = recipe.model_copy(update=same).model_dump_json()
+        return TrainStep(network, settings, in_memory, recipe.moco is not None)
 
     @property
     def settings(self) -> RecipeConfig:
         """How it is trained."""
         return RecipeConfig.model_validate_json(self.recipe)
+
+
+@dataclass(frozen=True)
+class MocoStep:
+    """One step of a member's training without labels.
+
+    Attributes:
+        network: the member, with as many outputs as a representation has numbers.
+        moco: JSON of how it is trained.
+        flip: whether views are flipped.
+        in_memory: whether images are held decoded.
+    """
+
+    network: Network
+    moco: str
+    flip: bool
+    in_memory: bool
+
+    @staticmethod
+    def of(network: Network, recipe: RecipeConfig, in_memory: bool) -> MocoStep:
+        """Return the step of a recipe, whatever its length and rate."""
+        assert recipe.moco is not None
+        same = recipe.moco.model_copy(update={"epochs": 1, "lr": 1e-3})
+        return MocoStep(replace(network, classes=same.dimension), same.model_dump_json(), recipe.flip, in_memory)
+
+    @property
+    def settings(self) -> MocoConfig:
+        """How it is trained."""
+        return MocoConfig.model_validate_json(self.moco)
 
 
 @dataclass(frozen=True)
@@ -252,6 +285,7 @@ class Overhead:
 
 Step = (
     TrainStep
+    | MocoStep
     | StudentStep
     | VoteStep
     | MoveStep

@@ -19,6 +19,7 @@ from cvdd.cost.recovering import RecoverPlan, engine_of, plan_recover
 from cvdd.cost.steps import (
     DecodeStep,
     MeasureStep,
+    MocoStep,
     MoveStep,
     Network,
     Overhead,
@@ -115,6 +116,20 @@ def _member(piece: Piece, work: Work) -> None:
     if data.train.in_memory:
         work.use(MeasureStep(network, MEASURED_AT_ONCE), len(data.train))
         work.held = len(data.train) * 3 * data.image_size**2
+
+
+def _encoder(piece: Piece, work: Work) -> None:
+    data, moco = piece.data, piece.config.recipe.moco
+    assert moco is not None
+    batches = len(data.train) // moco.batch_size
+    work.steps = batches * moco.epochs
+    network = _network(piece, piece.identity)
+    work.use(MocoStep.of(network, piece.config.recipe, data.train.in_memory), work.steps)
+    work.around(fit=1, epoch=moco.epochs, batch=work.steps)
+    work.parts["epochs without labels"] = moco.epochs
+    _decode(piece, work, work.steps * moco.batch_size)
+    if data.train.in_memory:
+        work.held = _pixels(piece, len(data.train))
 
 
 def _student(piece: Piece, work: Work) -> None:
@@ -295,6 +310,7 @@ def _group_statistics(piece: Piece, work: Work) -> None:
 
 _COUNTING = {
     "members": _member,
+    "encoders": _encoder,
     "students": _student,
     "images": _images,
     "labels": _labels,

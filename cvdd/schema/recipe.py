@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cvdd.config_base import CheckedConfig
 from cvdd.schema.batch_checks import parts_problems
+from cvdd.schema.moco import MocoConfig
 from cvdd.schema.types import Positive, Range
 from cvdd.schema.unread import unread_fields
 
@@ -39,6 +40,11 @@ class RecipeConfig(CheckedConfig):
     pad: int = Field(4, ge=0, description="pixels of padding for crop=pad")
     crop_scale: Range = Field((0.08, 1.0), description="area range for crop=resized")
     flip: bool = Field(True, description="random horizontal flip")
+    moco: MocoConfig | None = Field(
+        None,
+        description="train all but the last layer without labels first, and with everything above that layer alone "
+        "(linear probe), the rest of the network as in evaluation; null trains everything with labels",
+    )
 
     def _problems(self) -> Iterator[str]:
         yield from parts_problems(self.accumulation, "recipe", self.batch_size, "recipe")

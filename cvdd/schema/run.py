@@ -112,6 +112,11 @@ class RunConfig(CheckedConfig):
                     f"method.cutout={self.method.cutout} of {side} pixels is no pixel; set it to at least "
                     f"{0.5 / side:.2g}, or to 0.0"
                 )
+        if self.protocol.full_data and self.recipe.moco is not None:
+            yield (
+                "protocol.full_data=true trains students on all real data as members are trained, and recipe.moco "
+                "trains all but the last layer without labels; set protocol.full_data=false, or choose another recipe"
+            )
         if self.protocol.student == "method":
             if not self.method.brings_students:
                 yield (

@@ -40,6 +40,9 @@ Name = Annotated[str, AfterValidator(_name)]
 Range = Annotated[tuple[Share, Share], BeforeValidator(_pair), AfterValidator(_ascending)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[_Decay, _Decay], BeforeValidator(_pair)]
+_Change = Annotated[float, Field(ge=0, le=1)]
+_Turn = Annotated[float, Field(ge=0, le=0.5)]
+ColourChanges = Annotated[tuple[_Change, _Change, _Change, _Turn], BeforeValidator(_pair)]
 # In the yaml files null stands for none: Hydra lets only that be replaced by keys that are not there yet.
 Numbers = Annotated[dict[str, float], BeforeValidator(_none_is_empty)]
 
