@@ -73,9 +73,15 @@ def command(tmp_path: Path) -> Command:
 
 def files(store: Path) -> dict[str, str]:
     """Checksums of all files of the members, images and labels of a store."""
-    kinds = ("encoders", "members", "images", "labels")
-    made = [artifact for artifact in sealed(store) if artifact.kind in kinds]
+    made = [one for one in sealed(store) if one.kind in ("encoders", "members", "images", "labels")]
     return {f"{a.path.name}/{name}": entry["sha256"] for a in made for name, entry in a.manifest["files"].items()}
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait for commands that are to succeed."""
+    for process in processes:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
 
 
 def child_of(process: subprocess.Popen[str]) -> int:
@@ -91,7 +97,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_and_two_interrupted_runs_make_the_bits_of_one_process(command: Command, tmp_path: Path) -> None:
-    alone, together = command("alone"), command("together", "trainer=ddp", "trainer.accelerator=cpu")
+    others = command("alone"), command("together", "trainer=ddp", "trainer.accelerator=cpu")
     interrupted = command("interrupted", "trainer=ddp", "trainer.accelerator=cpu")
     # Killed without a warning once there is something of a member, and once more in the images.
     for kind in ("members", "images"):
@@ -100,9 +106,7 @@ def test_two_ranks_and_two_interrupted_runs_make_the_bits_of_one_process(command
         os.kill(interrupted.pid, signal.SIGKILL)
         interrupted.communicate()
         interrupted = command("interrupted", "trainer=ddp", "trainer.accelerator=cpu")
-    for process in (alone, together, interrupted):
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    finish(*others, interrupted)
     expected = files(tmp_path / "alone")
     assert len(expected) > 6
     assert files(tmp_path / "together") == expected
@@ -115,17 +119,10 @@ def test_two_ranks_and_two_interrupted_runs_make_the_bits_of_one_process(command
 
 @pytest.mark.slow
 def test_two_ranks_train_without_labels_as_one_process_does(command: Command, tmp_path: Path) -> None:
-    """Four groups of a batch: a rank's views are held against the keys of both."""
-    moco = "recipe.moco={epochs:2,batch_size:20,groups:4,queue:50}"
-    without_labels = ("recipe=tiny_moco", "recipe.batch_size=50", moco)
-    alone = command("alone", *without_labels)
-    together = command("together", *without_labels, "trainer=ddp", "trainer.accelerator=cpu")
-    for process in (alone, together):
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-    expected = files(tmp_path / "alone")
-    assert sum("weights" in name for name in expected) == 4
-    assert files(tmp_path / "together") == expected
+    moco = ("recipe=tiny_moco", "recipe.batch_size=50", "recipe.moco={epochs:2,batch_size:20,groups:4,queue:50}")
+    finish(command("alone", *moco), command("together", *moco, "trainer=ddp", "trainer.accelerator=cpu"))
+    assert sum("weights" in name for name in files(tmp_path / "alone")) == 4
+    assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -327,16 +324,6 @@ def test_ranks_divide_a_batch_among_them() -> None:
     assert own_images(index, 2, 0, 2).tolist() == [10, 11, 14, 15, 16]
     assert own_images(index, 2, 1, 2).tolist() == [12, 13]
     assert own_images(index[:2], 2, 1, 2).tolist() == []
-
-
-def test_an_undivided_recipe_keeps_its_hash(tmp_path: Path) -> None:
-    """Members that were trained before batches could be divided are found again."""
-    from cvdd.chain.members import _told_otherwise
-
-    recipe = configure(tmp_path, *TINY).recipe
-    assert "accumulation" not in recipe.model_dump(exclude=_told_otherwise(recipe))
-    divided = recipe.model_copy(update={"accumulation": 2})
-    assert divided.model_dump(exclude=_told_otherwise(divided))["accumulation"] == 2
 
 
 # --- units that are split over ranks ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from helpers import TINY, configure
 
+from cvdd.chain.members import _told_otherwise
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.schema import RunConfig, with_overrides
 
@@ -372,3 +374,11 @@ def test_rows_of_a_comparison_share_their_priors(plain: RunConfig) -> None:
 
     assert measured(rows) == measured()
     assert measured("patches.difficulty=easy").isdisjoint(measured())
+
+
+def test_an_undivided_recipe_keeps_its_hash(tmp_path: Path) -> None:
+    """Members that were trained before batches could be divided are found again."""
+    recipe = configure(tmp_path, *TINY).recipe
+    assert "accumulation" not in recipe.model_dump(exclude=_told_otherwise(recipe))
+    divided = recipe.model_copy(update={"accumulation": 2})
+    assert divided.model_dump(exclude=_told_otherwise(divided))["accumulation"] == 2

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from cvdd.artifact import Artifact
+from cvdd.artifact import Artifact, parents_of
 from cvdd.console import new_console
 from cvdd.readable import readable_bytes, readable_seconds, with_error
 from cvdd.report.columns import best_shown, labels_shown
@@ -26,13 +26,15 @@ def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for name, member in members.items():
         metrics = member.metrics
+        # What was trained without labels is an artefact of its own.
+        seconds = sum(one.manifest["cost"]["wall_seconds"] for one in (member, *parents_of(member, "encoders")))
         table.add_row(
             escape(name),
             f"{metrics['test_top1']:.1f}",
             f"{metrics['train_top1']:.1f}" if "train_top1" in metrics else "-",
             f"{metrics['parameters']:,}",
             str(metrics["batchnorm_layers"]),
-            readable_seconds(member.manifest["cost"]["wall_seconds"]),
+            readable_seconds(seconds),
             escape(member.path.name),
         )
     print_table(table)
