@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvdd.backbones import BackboneConfig, build_network, load_published
@@ -141,6 +141,24 @@ class Intruder:
 def test_other_content(content: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_published(save(tmp_path, content), network())
+
+
+def test_weights_of_a_store(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({f"module.{key}": value for key, value in stored.items()}, path)
+    loaded = network()
+    load_published(path, loaded)
+    assert_agrees(loaded)
+
+
+def test_damaged_weights_of_a_store(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_published(path, network())
+    save_file(stored, path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"weights\.safetensors: damaged, truncated"):
+        load_published(path, network())
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading the trained networks of the published CV-DD release (``offline_models/<dataset>/<Name>.pth``)."""
+"""Reading trained networks: of the published CV-DD release (``offline_models/<dataset>/<Name>.pth``), or of a store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.backbones.heads import find_head
@@ -40,7 +42,8 @@ def load_published(path: str | Path, network: nn.Module) -> PublishedReport:
     """Load a network of the release into ``network``, all of it or nothing.
 
     Args:
-        path: a ``.pth`` file: a state dict, plain or under ``state_dict``, with or without a wrapper's prefixes.
+        path: a ``.pth`` file: a state dict, plain or under ``state_dict``, with or without a wrapper's prefixes; or a
+            ``.safetensors`` file of one, such as a store's members have.
         network: the matching architecture with the right number of classes; modified in place.
 
     Raises:
@@ -48,7 +51,7 @@ def load_published(path: str | Path, network: nn.Module) -> PublishedReport:
             another architecture; the message names the file and the first tensor that does not fit.
     """
     path = Path(path)
-    stored = _state_dict(load_without_code(path, " or not a plain state dict"), path)
+    stored = _state_dict(_read(path), path)
     expected = network.state_dict()
     _check_classes(path, stored, network)
     if _without_counters(stored).keys() == _without_counters(expected).keys():
@@ -64,6 +67,17 @@ def load_published(path: str | Path, network: nn.Module) -> PublishedReport:
     network.load_state_dict({**{name: stored[stored_name] for name, stored_name in names.items()}, **counters})
     head = find_head(network)
     return PublishedReport(path, mapping, len(names), head[1].out_features if head else 0)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return load_without_code(path, " or not a plain state dict")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: damaged, truncated or no safetensors file: {error}") from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ class MemberConfig(StrictConfig):
     """One member of the committee."""
 
     backbone: BackboneConfig = Field(description="the network")
-    checkpoint: Path | None = Field(None, description="a checkpoint of the published CV-DD release instead of training")
+    checkpoint: Path | None = Field(
+        None, description="weights instead of training: a .pth of the published release, or a store's .safetensors"
+    )
     bn_scale: float = Field(1.0, ge=0, description="factor on this member's BatchNorm term")
 
 
