@@ -10,6 +10,7 @@ from typing import get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from cvdd.closest import closest
 from cvdd.surroundings import SURROUNDINGS, is_shared_by_rows
@@ -272,6 +273,19 @@ def prepare_row(row: Sequence[str], directory: Path, certain: bool = True) -> li
     for override in row:
         _refuse_pointless(override, [directory])
     return quote_numbers(row, directory, certain)
+
+
+def typed_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that Hydra keeps as they were typed.
+
+    Read one by one, interpolations in them would be filled in, and that of a section is no override any more.
+
+    Args:
+        overrides: ``hydra.overrides.task``.
+    """
+    typed = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_list(overrides) else overrides
+    assert isinstance(typed, Sequence)
+    return [str(override) for override in typed]
 
 
 def unquoted(override: str) -> str:

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from cvdd.arguments import ArgumentError, prepare, prepare_row, says_what_is_made, unquoted
+from cvdd.arguments import ArgumentError, prepare, prepare_row, says_what_is_made, typed_overrides, unquoted
 from cvdd.composable import require_composable, said_of_yaml
 from cvdd.given_recipe import register_resolver
 from cvdd.launching import (
@@ -114,18 +114,18 @@ def debug_limits(choice: str | None) -> dict[str, float]:
 
 def _run(composed: DictConfig) -> float | None:
     settings = HydraConfig.get()
+    task = typed_overrides(settings.overrides.task)
     sweeping = settings.mode is RunMode.MULTIRUN
     kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     # Whoever asks what a sweep costs has not begun it.
     if sweeping and speaks_for_all(os.environ) and not only_asks(composed):
         folder = Path(settings.runtime.output_dir)
-        kept = outcome_kept(folder, settings.job.name, list(settings.overrides.task), begins=not share_of_work()[0])
+        kept = outcome_kept(folder, settings.job.name, task, begins=not share_of_work()[0])
     with kept, told(sweeping):
         from cvdd.rows import expand_rows
         from cvdd.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
-        task = settings.overrides.task
         config = check(expand_rows(composed, partial(_again, composed.verb, task), limits))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)

@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings, own_directories
+from cvdd.arguments import FIELDS, ArgumentError, is_of_surroundings, own_directories, typed_overrides
 from cvdd.config_base import StrictConfig
 from cvdd.launching import share_of_work, speaks_for_all
 from cvdd.outcome import forget_results
@@ -254,7 +254,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep what was typed: Hydra gives a point its overrides rewritten, and once each."""
         self._verb = str(config.hydra.job.name)
-        self._overrides = [str(item) for item in config.hydra.overrides.task]
+        self._overrides = typed_overrides(config.hydra.overrides.task)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note that a point is being made, and remove what an earlier command measured there."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import compose_raw
 from helpers import tiny_context
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from test_cli import run_script
 
+from cvdd.arguments import typed_overrides
 from cvdd.chain.compare import rows_of
 from cvdd.chain.priors import shares_priors
 from cvdd.config_base import ConfigError
@@ -192,3 +194,15 @@ def test_the_name_of_the_row_of_all_data_is_taken(tmp_path: Path, typed: str) ->
         ConfigError, match=r"full_data: this is the name of the row of protocol\.full_data=true; choose"
     ):
         check(compose_raw(tmp_path, "evaluate", "compare=none", typed))
+
+
+def test_what_was_typed_keeps_its_interpolations(tmp_path: Path) -> None:
+    """A row is composed from what was typed, which may refer to a whole section."""
+    tree = OmegaConf.create({"a": {"b": 1}, "task": ["x=${a}", "y=${a.b}"]})
+    assert typed_overrides(tree.task) == ["x=${a}", "y=${a.b}"]
+    assert typed_overrides(["z=1"]) == ["z=1"]
+    other = "+committee.members.other={backbone:${committee.members.resnet18.backbone}}"
+    # Numbers are looked at after rows are composed.
+    done = run_script("evaluate", other, "+compare.row=['method=sre2l']", "recipe.epochs=0", directory=tmp_path)
+    assert "recipe.epochs=0: must be greater than 0" in done.stdout
+    assert "compare.row" not in done.stdout
