@@ -77,19 +77,20 @@ def apply_colours(images: Tensor, drawn: Colours) -> Tensor:
     """
     device = images.device
     changed = (drawn.amounts != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1)
-    # Positions are found where they were drawn, so that nothing waits for the device.
+    # Positions are found where they were drawn, because a device would have to be waited for.
     images = images / 255
     for place in range(4):
         for kind, change in enumerate((_brighter, _more_contrast, _more_saturated, _turned)):
             (rows,) = ((drawn.orders[:, place] == kind) & changed).nonzero(as_tuple=True)
             if len(rows):
-                amount = drawn.amounts[rows, kind].to(device)[:, None, None, None]
-                rows = rows.to(device)
+                amount = drawn.amounts[rows, kind].to(device, non_blocking=True)[:, None, None, None]
+                rows = rows.to(device, non_blocking=True)
                 images[rows] = change(images[rows], amount)
-    images = torch.where(drawn.grey.to(device)[:, None, None, None], _grey(images), images)
+    grey = drawn.grey.to(device, non_blocking=True)[:, None, None, None]
+    images = torch.where(grey, _grey(images), images)
     (rows,) = drawn.sigmas.nonzero(as_tuple=True)
     if len(rows):
-        sigmas, rows = drawn.sigmas[rows].to(device), rows.to(device)
+        sigmas, rows = (values.to(device, non_blocking=True) for values in (drawn.sigmas[rows], rows))
         height, width = images.shape[-2:]
         down, across = blur_matrices(sigmas, height), blur_matrices(sigmas, width)
         images[rows] = down[:, None] @ images[rows] @ across[:, None].transpose(-1, -2)
@@ -146,6 +147,6 @@ def _turned(images: Tensor, amount: Tensor) -> Tensor:
     )
     turned = sextant + 6 * amount[:, 0]
     # How far each colour is from the middle of its third of the circle decides how much of the spread it gets.
-    centres = torch.tensor([0.0, 2.0, 4.0], device=images.device)[:, None, None]
+    centres = 2 * torch.arange(3, device=images.device)[:, None, None]
     away = ((turned[:, None] - centres + 3) % 6 - 3).abs()
     return least[:, None] + spread[:, None] * (2 - away).clamp(0, 1)

@@ -20,19 +20,19 @@ from cvdd.distributed import gather_parts
 from cvdd.passes import Passes
 from cvdd.schedules import cosine
 from cvdd.schema.moco import MocoConfig
-from cvdd.seeds import generator, own_draws
+from cvdd.seeds import derive_seed, generator, own_draws, seed_networks
 
 
 class MocoModule(Classifier):
     """Trains a network to find, among many representations, that of another view of the same image.
 
     The network's last linear layer is replaced by a projection of two layers (:func:`with_projection`). A second
-    network, whose parameters follow those of the first slowly, makes the representations that are searched: of the
-    batch's other views, and of the batches before, which wait in a queue.
+    network, whose parameters follow those of the first slowly, makes the representations that are searched: that of
+    the image's other view, and those of images of earlier batches, which wait in a queue.
 
     A batch comes in groups, each with BatchNorm statistics of its own; the second network sees the images in other
-    groups than the first, or else statistics would tell which views belong together. Groups are the parts that ranks
-    can share.
+    groups than the first, or else statistics would tell which views belong together. Running statistics move by each
+    group in turn, and by all of them together as far as by one batch. Groups are the parts that ranks can share.
 
     Args:
         config: of the training.
@@ -70,6 +70,10 @@ class MocoModule(Classifier):
         self.register_buffer("queue", nn.functional.normalize(waiting, dim=0))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
         self.key_network = copy.deepcopy(self.network).requires_grad_(False)
+        for layer in self.network.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
+                # What matters of an encoder besides its weights: a few hundred images would be too few to remember.
+                layer.momentum /= config.groups
         self._pixels = pixels
         self._passes = passes or Passes()
         self._compiled = self._passes.compiled(self.network)
@@ -90,7 +94,7 @@ class MocoModule(Classifier):
         seen, held = (draw_view(self.config, self.flip, count, height, width, source) for _ in range(2))
         order = torch.randperm(count, generator=source)
         parts = parts_of(count, self.part)
-        keys = self._keys(pixels, held, order, parts)
+        keys = self._keys(pixels, held, order, parts, batch_index)
 
         def loss(part: slice) -> Tensor:
             views = self._shown(pixels[part], seen.of(part))
@@ -111,18 +115,20 @@ class MocoModule(Classifier):
         return batch[0]
 
     @torch.no_grad()
-    def _keys(self, pixels: Tensor, held: ViewDraws, order: Tensor, parts: list[slice]) -> Tensor:
+    def _keys(self, pixels: Tensor, held: ViewDraws, order: Tensor, parts: list[slice], batch_index: int) -> Tensor:
         """Representations of the second network, [n, dimension], whose groups are those of a drawn order."""
         follow(self.key_network, self.network, self.config.key_momentum)
-        forward = self._compiled_keys or self.key_network
-        own = [
-            self._represented(forward, self._shown(pixels[rows.to(pixels.device)], held.of(rows)))
-            for rows in (order[parts[index]] for index in self.own_parts(len(parts)))
-        ]
+        forward, own = self._compiled_keys or self.key_network, []
+        for index in self.own_parts(len(parts)):
+            # Dropout draws for each part alike, whichever rank has it.
+            seed_networks(derive_seed(self.seed, "keys", self.current_epoch, batch_index, index), self.device)
+            rows = order[parts[index]]
+            shown = self._shown(pixels[rows.to(pixels.device, non_blocking=True)], held.of(rows))
+            own.append(self._represented(forward, shown))
         if self._ranks[1] > 1:
             found = gather_parts([keys.flatten() for keys in own], len(parts))
             own = [keys.view(-1, self.config.dimension) for keys in found]
-        return torch.cat(own)[order.argsort().to(pixels.device)]
+        return torch.cat(own)[order.argsort().to(pixels.device, non_blocking=True)]
 
     def _represented(self, forward: Callable[..., Tensor], shown: Tensor) -> Tensor:
         with self._passes.around(shown.device):
@@ -234,6 +240,6 @@ def apply_view(pixels: Tensor, size: int, drawn: ViewDraws) -> Tensor:
     Returns:
         [n, 3, size, size] float 0..255.
     """
-    boxes, flips = drawn.boxes.to(pixels.device), drawn.flips.to(pixels.device)
+    boxes, flips = (values.to(pixels.device, non_blocking=True) for values in (drawn.boxes, drawn.flips))
     shifts = torch.zeros(len(pixels), 2, dtype=torch.long, device=pixels.device)
     return apply_colours(apply_views(pixels.float(), Views(boxes, flips, shifts), size), drawn.colours)
