@@ -16,6 +16,7 @@ from cvdd.backbones.heads import require_head
 from cvdd.bn import require_batchnorm
 from cvdd.chain.compare import rows_of
 from cvdd.chain.difficulty import ranking_members, require_ranking
+from cvdd.chain.encoders import require_encoders
 from cvdd.chain.given import check_given
 from cvdd.chain.given_labels import check_given_labels
 from cvdd.chain.own_engines import own_engine
@@ -82,8 +83,7 @@ def check_before_work(context: Context) -> None:
     for name, row in rows.items():
         if row.config.recipe.moco is not None:
             with _said_of(name):
-                for network in members[name].values():
-                    require_head(network, "recipe.moco")
+                require_encoders(row, members[name])
     if config.verb == "train":
         return
     for name, row in rows.items():

@@ -61,7 +61,7 @@ CHANGES: tuple[tuple[set[str], tuple[str, ...]], ...] = (
             "seed=1",
         ),
     ),
-    # Each of its fields is looked at in tests/test_moco.py.
+    # Each of its fields is looked at in tests/test_moco_chain.py.
     (MEMBERS | {"encoders"}, ('recipe.moco={"epochs":1,"batch_size":20,"groups":2,"lr":0.1}',)),
     (
         PATCHES,

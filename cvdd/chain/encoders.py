@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cvdd.memory import enough_memory
 from cvdd.moco import MocoModule, only_probed, with_projection
 from cvdd.passes import passes_of_members
 from cvdd.real_images import RealImages, side_of_files
+from cvdd.schema.committee import MemberConfig
 from cvdd.schema.moco import MocoConfig
 from cvdd.seeds import derive_seed, generator
 from cvdd.tensor_files import save_tensors
@@ -38,6 +40,46 @@ def moco_of(context: Context) -> MocoConfig:
     return settings
 
 
+def require_encoders(context: Context, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse members that cannot be trained without labels.
+
+    Args:
+        context: the configuration and its surroundings; ``recipe.moco`` is not null.
+        networks: of members, by name; those whose weights are given are left out.
+
+    Raises:
+        ConfigError: there are fewer images than a batch has, a network ends in no linear layer, or its weights were
+            trained with labels already.
+    """
+    moco, count = moco_of(context), len(context.data().train)
+    members = {name: context.config.committee.members[name] for name in networks}
+    trained = {name: member for name, member in members.items() if not _is_given(context, member)}
+    if trained and count < moco.batch_size:
+        raise ConfigError(
+            f"recipe.moco.batch_size={moco.batch_size} is more than the {count} training images; set it to as many or "
+            "fewer"
+        )
+    for name, member in trained.items():
+        if member.backbone.pretrained:
+            raise ConfigError(
+                f"committee.members.{name}.backbone.pretrained=true begins with weights that were trained with labels, "
+                "and recipe.moco trains without them; set it to false, or choose another recipe"
+            )
+        try:
+            require_head(networks[name], "recipe.moco")
+        except ConfigError as error:
+            raise ConfigError(f"committee.members.{name}: {error}") from error
+
+
+def _is_given(context: Context, member: MemberConfig) -> bool:
+    return member.checkpoint is not None or is_ready(member.backbone, len(context.data().classes))
+
+
+def is_ready(backbone: BackboneConfig, classes: int) -> bool:
+    """Whether a network needs no training: build_network keeps ImageNet's own head, and any other must be trained."""
+    return backbone.pretrained and classes == 1000
+
+
 def make_encoder(context: Context, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
     """Return a network trained on the real images without their labels.
 
@@ -48,17 +90,9 @@ def make_encoder(context: Context, name: str, backbone: BackboneConfig, seed: in
         name: of the member.
         backbone: of it.
         seed: of everything random.
-
-    Raises:
-        ConfigError: there are fewer images than a batch has.
     """
     data, config = context.data(), context.config
     moco = moco_of(context)
-    if len(data.train) < moco.batch_size:
-        raise ConfigError(
-            f"recipe.moco.batch_size={moco.batch_size} is more than the {len(data.train)} training images; set it to "
-            "as many or fewer"
-        )
     identity = {
         "data": data.identity,
         "backbone": backbone.model_dump(mode="json"),

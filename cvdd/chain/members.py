@@ -22,7 +22,7 @@ from cvdd.backbones import (
     weights_chosen_by_timm,
 )
 from cvdd.batch_parts import part_size
-from cvdd.chain.encoders import make_encoder, with_encoder
+from cvdd.chain.encoders import is_ready, make_encoder, with_encoder
 from cvdd.chain.training import (
     CURVE,
     WEIGHTS,
@@ -68,8 +68,7 @@ def make_classifier(context: Context, name: str, backbone: BackboneConfig, seed:
     all but the last layer is an artefact of its own, trained without labels (:mod:`cvdd.chain.encoders`).
     """
     data, recipe = context.data(), context.config.recipe
-    # ImageNet's own head is kept by build_network; any other number of classes needs a head that is trained.
-    ready = backbone.pretrained and len(data.classes) == 1000
+    ready = is_ready(backbone, len(data.classes))
     encoder = make_encoder(context, name, backbone, seed) if recipe.moco is not None and not ready else None
     identity = {
         "data": data.identity,

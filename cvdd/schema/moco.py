@@ -44,6 +44,13 @@ class MocoConfig(CheckedConfig):
                 f"recipe.moco.groups={self.groups} does not cut recipe.moco.batch_size={self.batch_size} into equal "
                 f"parts of two images or more; set recipe.moco.groups to one of {', '.join(map(str, possible))}"
             )
+        if not self.changed and not self.at_default("changes"):
+            yield (
+                "recipe.moco.changed=0 changes no view, so that nothing reads recipe.moco.changes; raise changed, or "
+                "leave changes at [0.4,0.4,0.4,0.1]"
+            )
+        if self.changed and not any(self.changes):
+            yield "recipe.moco.changes=[0,0,0,0] changes nothing; set recipe.moco.changed=0 in its place"
         if self.queue < self.batch_size:
             yield (
                 f"recipe.moco.queue={self.queue} holds less than a batch; set it to at least recipe.moco.batch_size="
