@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
-from cvdd.backbones import BackboneConfig, build_network, weights_chosen_by_timm
+from cvdd.backbones import BackboneConfig, build_network
 from cvdd.backbones.heads import require_head
 from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve
 from cvdd.classifier import Positions, ShuffledBatches
@@ -101,8 +101,6 @@ def make_encoder(context: Context, name: str, backbone: BackboneConfig, seed: in
         "seed": seed,
         **passes_of_members(config.engine, context.device).identity,
     }
-    if weights := weights_chosen_by_timm(backbone):
-        identity["weights"] = weights
 
     def train(work: Path) -> tuple[MocoModule, str]:
         return _train(context, name, backbone, seed, work)
