@@ -14,7 +14,8 @@ from torch import Tensor
 
 SIGMAS = (0.1, 2.0)
 """Standard deviations of a blur in pixels: the least and the largest (SimCLR; MoCo v2)."""
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_UNCHANGED = (1.0, 1.0, 1.0, 0.0)
+"""Factors of brightness, contrast and saturation, and the turn of the hue."""
 _LUMA = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in grey, as torchvision has them."""
 
@@ -55,7 +56,7 @@ def draw_colours(
         source: of the draws.
     """
     largest = torch.tensor(changes)
-    none = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    none = torch.tensor(_UNCHANGED)
     amounts = none + (2 * torch.rand(count, 4, generator=source) - 1) * largest
     orders = torch.rand(count, 4, generator=source).argsort(dim=1)
     chosen = torch.rand(count, 3, generator=source) < torch.tensor([changed, grey, blurred])
@@ -76,7 +77,7 @@ def apply_colours(images: Tensor, drawn: Colours) -> Tensor:
         [n, 3, h, w] float 0..255.
     """
     device = images.device
-    changed = (drawn.amounts != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1)
+    changed = (drawn.amounts != torch.tensor(_UNCHANGED)).any(dim=1)
     # Positions are found where they were drawn, because a device would have to be waited for.
     images = images / 255
     for place in range(4):

@@ -10,17 +10,17 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from cvdd.augment import Views, apply_views, draw_views, normalise
+from cvdd.augment import Views, apply_views, draw_views
 from cvdd.batch_parts import part_size, parts_of
-from cvdd.classifier import Classifier
 from cvdd.muon import muon
 from cvdd.passes import Passes
+from cvdd.real_images import RealImagesModule
 from cvdd.schedules import cosine
 from cvdd.schema import RecipeConfig
 from cvdd.seeds import generator
 
 
-class MemberModule(Classifier):
+class MemberModule(RealImagesModule):
     """Trains a committee member, or what of it is not frozen, on labelled real images.
 
     Args:
@@ -31,11 +31,8 @@ class MemberModule(Classifier):
         std: of the normalisation.
         size: side of the network's input.
         passes: how the network computes. Only passes of full batches, or of full parts, are compiled.
-        shared: arguments of :class:`Classifier`.
+        shared: arguments of :class:`cvdd.classifier.Classifier`.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -48,24 +45,18 @@ class MemberModule(Classifier):
         passes: Passes | None = None,
         **shared: object,
     ) -> None:
-        super().__init__(**shared)  # type: ignore[arg-type]
-        self.recipe, self.size = recipe, size
+        super().__init__(pixels, mean, std, size, passes, **shared)
+        self.recipe = recipe
         self.part = part_size(recipe.batch_size, recipe.accumulation)
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
-        self._pixels, self._labels = pixels, labels
-        self._passes = passes or Passes()
-        self._compiled = self._passes.compiled(self.network)
+        self._labels = labels
 
     def on_fit_start(self) -> None:
         """Bring the images to the device, and make ready to record steps there."""
+        super().on_fit_start()
         self._labels = self._labels.to(self.device)
-        self._passes.prepare(self.network, self.device)
-        if self._pixels is not None:
-            self._pixels = self._pixels.to(self.device)
-            if self._passes.record:
-                # Muon's step is a dozen small products for each matrix; the others' are a few launches.
-                self.record(self._losses_of, self.recipe.accumulation > 1, step=self.recipe.optimizer == "muon")
+        if self._pixels is not None and self._passes.record:
+            # Muon's step is a dozen small products for each matrix; the others' are a few launches.
+            self.record(self._losses_of, self.recipe.accumulation > 1, step=self.recipe.optimizer == "muon")
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy of one augmented batch: indices into the images in memory, or (pixels, labels).
@@ -115,8 +106,7 @@ class MemberModule(Classifier):
         return [partial(loss, index) for index in range(len(parts))]
 
     def _part_loss(self, pixels: Tensor, labels: Tensor, drawn: Augmentation) -> Tensor:
-        shown = normalise(apply_augmentation(pixels, self.recipe, self.size, drawn), self.mean, self.std)
-        shown = self._passes.laid_out(shown)
+        shown = self.shown(apply_augmentation(pixels, self.recipe, self.size, drawn))
         full = len(shown) == self.part
         forward = self.network if self._compiled is None or not full else self._compiled
         with self._passes.around(shown.device):

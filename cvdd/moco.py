@@ -11,19 +11,19 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from cvdd.augment import Views, apply_views, draw_views, normalise
+from cvdd.augment import Views, apply_views, draw_views
 from cvdd.backbones.heads import require_head
 from cvdd.batch_parts import parts_of
-from cvdd.classifier import Classifier
 from cvdd.colours import Colours, apply_colours, draw_colours
 from cvdd.distributed import gather_parts
 from cvdd.passes import Passes
+from cvdd.real_images import RealImagesModule
 from cvdd.schedules import cosine
 from cvdd.schema.moco import MocoConfig
 from cvdd.seeds import derive_seed, generator, own_draws, seed_networks
 
 
-class MocoModule(Classifier):
+class MocoModule(RealImagesModule):
     """Trains a network to find, among many representations, that of another view of the same image.
 
     The network's last linear layer is replaced by a projection of two layers (:func:`with_projection`). A second
@@ -45,8 +45,6 @@ class MocoModule(Classifier):
         shared: arguments of :class:`cvdd.classifier.Classifier`; the network is one :func:`with_projection`.
     """
 
-    mean: Tensor
-    std: Tensor
     queue: Tensor
     place: Tensor
 
@@ -61,11 +59,9 @@ class MocoModule(Classifier):
         passes: Passes | None = None,
         **shared: object,
     ) -> None:
-        super().__init__(**shared)  # type: ignore[arg-type]
-        self.config, self.flip, self.size = config, flip, size
+        super().__init__(pixels, mean, std, size, passes, **shared)
+        self.config, self.flip = config, flip
         self.part = config.batch_size // config.groups
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
         waiting = torch.randn(config.dimension, config.queue, generator=generator(self.seed, "queue"))
         self.register_buffer("queue", nn.functional.normalize(waiting, dim=0))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
@@ -74,17 +70,12 @@ class MocoModule(Classifier):
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
                 # What matters of an encoder besides its weights: a few hundred images would be too few to remember.
                 layer.momentum /= config.groups
-        self._pixels = pixels
-        self._passes = passes or Passes()
-        self._compiled = self._passes.compiled(self.network)
         self._compiled_keys = self._passes.compiled(self.key_network)
 
     def on_fit_start(self) -> None:
         """Bring the images to the device, and the networks into the form in which they compute there."""
-        for network in (self.network, self.key_network):
-            self._passes.prepare(network, self.device)
-        if self._pixels is not None:
-            self._pixels = self._pixels.to(self.device)
+        super().on_fit_start()
+        self._passes.prepare(self.key_network, self.device)
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy of finding the other view; a batch is indices of images in memory, or (pixels, labels)."""
@@ -97,7 +88,7 @@ class MocoModule(Classifier):
         keys = self._keys(pixels, held, order, parts, batch_index)
 
         def loss(part: slice) -> Tensor:
-            views = self._shown(pixels[part], seen.of(part))
+            views = self.shown(apply_view(pixels[part], self.size, seen.of(part)))
             found = self._represented(self._compiled or self.network, views)
             right = (found * keys[part]).sum(dim=1, keepdim=True)
             similar = torch.cat([right, found @ self.queue], dim=1) / self.config.temperature
@@ -123,8 +114,8 @@ class MocoModule(Classifier):
             # Dropout draws for each part alike, whichever rank has it.
             seed_networks(derive_seed(self.seed, "keys", self.current_epoch, batch_index, index), self.device)
             rows = order[parts[index]]
-            shown = self._shown(pixels[rows.to(pixels.device, non_blocking=True)], held.of(rows))
-            own.append(self._represented(forward, shown))
+            views = apply_view(pixels[rows.to(pixels.device, non_blocking=True)], self.size, held.of(rows))
+            own.append(self._represented(forward, self.shown(views)))
         if self._ranks[1] > 1:
             found = gather_parts([keys.flatten() for keys in own], len(parts))
             own = [keys.view(-1, self.config.dimension) for keys in found]
@@ -134,10 +125,6 @@ class MocoModule(Classifier):
         with self._passes.around(shown.device):
             found: Tensor = forward(shown)
         return nn.functional.normalize(found.float(), dim=1)
-
-    def _shown(self, pixels: Tensor, drawn: ViewDraws) -> Tensor:
-        shown = normalise(apply_view(pixels, self.size, drawn), self.mean, self.std)
-        return self._passes.laid_out(shown)
 
     def _enqueue(self, keys: Tensor) -> None:
         where = (self.place + torch.arange(len(keys), device=self.place.device)) % self.config.queue

@@ -1,4 +1,4 @@
-"""Batches of real images that do not fit memory."""
+"""Real images that networks are trained on: in memory, or in files that are read batch by batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cvdd.augment import normalise
+from cvdd.classifier import Classifier
 from cvdd.data import Data, resize_and_crop
+from cvdd.passes import Passes
 
 
 class RealImages(Dataset[tuple[Tensor, Tensor]]):
@@ -43,3 +46,46 @@ def side_of_files(size: int, *, resized: bool) -> int:
     """Side that images of this size which do not fit memory have before they are cropped, with a resize or without."""
     # A resized crop keeps the detail of a somewhat larger image; every other crop keeps the side.
     return size * 8 // 7 if resized else size
+
+
+class RealImagesModule(Classifier):
+    """What trainings on real images share: where the images are, and how a network is shown them.
+
+    Args:
+        pixels: [n, 3, size, size] uint8 training images, or None if batches bring their own.
+        mean: of the normalisation.
+        std: of the normalisation.
+        size: side of the network's input.
+        passes: how the network computes.
+        shared: arguments of :class:`cvdd.classifier.Classifier`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        pixels: Tensor | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: int,
+        passes: Passes | None,
+        **shared: object,
+    ) -> None:
+        super().__init__(**shared)  # type: ignore[arg-type]
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self._pixels = pixels
+        self._passes = passes or Passes()
+        self._compiled = self._passes.compiled(self.network)
+
+    def on_fit_start(self) -> None:
+        """Bring the images to the device, and the network into the form in which it computes there."""
+        self._passes.prepare(self.network, self.device)
+        if self._pixels is not None:
+            self._pixels = self._pixels.to(self.device)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Return augmented images [n, 3, size, size], 0..255, as the network takes them."""
+        return self._passes.laid_out(normalise(images, self.mean, self.std))

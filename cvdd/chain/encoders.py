@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.backbones.heads import require_head
-from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve
+from cvdd.backbones.heads import IMAGENET_CLASSES, require_head
+from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights
 from cvdd.classifier import Positions, ShuffledBatches
 from cvdd.compiler import compiling
 from cvdd.config_base import ConfigError
@@ -27,7 +27,6 @@ from cvdd.real_images import RealImages, side_of_files
 from cvdd.schema.committee import MemberConfig
 from cvdd.schema.moco import MocoConfig
 from cvdd.seeds import derive_seed, generator
-from cvdd.tensor_files import save_tensors
 
 PROBE_STD = 0.01
 """Standard deviation of a probe's initial weights, as MoCo has it."""
@@ -77,7 +76,7 @@ def _is_given(context: Context, member: MemberConfig) -> bool:
 
 def is_ready(backbone: BackboneConfig, classes: int) -> bool:
     """Whether a network needs no training: build_network keeps ImageNet's own head, and any other must be trained."""
-    return backbone.pretrained and classes == 1000
+    return backbone.pretrained and classes == IMAGENET_CLASSES
 
 
 def make_encoder(context: Context, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
@@ -108,8 +107,8 @@ def make_encoder(context: Context, name: str, backbone: BackboneConfig, seed: in
     def build(work: Path) -> dict[str, Any]:
         module, head = train(work)
         save_curve(work / CURVE, module.curve)
-        trained = {key: value for key, value in module.network.state_dict().items() if not key.startswith(f"{head}.")}
-        save_tensors(work / WEIGHTS, {key: value.contiguous().cpu() for key, value in trained.items()})
+        module.network.set_submodule(head, nn.Identity())
+        save_weights(work, module.network)
         return {"train_loss": module.curve[-1]["train_loss"]}
 
     return context.make_network("encoders", f"{data.name}-{name}", identity, [], build, train, moco.groups)

@@ -115,7 +115,7 @@ def _member(piece: Piece, work: Work) -> None:
     _measure(piece, work, network, len(data.test) * measured, config.protocol.eval_batch)
     if data.train.in_memory:
         work.use(MeasureStep(network, MEASURED_AT_ONCE), len(data.train))
-        work.held = len(data.train) * 3 * data.image_size**2
+        work.held = _pixels(piece, len(data.train))
 
 
 def _encoder(piece: Piece, work: Work) -> None:
