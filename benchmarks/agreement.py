@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from benchmarks import engine, settings
 from benchmarks.reference.recover import Committee, Recovery, View, show
 from benchmarks.reference.recover import Settings as PlainSettings
-from cvdd.augment import Views
+from cvdd.augmentation.augment import Views
 from cvdd.schema import RunConfig
-from cvdd.units import Stage, Unit, unit_views
+from cvdd.synthesis.units import Stage, Unit, unit_views
 
 TOLERANCE_OF_REFERENCE, TOLERANCE_OF_STACK = 1e-4, 1e-5
 PAIRS = {

@@ -22,10 +22,10 @@ from benchmarks.reference import relabel as plain_relabel
 from benchmarks.reference import student as plain_student
 from benchmarks.timing import Program, timed
 from cvdd.backbones import build_network
-from cvdd.engine import Engine
-from cvdd.passes import Passes, passes_of_students
+from cvdd.computing.passes import Passes, passes_of_students
 from cvdd.schema import RunConfig
-from cvdd.voting import Voter
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.voting import Voter
 
 Kind = Literal["recover", "relabel", "student", "committee"]
 Side = Literal["reference", "engine"]

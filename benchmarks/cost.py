@@ -23,17 +23,18 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from cvdd.arguments import prepare
 from cvdd.artifact import Artifact, Store
-from cvdd.cli import config_directory
+from cvdd.commands.runtime import Invocation, run
+from cvdd.composition.arguments import prepare
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.launching import register_resolvers
+from cvdd.composition.rows import expand_rows
+from cvdd.composition.validation import check
 from cvdd.cost import measured_seconds, plan_pieces, planning, predict_run
-from cvdd.launching import register_resolvers
-from cvdd.provenance import code_version
-from cvdd.readable import readable_seconds
-from cvdd.rows import expand_rows
-from cvdd.runtime import Invocation, prepare_process, run
+from cvdd.running.process import prepare_process
 from cvdd.schema import RunConfig
-from cvdd.validation import check
+from cvdd.support.provenance import code_version
+from cvdd.support.readable import readable_seconds
 
 SMALL = (
     "recipe.epochs=4",

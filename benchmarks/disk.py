@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks import settings
 from benchmarks.timing import alternate, ratio, ratios, timed
-from cvdd.allocator import keep_freed_memory
-from cvdd.label_store import LabelLayout, write_labels
-from cvdd.labels import ComputedLabels
-from cvdd.replay import Replay, draw_epoch
+from cvdd.labels.replay import Replay, draw_epoch
+from cvdd.labels.sources import ComputedLabels
+from cvdd.labels.store import LabelLayout, write_labels
+from cvdd.support.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
 STREAMED_AT_ONCE = 2**24

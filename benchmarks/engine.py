@@ -20,24 +20,24 @@ from torch.utils.data import DataLoader
 
 from benchmarks.timing import Stopwatch
 from cvdd.artifact import Store
-from cvdd.augment import Views, pixel_bounds
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.compiler import compiling
-from cvdd.context import Context
-from cvdd.engine import Engine, Work, choose_engine, ready_voter
-from cvdd.label_batches import SoftLabelDataset
-from cvdd.label_pool import LabelPool
-from cvdd.label_store import LabelLayout, StoredLabels, write_labels
-from cvdd.labels import ComputedLabels
-from cvdd.measure import Accuracy
-from cvdd.member import MemberModule
-from cvdd.passes import Passes, passes_of_labels, passes_of_members
-from cvdd.recorded_student import make_student_module
+from cvdd.augmentation.augment import Views, pixel_bounds
+from cvdd.chain.context import Context
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import Passes, passes_of_labels, passes_of_members
+from cvdd.labels.batches import SoftLabelDataset
+from cvdd.labels.pool import LabelPool
+from cvdd.labels.sources import ComputedLabels
+from cvdd.labels.store import LabelLayout, StoredLabels, write_labels
+from cvdd.labels.teachers import Teachers
 from cvdd.schema import LabelConfig, MethodConfig, RunConfig
-from cvdd.synthesis import DistillModule
-from cvdd.teachers import Teachers
-from cvdd.units import Stage, Unit, View, unit_matrices, unit_views
-from cvdd.voting import Voter
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine, Work, choose_engine, ready_voter
+from cvdd.synthesis.units import Stage, Unit, View, unit_matrices, unit_views
+from cvdd.synthesis.voting import Voter
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.measure import Accuracy
+from cvdd.training.member import MemberModule
+from cvdd.training.recorded_student import make_student_module
 
 LEAD = 3
 """Epochs of students and members on a GPU before the clock starts: steps are recorded meanwhile, once per run."""

@@ -24,12 +24,12 @@ from benchmarks.cases import FAMILIES
 from benchmarks.compile_ahead import specialise
 from benchmarks.limits import synchronise
 from benchmarks.speed import RESULTS, machine_of
-from cvdd.engine import Engine, ready_voter
-from cvdd.graphs import Recorded
-from cvdd.provenance import code_version
-from cvdd.runtime import hide_absent_gpus
+from cvdd.computing.graphs import Recorded
+from cvdd.running.process import hide_absent_gpus
 from cvdd.schema import EngineConfig
-from cvdd.voting import Voter
+from cvdd.support.provenance import code_version
+from cvdd.synthesis.engine import Engine, ready_voter
+from cvdd.synthesis.voting import Voter
 
 
 @dataclass(frozen=True)

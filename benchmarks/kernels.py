@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.limits import measure_limits
-from cvdd.gpu_layers import with_gpu_layers
+from cvdd.computing.gpu_layers import with_gpu_layers
 
 IMAGES, CALLS, REPLAYS = 100, 10, 3
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvdd.allocator import keep_freed_memory
-from cvdd.runtime import hide_absent_gpus
+from cvdd.running.process import hide_absent_gpus
+from cvdd.support.allocator import keep_freed_memory
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -22,7 +22,7 @@ from benchmarks.cases import Case, make_program
 from benchmarks.limits import usable_cores, usable_device
 from benchmarks.timing import alternate, ratio, timed
 from cvdd.backbones import build_network
-from cvdd.runtime import hide_absent_gpus
+from cvdd.running.process import hide_absent_gpus
 
 PASSES = 5
 """In a repetition of stacked weights."""

@@ -11,13 +11,13 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from benchmarks.reference import recover, relabel, student
-from cvdd.arguments import prepare
-from cvdd.augment import pixel_bounds
+from cvdd.augmentation.augment import pixel_bounds
 from cvdd.backbones import build_network
-from cvdd.cli import config_directory
-from cvdd.rows import expand_rows
+from cvdd.composition.arguments import prepare
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.rows import expand_rows
+from cvdd.composition.validation import check
 from cvdd.schema import RunConfig
-from cvdd.validation import check
 
 EXPERIMENTS = {
     "digits": (),

@@ -28,10 +28,10 @@ from benchmarks.compile_ahead import compile_all, specialise
 from benchmarks.limits import Limits, Work, measure_limits, usable_cores
 from benchmarks.table import markdown
 from benchmarks.timing import PeakOfFirst, Program, Samples, alternate, peak_memory, ratio, ratios
-from cvdd.allocator import give_back_memory, keep_freed_memory
-from cvdd.hardware import processor_name
-from cvdd.provenance import code_version
-from cvdd.runtime import hide_absent_gpus
+from cvdd.running.process import hide_absent_gpus
+from cvdd.support.allocator import give_back_memory, keep_freed_memory
+from cvdd.support.hardware import processor_name
+from cvdd.support.provenance import code_version
 
 RESULTS = Path(__file__).parent / "results"
 SHARE_TO_COMPILE = 0.6

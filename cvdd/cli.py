@@ -16,10 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from cvdd.arguments import ArgumentError, prepare, prepare_row, says_what_is_made, typed_overrides, unquoted
-from cvdd.composable import require_composable, said_of_yaml
-from cvdd.given_recipe import register_resolver
-from cvdd.launching import (
+from cvdd.composition.arguments import ArgumentError, prepare, prepare_row, says_what_is_made, typed_overrides, unquoted
+from cvdd.composition.composable import require_composable, said_of_yaml
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.given_recipe import register_resolver
+from cvdd.composition.launching import (
     check_launcher,
     check_multirun,
     launcher_field,
@@ -28,8 +29,8 @@ from cvdd.launching import (
     share_of_work,
     speaks_for_all,
 )
-from cvdd.outcome import USER_ERROR, outcome_kept, reader_may_go, told
-from cvdd.sweep import GROUP, leaves, only_asks, with_points
+from cvdd.composition.sweep import GROUP, leaves, only_asks, with_points
+from cvdd.support.outcome import USER_ERROR, outcome_kept, reader_may_go, told
 
 if TYPE_CHECKING:
     from cvdd.schema import RunConfig
@@ -39,15 +40,8 @@ register_resolvers()
 register_resolver()
 
 
-def config_directory() -> Path:
-    """Folder of the configuration: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
 def _help(part: str, verb: str) -> str:
-    from cvdd.help import help_part
+    from cvdd.composition.help import help_part
 
     return help_part(part, verb, sys.argv[0])
 
@@ -88,7 +82,7 @@ def _more_sources() -> list[Any]:
 
 def _without_each(config: RunConfig, composed: DictConfig, task: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
     """Yield overrides that say what is made, and the configuration of the same command without each of them."""
-    from cvdd.rows import NOT_COMPOSED, recomposed
+    from cvdd.composition.rows import NOT_COMPOSED, recomposed
 
     for index, override in enumerate(task):
         if says_what_is_made(override):
@@ -122,8 +116,8 @@ def _run(composed: DictConfig) -> float | None:
         folder = Path(settings.runtime.output_dir)
         kept = outcome_kept(folder, settings.job.name, task, begins=not share_of_work()[0])
     with kept, told(sweeping):
-        from cvdd.rows import expand_rows
-        from cvdd.validation import check
+        from cvdd.composition.rows import expand_rows
+        from cvdd.composition.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
         config = check(expand_rows(composed, partial(_again, composed.verb, task), limits))
@@ -131,7 +125,7 @@ def _run(composed: DictConfig) -> float | None:
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)
         # PyTorch and Lightning are imported only once it is known that there is something to do.
-        from cvdd.runtime import Invocation, run
+        from cvdd.commands.runtime import Invocation, run
 
         choices, sweep = settings.runtime.choices, Path(settings.sweep.dir).name if sweeping else None
         point = (str(choices["sweep"]), str(choices[GROUP])) if choices.get(GROUP) else None

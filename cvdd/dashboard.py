@@ -1,7 +1,7 @@
 """``python -m cvdd.dashboard``: the workspace of a project on Weights & Biases, as code.
 
-Its panels show what :mod:`cvdd.loggers` sends: a sweep's accuracies over two fields, accuracy against IPC, images,
-the terms of the loss by member, and how fast images and students are made.
+Its panels show what :mod:`cvdd.running.loggers` sends: a sweep's accuracies over two fields, accuracy against IPC,
+images, the terms of the loss by member, and how fast images and students are made.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvdd.config_base import ConfigError
-from cvdd.outcome import USER_ERROR
-from cvdd.refusals import place_errors
 from cvdd.schema.surroundings import LoggerConfig
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import USER_ERROR
+from cvdd.support.refusals import place_errors
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -143,7 +143,7 @@ def _all_axes(axes: tuple[str, str]) -> Any:
 
 
 def _require_fields(axes: Sequence[str]) -> None:
-    from cvdd.fields import fields
+    from cvdd.composition.fields import fields
 
     known = [field.key for field in fields()]
     for axis in axes:

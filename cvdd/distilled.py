@@ -15,17 +15,17 @@ from torch import Tensor
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import COPY, MANIFEST, read_whole
 from cvdd.artifact.places import digest_in
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
 from cvdd.data.given_folder import class_folder
-from cvdd.label_store import LabelLayout, StoredLabels
-from cvdd.outcome import told
-from cvdd.pictures import write_png
-from cvdd.refusals import place_errors
-from cvdd.replay import batch_bounds, replay
+from cvdd.labels.replay import batch_bounds, replay
+from cvdd.labels.store import LabelLayout, StoredLabels
 from cvdd.schema import LabelConfig
 from cvdd.schema.unread import without_unread
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import told
+from cvdd.support.pictures import write_png
+from cvdd.support.refusals import place_errors
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from torchvision.utils import make_grid
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifests_of
 from cvdd.chain.students import ADDED
-from cvdd.config_base import ConfigError
 from cvdd.distilled import DistilledSet, load, open_set
-from cvdd.outcome import told
-from cvdd.pictures import write_png
-from cvdd.readable import standard_error, with_error
-from cvdd.refusals import place_errors
 from cvdd.report.columns import measured_images
 from cvdd.schema.unread import as_typed
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import told
+from cvdd.support.pictures import write_png
+from cvdd.support.readable import standard_error, with_error
+from cvdd.support.refusals import place_errors
 
 _SEED = re.compile(r"-seed\d+$")
 TEMPLATE, CARD, PREVIEW = "card.md.j2", "README.md", "preview.png"

@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from cvdd.outcome import INTERRUPTED
+from cvdd.support.outcome import INTERRUPTED
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
-    from cvdd.launching import SHARE
+    from cvdd.composition.launching import SHARE
 
     class UnitsLauncher(SlurmLauncher):  # type: ignore[misc]
         """Runs a point ``array_parallelism`` times at once, in jobs that share its work through the store.

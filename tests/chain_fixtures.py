@@ -12,7 +12,7 @@ from helpers import tiny_context
 
 import cvdd.artifact.store
 from cvdd.chain.compare import Distilled, Result, compare
-from cvdd.context import Context
+from cvdd.chain.context import Context
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 from simulated_gpu import simulated_gpu
 
-from cvdd.arguments import prepare
-from cvdd.cli import _again, config_directory, debug_limits
-from cvdd.rows import expand_rows
+from cvdd.cli import _again, debug_limits
+from cvdd.composition.arguments import prepare
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.rows import expand_rows
+from cvdd.composition.validation import check
 from cvdd.schema import RunConfig
-from cvdd.validation import check
 
 Compose = Callable[..., RunConfig]
 

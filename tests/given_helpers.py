@@ -9,8 +9,8 @@ from helpers import tiny_context
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import read_manifest
-from cvdd.config_base import ConfigError
-from cvdd.preflight import check_before_work
+from cvdd.chain.preflight import check_before_work
+from cvdd.support.config_base import ConfigError
 
 HARD = ("label=hard", "protocol=hard_tiny", "protocol.epochs=3", "protocol.eval_every=1")
 """Students that need no committee."""

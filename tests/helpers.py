@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 
 from cvdd.artifact import Artifact, Store
-from cvdd.augment import Mix
-from cvdd.context import Context
+from cvdd.augmentation.augment import Mix
+from cvdd.chain.context import Context
+from cvdd.composition.validation import check
 from cvdd.data import FileSource, ImageSource
-from cvdd.measure import Accuracy
 from cvdd.schema import LabelConfig, MethodConfig, ProtocolConfig, RunConfig
-from cvdd.validation import check
-from cvdd.voting import Judgement, Voter, judge
+from cvdd.synthesis.voting import Judgement, Voter, judge
+from cvdd.training.measure import Accuracy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PUBLISHED_IMAGES = FIXTURES / "official_release" / "syn_data" / "cifar10" / "cvdd_ipc2"

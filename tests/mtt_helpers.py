@@ -8,7 +8,7 @@ import torch
 from helpers import TINY, configure
 
 from cvdd.artifact import Store
-from cvdd.context import Context
+from cvdd.chain.context import Context
 
 MTT = (
     "method=mtt",

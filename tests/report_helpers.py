@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.labels import Labels
 from cvdd.chain.priors import Priors
-from cvdd.context import Context
+from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.report.page import render_page
 from cvdd.schema import RunConfig
-from cvdd.surroundings import FULL_DATA_ROW
 
 HOSTILE = "<script>alert('x')</script> & co"
 CLASSES = ("zero", HOSTILE, "two")

@@ -7,8 +7,8 @@ import torch
 from test_apm import module_of
 from torch import Tensor
 
-from cvdd.adversarial import ImageSgd, Pace
 from cvdd.methods.apm import ImageTerms
+from cvdd.synthesis.adversarial import ImageSgd, Pace
 
 
 def test_images_move_as_their_own_settings_say() -> None:

@@ -10,13 +10,13 @@ from helpers import method_config, quiet_trainer, small_network
 from torch import Tensor
 from vote_reference import voting_loss
 
-from cvdd.agreement import agreement, mean_agreement, pairs_of
-from cvdd.log_rows import LogRow
-from cvdd.matching import Matcher
 from cvdd.schema import StatisticsConfig
-from cvdd.synthesis import DistillModule
-from cvdd.units import Stage, Unit, unit_views
-from cvdd.voting import Voter
+from cvdd.statistics.matching import Matcher
+from cvdd.synthesis.agreement import agreement, mean_agreement, pairs_of
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.log_rows import LogRow
+from cvdd.synthesis.units import Stage, Unit, unit_views
+from cvdd.synthesis.voting import Voter
 
 
 def rows(*units: tuple[float, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource
-from cvdd.allocator import keep_freed_memory
+from cvdd.support.allocator import keep_freed_memory
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +36,7 @@ def test_a_block_that_is_allocated_again_has_no_new_pages() -> None:
 def test_what_was_kept_is_given_back_when_told() -> None:
     program = (
         "from pathlib import Path\n"
-        "from cvdd.allocator import give_back_memory, keep_freed_memory\n"
+        "from cvdd.support.allocator import give_back_memory, keep_freed_memory\n"
         "def held(): return int(Path('/proc/self/statm').read_text().split()[1])\n"
         "assert keep_freed_memory()\n"
         "before = held()\n"

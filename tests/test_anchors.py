@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvdd.augment import enlarged_parts, pixel_bounds
-from cvdd.config_base import ConfigError
-from cvdd.engine import Engine, Work, can_be_compiled, choose_engine, ready_voter, vain_wishes
-from cvdd.features import FeatureWatch, feature_distance, feature_layer
+from cvdd.augmentation.augment import enlarged_parts, pixel_bounds
 from cvdd.schema import AnchorsConfig, EngineConfig, MethodConfig
-from cvdd.synthesis import DistillModule
-from cvdd.units import Stage, Unit, unit_views
-from cvdd.voting import Anchors, judge
+from cvdd.statistics.features import FeatureWatch, feature_distance, feature_layer
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine, Work, can_be_compiled, choose_engine, ready_voter, vain_wishes
+from cvdd.synthesis.units import Stage, Unit, unit_views
+from cvdd.synthesis.voting import Anchors, judge
 
 SIZE, CLASSES = 16, 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

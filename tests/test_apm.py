@@ -12,10 +12,8 @@ from helpers import small_network
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cvdd.adversarial import AdversarialModule, ImageSgd, NonFiniteImages, Pace, teacher_logits
 from cvdd.artifact import Store
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.chain.context import Context
 from cvdd.methods.apm import (
     Snapshots,
     chunked_gradient,
@@ -26,7 +24,9 @@ from cvdd.methods.apm import (
 )
 from cvdd.schema import MethodConfig
 from cvdd.schema.apm import ApmConfig, SgdConfig, SurrogateConfig
-from cvdd.surrogate import fit_surrogate, require_batches, train_by_sgd
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.adversarial import AdversarialModule, ImageSgd, NonFiniteImages, Pace, teacher_logits
+from cvdd.training.surrogate import fit_surrogate, require_batches, train_by_sgd
 
 BACKBONE = {"name": "convnet3", "target": "cvdd.backbones.convnet.convnet"}
 

@@ -13,17 +13,17 @@ from helpers import same_files, tiny_context
 from safetensors.torch import load_file
 
 import cvdd.chain.apm
-import cvdd.fit
+import cvdd.training.fit
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.apm import IMAGES, load_labelled, make_apm_images
 from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.apm_teachers import load_teachers, make_apm_teachers
+from cvdd.chain.context import Context
 from cvdd.chain.unit_files import load_history, load_images
-from cvdd.classifier import NonFiniteTraining
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.seeds import generator
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import generator
+from cvdd.training.classifier import NonFiniteTraining
 from cvdd.verbs.evaluate import evaluate
 
 BACKBONE = {"name": "convnet3", "target": "cvdd.backbones.convnet.convnet"}
@@ -120,7 +120,7 @@ def test_an_interrupted_part_goes_on_to_the_same_bits(
     home: Path, images: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints after iterations 2 and 4 lie between two refreshes, so students and teacher are restored as well."""
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     context = small_context(home, store=tmp_path / "store")
     log_row, rows = cvdd.chain.apm._log_row, []
 

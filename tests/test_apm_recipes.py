@@ -7,7 +7,7 @@ import csv
 import pytest
 from conftest import Compose
 
-from cvdd.cli import config_directory
+from cvdd.composition.config_directory import config_directory
 
 CONF = config_directory()
 with (CONF / "reference" / "apm.csv").open(newline="") as file:

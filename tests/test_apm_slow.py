@@ -14,13 +14,13 @@ from helpers import quiet_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cvdd.adversarial import AdversarialModule, Pace, teacher_logits
 from cvdd.backbones.convnet import convnet
 from cvdd.methods.apm import logit_distance
 from cvdd.schema.apm import ApmConfig, SgdConfig
-from cvdd.seeds import derive_seed, generator
-from cvdd.sgd_training import dsa
-from cvdd.surrogate import train_by_sgd
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.adversarial import AdversarialModule, Pace, teacher_logits
+from cvdd.training.sgd_training import dsa
+from cvdd.training.surrogate import train_by_sgd
 
 AUGMENT = dsa(("color", "crop", "cutout", "scale", "rotate"))
 STUDENT = SgdConfig(epochs=301, lr=0.05)

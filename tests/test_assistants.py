@@ -13,10 +13,10 @@ import pytest
 from helpers import tiny_context
 from mtt_helpers import mtt_context
 
-import cvdd.children
-from cvdd.assistants import assist, assisted, own_way
+import cvdd.running.children
+from cvdd.chain.assistants import assist, assisted, own_way
 from cvdd.chain.compare import compare
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 from cvdd.verbs.train import train
 
 pytest_plugins = ["chain_fixtures"]
@@ -101,7 +101,7 @@ def test_assistants_end_with_the_comparison(tmp_path: Path, monkeypatch: pytest.
         started.append(original(*arguments, **options))  # type: ignore[call-overload]
         return started[-1]
 
-    monkeypatch.setattr(cvdd.children.subprocess, "Popen", noting)
+    monkeypatch.setattr(cvdd.running.children.subprocess, "Popen", noting)
     context = tiny_context(tmp_path, "trainer.assistants=2", "recipe.epochs=500")
     with assisted(context.config):
         assert len(started) == 2
@@ -118,7 +118,7 @@ def test_an_assistant_whose_parent_dies_ends_by_itself(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time\n"
         f"log = open({str(journal)!r}, 'w')\n"
-        f"command = [sys.executable, '-m', 'cvdd.assistants', {str(written)!r}, '1', '2']\n"
+        f"command = [sys.executable, '-m', 'cvdd.chain.assistants', {str(written)!r}, '1', '2']\n"
         "print(subprocess.Popen(command, stderr=log).pid, flush=True)\n"
         "time.sleep(600)\n"
     )

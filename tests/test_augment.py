@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
-from cvdd.augment import (
+from cvdd.augmentation.augment import (
     Views,
     apply_views,
     denormalise,
@@ -190,7 +190,7 @@ def test_views_that_are_switched_off() -> None:
 
 def test_one_view_for_all_images_of_a_unit() -> None:
     """Copies of one image stay copies: crop, flip and shift are the unit's."""
-    from cvdd.augment import apply_matrices, view_matrices
+    from cvdd.augmentation.augment import apply_matrices, view_matrices
 
     unit = draw_views(2, 16, 16, (0.08, 1.0), True, 4, source(1))
     copies = random_pixels(2, 16).float()[:, None].expand(2, 5, 3, 16, 16)

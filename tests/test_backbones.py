@@ -23,7 +23,7 @@ from cvdd.backbones import (
     weights_chosen_by_timm,
 )
 from cvdd.backbones.config import packages_of_others
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "conf" / "backbone"
 SMALL = ("resnet18", "resnet50", "shufflenetv2", "mobilenetv2", "densenet121")
@@ -230,7 +230,7 @@ def test_an_installed_package_may_bring_networks(monkeypatch: pytest.MonkeyPatch
         (config("cvdd.backbones.shufflenet.shufflenet_v2", widths=[9, 16, 32]), "even"),
         (config("cvdd.backbones.shufflenet.shufflenet_v2", blocks=[1]), "one count per stage"),
         (config("cvdd.backbones.mobilenet.mobilenet_v2", stages=[[1, 2]]), "expansion, channels, blocks, stride"),
-        (config("cvdd.seeds.derive_seed", seed=0), "refuses them"),
+        (config("cvdd.support.seeds.derive_seed", seed=0), "refuses them"),
         (config("torchvision.models.list_models"), "refuses them"),
         (load("resnet18", pretrained=True), "comes without weights"),
         (load("imagenet_resnet18", target="torchvision.models.inception", pretrained=True), "inception"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvdd.backbones import BackboneConfig, build_network, load_published
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "published"
 CHECKPOINT = FIXTURES / "ShuffleNetV2.pth"

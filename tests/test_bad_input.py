@@ -18,19 +18,19 @@ from helpers import FIXTURES, PRIORS, TINY, same_files, tiny_context
 from torch import Tensor, nn
 
 import cvdd.chain.images
-import cvdd.fit
+import cvdd.training.fit
 from cvdd.artifact import Artifact, DamagedArtifact, Store, StoreError
 from cvdd.chain.compare import Distilled, Result, distil
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels, open_labels
 from cvdd.chain.members import _warn_of_chance, load_network, make_member
 from cvdd.chain.unit_files import load_history
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.engine import Engine
-from cvdd.outcome import INTERRUPTED
-from cvdd.synthesis import NonFiniteLoss
-from cvdd.voting import Voter
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import INTERRUPTED
+from cvdd.synthesis.distill_module import NonFiniteLoss
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.voting import Voter
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -173,7 +173,7 @@ def test_a_member_whose_loss_is_not_finite(
 ) -> None:
     """It is named, what was done is kept, and the same command goes on from there."""
     context = again("images", "labels", "students")
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original = cvdd.chain.images.load_voter
 
     def breaking(context: Context, name: str, artifact: Artifact, engine: Engine) -> Voter:
@@ -218,7 +218,9 @@ def test_a_disk_that_is_full_while_labels_are_reserved(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
-        patched.setattr(cvdd.labels.ComputedLabels, "epoch", lambda *arguments: pytest.fail("computed too early"))
+        patched.setattr(
+            cvdd.labels.sources.ComputedLabels, "epoch", lambda *arguments: pytest.fail("computed too early")
+        )
         with pytest.raises(StoreError, match=r"no space left for .*paths\.store=DIR"):
             make_labels(context, made[0].images, PRIORS)
     assert same_files(make_labels(context, made[0].images, PRIORS).artifact, made[0].labels.artifact)

@@ -15,7 +15,7 @@ from benchmarks import speed, timing
 from benchmarks.cases import Case
 from benchmarks.limits import Limits
 from benchmarks.table import _means
-from cvdd.allocator import give_back_memory
+from cvdd.support.allocator import give_back_memory
 
 CPU = torch.device("cpu")
 RECOVER = Case("recover", "digits", ("resnet18",), images=4, steps=2, units=3, reference_units=2)

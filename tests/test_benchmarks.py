@@ -21,14 +21,14 @@ from benchmarks.limits import Limits, Work, count_work, measure_limits
 from benchmarks.reference import recover, relabel, student
 from benchmarks.table import markdown
 from cvdd.artifact.manifest import manifest_checksum
-from cvdd.augment import Views, apply_matrices, pixel_bounds
+from cvdd.augmentation.augment import Views, apply_matrices, pixel_bounds
 from cvdd.chain.unit_files import write_unit
-from cvdd.losses import soft_label_loss
-from cvdd.passes import Passes
-from cvdd.replay import replay
-from cvdd.teachers import Teachers
-from cvdd.units import Unit, unit_matrices
-from cvdd.voting import Voter
+from cvdd.computing.passes import Passes
+from cvdd.labels.replay import replay
+from cvdd.labels.teachers import Teachers
+from cvdd.synthesis.units import Unit, unit_matrices
+from cvdd.synthesis.voting import Voter
+from cvdd.training.losses import soft_label_loss
 
 CPU = torch.device("cpu")
 SIZE = 12

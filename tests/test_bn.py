@@ -9,13 +9,13 @@ import torch
 from helpers import small_network
 from torch import nn
 
-from cvdd.bn import (
+from cvdd.statistics.bn import (
     BatchStatistics,
     require_batchnorm,
     running_moments,
     statistics_distance,
 )
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 
 def noise(count: int, seed: int = 0) -> torch.Tensor:

@@ -13,13 +13,13 @@ from helpers import PRIORS, same_files, tiny_context
 import cvdd.chain.images
 from cvdd.artifact import cleaning
 from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import make_initial_patches
 from cvdd.chain.priors import Priors, find_priors
 from cvdd.chain.recover import jpeg_round_trip
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_history, load_images
-from cvdd.context import Context
 from cvdd.report.costs import all_artifacts, stage_costs
 
 pytest_plugins = ["chain_fixtures"]

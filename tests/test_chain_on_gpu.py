@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 import cvdd.chain.retrieval
 from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.context import Context
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
-from cvdd.classifier import Classifier
-from cvdd.context import Context
 from cvdd.cost import show_cost
+from cvdd.training.classifier import Classifier
 from cvdd.verbs import VERBS
 
 pytest_plugins = ["chain_fixtures"]

@@ -25,18 +25,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 import cvdd
-from cvdd.augment import Views, apply_views, cut_cells, draw_views, in_cells, normalise
+from cvdd.augmentation.augment import Views, apply_views, cut_cells, draw_views, in_cells, normalise
+from cvdd.augmentation.randaugment import OPERATIONS, SIGNED, apply_operations
 from cvdd.chain.compare import compare
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import load_images
-from cvdd.labels import ComputedLabels
-from cvdd.passes import Passes
-from cvdd.preflight import check_before_work
-from cvdd.randaugment import OPERATIONS, SIGNED, apply_operations
-from cvdd.replay import Replay, draw_epoch, replay
-from cvdd.seeds import generator
-from cvdd.teachers import Teachers
+from cvdd.computing.passes import Passes
+from cvdd.labels.replay import Replay, draw_epoch, replay
+from cvdd.labels.sources import ComputedLabels
+from cvdd.labels.teachers import Teachers
+from cvdd.support.seeds import generator
 
 pytest_plugins = ["chain_fixtures"]
 

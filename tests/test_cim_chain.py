@@ -12,28 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
 from cvdd.chain.compare import distil
+from cvdd.chain.context import Context
 from cvdd.chain.fitting import fit_units
 from cvdd.chain.images import _work, make_images
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.real_choice import POSITIONS, anchors_of_units, chosen_positions, make_ranked
 from cvdd.chain.unit_files import load_history, load_images
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep, VoteStep
 from cvdd.cost.work import work_of
 from cvdd.data import resize_and_crop
-from cvdd.engine import Engine
-from cvdd.features import feature_layer, require_features
-from cvdd.preflight import check_before_work
 from cvdd.report.gallery import make_gallery
 from cvdd.report.plots import term_curves
 from cvdd.report.terms import member_terms, terms_of
 from cvdd.schema import members_used
-from cvdd.units import Unit, plan_stacks, plan_units
+from cvdd.statistics.features import feature_layer, require_features
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.units import Unit, plan_stacks, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 

@@ -13,7 +13,7 @@ from processes import ends, in_process, wait_for
 
 from cvdd.artifact import Store
 from cvdd.artifact.claims import NO_LOCKS, Claim, Claims, Leases, Locks, claims_for, held, locks_are_local
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 # --- locks and leases -------------------------------------------------------------------------------------------------
 

@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import cvdd.member
-from cvdd.augment import normalise
+import cvdd.training.member
+from cvdd.augmentation.augment import normalise
 from cvdd.chain.members import _finish, make_member
-from cvdd.classifier import NonFiniteTraining, Positions, ShuffledBatches, smallest_batch
-from cvdd.compiler import compiling
-from cvdd.config_base import ConfigError
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import Passes
 from cvdd.data import Data, TensorSource
-from cvdd.measure import Accuracy, Evaluator
-from cvdd.member import Augmentation, MemberModule, apply_augmentation, augment, draw_augmentation
-from cvdd.passes import Passes
 from cvdd.schema import RecipeConfig
+from cvdd.support.config_base import ConfigError
+from cvdd.training.classifier import NonFiniteTraining, Positions, ShuffledBatches, smallest_batch
+from cvdd.training.measure import Accuracy, Evaluator
+from cvdd.training.member import Augmentation, MemberModule, apply_augmentation, augment, draw_augmentation
 
 SIZE = 16
 
@@ -268,7 +268,7 @@ def test_every_batch_of_every_epoch_is_augmented_anew(monkeypatch: pytest.Monkey
         shown.append(tuple(drawn.boxes.flatten().tolist()))
         return apply_augmentation(pixels, chosen, size, drawn)
 
-    monkeypatch.setattr(cvdd.member, "apply_augmentation", noting)
+    monkeypatch.setattr(cvdd.training.member, "apply_augmentation", noting)
     fit(member(crop="resized"), member_loader(), 2)
     assert len(set(shown)) == len(shown) == 6
 

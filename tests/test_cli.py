@@ -14,12 +14,12 @@ from conftest import Compose
 from hydra.core.global_hydra import GlobalHydra
 
 from cvdd import cli
-from cvdd.arguments import ArgumentError, prepare, preset_numbers
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
-from cvdd.fields import fields
-from cvdd.help import EXAMPLES, help_part
-from cvdd.outcome import INTERRUPTED, USER_ERROR, PointFailed, told
+from cvdd.composition.arguments import ArgumentError, prepare, preset_numbers
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.fields import fields
+from cvdd.composition.help import EXAMPLES, help_part
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import INTERRUPTED, USER_ERROR, PointFailed, told
 
 ROOT = Path(__file__).parents[1]
 CONF = config_directory()
@@ -293,7 +293,7 @@ def test_help_of_every_script(verb: str, tmp_path: Path) -> None:
 
 
 def test_help_and_checks_need_no_pytorch() -> None:
-    code = "import sys, cvdd.cli, cvdd.help, cvdd.validation; print('torch' in sys.modules)"
+    code = "import sys, cvdd.cli, cvdd.composition.help, cvdd.composition.validation; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

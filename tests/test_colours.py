@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as vision
 
-from cvdd.colours import SIGMAS, Colours, apply_colours, blur_matrices, draw_colours
+from cvdd.augmentation.colours import SIGMAS, Colours, apply_colours, blur_matrices, draw_colours
 
 CHANGES = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation, vision.adjust_hue)
 

@@ -10,9 +10,9 @@ import torch
 from conftest import Compose
 
 from cvdd.chain.votes import plan_votes
-from cvdd.committee import draw_members, turn_weights, vote_weights
-from cvdd.config_base import ConfigError
-from cvdd.units import plan_units
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.committee import draw_members, turn_weights, vote_weights
+from cvdd.synthesis.units import plan_units
 
 NAMES = ("R18", "R50", "SV2", "MB2", "D121")
 PRIORS = {

@@ -15,7 +15,7 @@ from benchmarks import cases, compile_ahead, speed
 from benchmarks.cases import Case
 from benchmarks.speed import default_cache_dir, use_own_cache
 from benchmarks.table import markdown
-from cvdd.engine import Engine
+from cvdd.synthesis.engine import Engine
 
 
 def test_networks_are_compiled_before_cases_and_those_that_fail_leave_theirs_out(

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvdd.compiler import memory_format_of
+from cvdd.computing.compiler import memory_format_of
 
 PROGRAM = """
 import torch
 from torch._dynamo.utils import counters
-from cvdd.compiler import compiling
+from cvdd.computing.compiler import compiling
 
 def double(images):
     return (2 * images).cos().sum()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_cli import CONF, run_script
 
-from cvdd.arguments import ArgumentError, prepare
-from cvdd.composable import require_composable
-from cvdd.outcome import USER_ERROR
-from cvdd.sweep import with_points
+from cvdd.composition.arguments import ArgumentError, prepare
+from cvdd.composition.composable import require_composable
+from cvdd.composition.sweep import with_points
+from cvdd.support.outcome import USER_ERROR
 
 
 def require(arguments: str) -> None:

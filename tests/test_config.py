@@ -10,11 +10,11 @@ from conftest import Compose, compose_raw
 from helpers import PUBLISHED_IMAGES, PUBLISHED_LABELS
 from omegaconf import OmegaConf
 
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
-from cvdd.fields import fields
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.fields import fields
+from cvdd.composition.validation import check
 from cvdd.schema import RunConfig, needs_priors, teachers_of, with_overrides
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 CONF = config_directory()
 VERBS = ("train", "distill", "relabel", "evaluate")

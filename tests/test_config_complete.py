@@ -11,7 +11,7 @@ from conftest import Compose, compose_raw
 from omegaconf import OmegaConf
 from test_config import FIELDS, GROUP_FILES, overrides_for
 
-from cvdd.fields import fields
+from cvdd.composition.fields import fields
 
 KEYS = [field.key for field in fields()]
 FILES = [path for path in GROUP_FILES if path.parts[0] not in ("hydra", "experiment", "sweep")]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
-from cvdd.console import new_console
-from cvdd.report.tables import new_table, print_table
+from cvdd.support.console import new_console, new_table, print_table
 
 NAME = "store/images/" + "digits_photo-" * 12 + "0123456789ab"
 

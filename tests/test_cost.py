@@ -15,17 +15,17 @@ from helpers import tiny_context
 from torch import nn
 
 from cvdd.chain.compare import Distilled, Result, compare
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.chain.context import Context
+from cvdd.computing.footprint import profile
 from cvdd.cost import StageCost, _notes, load_prediction, plan_pieces, planning, predict_run, show_cost
 from cvdd.cost.plan import Piece
 from cvdd.cost.prediction import FOLDER, measured_seconds, predict, prediction_path
 from cvdd.cost.steps import MoveStep, Network, Overhead, ReplayStep, ScoreStep, StudentStep, TrainStep, VoteStep
 from cvdd.cost.work import Work, work_of
-from cvdd.engine import Engine
-from cvdd.footprint import profile
 from cvdd.report.predicted import predicted_costs
 from cvdd.schema import RunConfig, with_overrides
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.engine import Engine
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -196,7 +196,7 @@ def test_a_large_stack_is_judged_in_parts(compose: Compose) -> None:
 
 
 def test_compiling_takes_time_of_its_own(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cvdd.automatic.has_compiler", lambda device: True)
+    monkeypatch.setattr("cvdd.computing.automatic.has_compiler", lambda device: True)
     plain = works(compose("distill", "engine.compile=false"))
     compiled = works(compose("distill", "engine.compile=true", "engine.units_per_pass=1"))
     assert total(plain, "images", VoteStep) == total(compiled, "images", VoteStep)

@@ -12,7 +12,8 @@ import torch
 from conftest import Compose
 from test_cost import CPU, stages, total, works
 
-from cvdd.context import Context
+from cvdd.chain.context import Context
+from cvdd.computing.footprint import Profile
 from cvdd.cost import calibrate, planning
 from cvdd.cost.calibrate import Profiles, time_steps
 from cvdd.cost.fakes import scale_of
@@ -34,10 +35,9 @@ from cvdd.cost.steps import (
 )
 from cvdd.cost.table import cost_table
 from cvdd.cost.work import Work
-from cvdd.engine import Engine
-from cvdd.footprint import Profile
 from cvdd.schema import RunConfig
 from cvdd.schema.moco import MocoConfig
+from cvdd.synthesis.engine import Engine
 
 ONE_IMAGE = Profile(flops=7.0, activations=5.0, weights=2)
 """What an image costs in every network of these tests."""

@@ -15,7 +15,7 @@ from wandb_server import ENTITY, Server, serving
 
 from cvdd import dashboard
 from cvdd.dashboard import AXES, build, main, spec_of
-from cvdd.loggers import make_loggers, reporting_to
+from cvdd.running.loggers import make_loggers, reporting_to
 
 pytest.importorskip("wandb_workspaces")
 

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
-from cvdd.config_base import ConfigError
 from cvdd.data import (
     READERS,
     Data,
@@ -30,6 +29,7 @@ from cvdd.data import (
 )
 from cvdd.data.dataset import RawData
 from cvdd.data.splits import keep_per_class, split_validation
+from cvdd.support.config_base import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf" / "dataset"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))

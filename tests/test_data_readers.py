@@ -17,9 +17,9 @@ from PIL import Image
 
 from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
-from cvdd.config_base import ConfigError
 from cvdd.data import DatasetConfig, load_data, to_eval_tensor
 from cvdd.data.config import SourceName
+from cvdd.support.config_base import ConfigError
 
 WNIDS = ("n01440764", "n02102040", "n02979186")
 SOURCES = [source for source in get_args(SourceName) if source != "digits_photo"]

@@ -16,22 +16,22 @@ from torch import Tensor
 from cvdd.chain.images import _work, make_images
 from cvdd.chain.initial import make_start
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.real_choice import POSITIONS, drawn_images, whole_images
 from cvdd.chain.recover import require_splittable
+from cvdd.chain.stages import stage_of
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep, Overhead, VoteStep
 from cvdd.cost.work import work_of
 from cvdd.methods.delt import around_the_middle, first_stages
-from cvdd.patches import score_crops
-from cvdd.preflight import check_before_work
 from cvdd.report.gallery import _start
-from cvdd.schedules import cosine
 from cvdd.schema import members_used
-from cvdd.seeds import derive_seed, generator
-from cvdd.stages import stage_of
-from cvdd.units import Stack, Stage, plan_stacks, plan_stages, plan_units
+from cvdd.support.config_base import ConfigError
+from cvdd.support.curves import cosine
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.patches import score_crops
+from cvdd.synthesis.units import Stack, Stage, plan_stacks, plan_stages, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -198,7 +198,7 @@ def test_code_is_compiled_for_one_number_of_images_and_for_any(
     chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three stages show three numbers of images."""
-    monkeypatch.setattr("cvdd.automatic.has_compiler", lambda device: True)
+    monkeypatch.setattr("cvdd.computing.automatic.has_compiler", lambda device: True)
     one = ("committee.size=1", "method.voters=[resnet18]", "engine.compile=true", f"paths.store={tmp_path}")
     config = tiny_context(chain_home, *LATE, *BY_CLASS, *one).config
     pieces = {piece.artifact.kind: piece for piece in plan_pieces(planning(config, torch.device("cpu")))}

@@ -7,7 +7,7 @@ import torch
 from helpers import same_layer
 from torch import nn
 
-from cvdd.depthwise import SlicedDepthwise, without_strided_depthwise
+from cvdd.computing.depthwise import SlicedDepthwise, without_strided_depthwise
 
 
 @pytest.mark.parametrize("stride", [2, (1, 3)])

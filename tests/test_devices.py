@@ -17,17 +17,17 @@ from helpers import label_config, small_network, tiny_context
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cvdd.teachers
-from cvdd.automatic import has_compiler, precision_of
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.fit import devices_of
-from cvdd.memory import is_out_of_memory
-from cvdd.passes import Passes
-from cvdd.runtime import find_device
-from cvdd.schedules import compute_as_made
+import cvdd.labels.teachers
+from cvdd.chain.context import Context
+from cvdd.computing.automatic import has_compiler, precision_of
+from cvdd.computing.passes import Passes
+from cvdd.labels.teachers import Teachers
+from cvdd.running.process import find_device
 from cvdd.schema import RunConfig
-from cvdd.teachers import Teachers
+from cvdd.support.config_base import ConfigError
+from cvdd.support.memory import is_out_of_memory
+from cvdd.training.fit import devices_of
+from cvdd.training.schedules import compute_as_made
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 2)
 
@@ -235,9 +235,9 @@ def test_recorded_teachers_are_gone_with_their_labels(monkeypatch: pytest.Monkey
         def __call__(self, samples: Tensor) -> Tensor:
             return self.function(torch.zeros(samples.shape))
 
-    monkeypatch.setattr(cvdd.teachers, "Recorded", Recording)
+    monkeypatch.setattr(cvdd.labels.teachers, "Recorded", Recording)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(cvdd.teachers, "side_by_side", lambda calls, streams: [call() for call in calls])
+    monkeypatch.setattr(cvdd.labels.teachers, "side_by_side", lambda calls, streams: [call() for call in calls])
     with FakeTensorMode():
         samples = torch.zeros(8, 3, 16, 16, device="cuda")
     gc.collect()

@@ -15,11 +15,11 @@ import cvdd
 from cvdd.artifact import DamagedArtifact
 from cvdd.chain.compare import Distilled, Result
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
 from cvdd.distilled import main
-from cvdd.losses import soft_label_loss
-from cvdd.replay import replay
+from cvdd.labels.replay import replay
 from cvdd.schema.unread import without_unread
+from cvdd.support.config_base import ConfigError
+from cvdd.training.losses import soft_label_loss
 
 pytest_plugins = ["chain_fixtures"]
 

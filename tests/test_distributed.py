@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from vote_reference import voting_loss
 
-import cvdd.ranks
+import cvdd.commands.ranks
 from cvdd.artifact.cleaning import sealed
 from cvdd.chain.recover import require_splittable, splits_units
-from cvdd.classifier import Classifier, RunningStatistics, ShuffledBatches
-from cvdd.config_base import ConfigError
-from cvdd.distributed import FAILED, World, given_world
-from cvdd.launching import check_multirun
-from cvdd.member import own_images
-from cvdd.units import Stack, Unit
-from cvdd.voting import Voter
+from cvdd.composition.launching import check_multirun
+from cvdd.running.distributed import FAILED, World, given_world
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.units import Stack, Unit
+from cvdd.synthesis.voting import Voter
+from cvdd.training.classifier import Classifier, RunningStatistics, ShuffledBatches
+from cvdd.training.member import own_images
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -89,7 +89,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     for _ in range(600):
         for number in children.read_text().split():
-            if "cvdd.ranks" in Path(f"/proc/{number}/cmdline").read_text():
+            if "cvdd.commands.rank" in Path(f"/proc/{number}/cmdline").read_text():
                 return int(number)
         time.sleep(0.1)
     raise AssertionError("it started no rank")
@@ -140,10 +140,10 @@ def test_a_lost_rank_ends_a_training_with_its_name(command: Command, tmp_path: P
 
 def wait_for_the_lost(output: Path, meeting: int, failed: bool) -> None:
     """What a rank does that is in a meeting while another one fails, or none."""
-    cvdd.ranks.SECONDS_TO_NOTICE = 0.2
+    cvdd.commands.ranks.SECONDS_TO_NOTICE = 0.2
     world = World(1, 2)
     world.state.store, world.state.meeting = torch.distributed.HashStore(), meeting
-    with cvdd.ranks._watched((), world, output):
+    with cvdd.commands.ranks._watched((), world, output):
         if failed:
             world.state.store.set(FAILED, "rank 0 ended: OutOfMemory: too little")
         time.sleep(3)
@@ -163,7 +163,7 @@ import os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from cvdd.ranks import all_ranks
+from cvdd.commands.ranks import all_ranks
 from cvdd.schema import RunConfig
 
 config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
@@ -228,9 +228,9 @@ def test_tasks_of_srun_are_ranks_if_there_is_one_for_each_device() -> None:
 
 
 def test_a_process_that_is_a_rank_already_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(cvdd.commands.ranks.dist, "is_initialized", lambda: True)
     config = configure(tmp_path, *TINY)
-    with pytest.raises(ConfigError, match="process of its own"), cvdd.ranks.all_ranks(config):
+    with pytest.raises(ConfigError, match="process of its own"), cvdd.commands.ranks.all_ranks(config):
         pass
 
 
@@ -245,7 +245,7 @@ def test_a_multirun_in_one_process_is_refused(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure(tmp_path, *TINY, "trainer.assistants=2", "trainer.progress=lines")
-    with cvdd.ranks.in_silence(config) as quiet:
+    with cvdd.commands.ranks.in_silence(config) as quiet:
         print("nobody reads this")
         assert quiet.paths.output != config.paths.output
         assert (quiet.trainer.assistants, quiet.trainer.progress, quiet.seed) == (0, "none", config.seed)

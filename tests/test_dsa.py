@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.dsa import FAMILIES, SiameseAugmentation, augment, draw_augmentation
+from cvdd.augmentation.dsa import FAMILIES, SiameseAugmentation, augment, draw_augmentation
 
 ALL = tuple(FAMILIES)
 

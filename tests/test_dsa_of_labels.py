@@ -12,8 +12,8 @@ from helpers import MEAN, STD, label_config, random_pixels
 from torch import Tensor
 from torch.nn import functional
 
-from cvdd.dsa import EACH, FAMILIES, MOVES, SiameseAugmentation, augment, augment_each, draw_each
-from cvdd.replay import Replay, draw_epoch, record_type, replay
+from cvdd.augmentation.dsa import EACH, FAMILIES, MOVES, SiameseAugmentation, augment, augment_each, draw_each
+from cvdd.labels.replay import Replay, draw_epoch, record_type, replay
 
 SIZE = 16
 

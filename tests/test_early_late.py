@@ -19,21 +19,21 @@ from test_reta import copied
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
-from cvdd.augment import denormalise, normalise
+from cvdd.augmentation.augment import denormalise, normalise
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.real_choice import anchors_of_units, chosen_positions, whole_images
 from cvdd.chain.recover import RealSources, recover_stack
 from cvdd.chain.retrieval import Retrieval, make_candidates
 from cvdd.chain.unit_files import UNITS
-from cvdd.context import Context
-from cvdd.engine import Engine
-from cvdd.memory import OutOfMemory
 from cvdd.methods.delt import first_stages
 from cvdd.methods.fadrm import resized
-from cvdd.schedules import cosine
-from cvdd.synthesis import DistillModule
-from cvdd.units import Stack, Unit, plan_stages, unit_views
-from cvdd.voting import Voter
+from cvdd.support.curves import cosine
+from cvdd.support.memory import OutOfMemory
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.units import Stack, Unit, plan_stages, unit_views
+from cvdd.synthesis.voting import Voter
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -227,7 +227,7 @@ def test_anchors_are_those_of_what_has_begun(
     positions = chosen_positions(context, None)
     with monkeypatch.context() as patch:
         # Features are not what is looked at.
-        patch.setattr("cvdd.synthesis.DistillModule._aims", lambda self, view: None)
+        patch.setattr("cvdd.synthesis.distill_module.DistillModule._aims", lambda self, view: None)
         seen = stages_of(context, stack, torch.zeros(10, 4, 3, 32, 32).byte(), monkeypatch, anchors=positions)
     for stage, (_, _, module) in enumerate(seen):
         assert torch.equal(module.anchors, anchors_of_units(context, positions, stack.begun(stage)).flatten(1, 2))

@@ -10,16 +10,16 @@ import pytest
 import torch
 from helpers import label_config, method_config
 
-import cvdd.automatic
 import cvdd.chain.labels
-import cvdd.passes
+import cvdd.computing.automatic
+import cvdd.computing.passes
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.compare import compare
-from cvdd.context import Context
+from cvdd.chain.context import Context
+from cvdd.computing.passes import Passes, label_passes_elsewhere, passes_of_labels
 from cvdd.cost.plan import plan_pieces, planning
-from cvdd.engine import Work, choose_engine, engines_elsewhere
-from cvdd.passes import Passes, label_passes_elsewhere, passes_of_labels
 from cvdd.schema import EngineConfig
+from cvdd.synthesis.engine import Work, choose_engine, engines_elsewhere
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -74,7 +74,7 @@ def test_all_that_a_machine_may_decide_is_known(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     config, device = EngineConfig(**wanted), torch.device(kind)
     for compiler, passes in itertools.product((True, False), (1000, 100_000_000)):
-        for module in (cvdd.automatic, cvdd.passes):
+        for module in (cvdd.computing.automatic, cvdd.computing.passes):
             monkeypatch.setattr(module, "has_compiler", lambda device, found=compiler: found)
         for changes in ({}, {"statistics_of": "stack"}):
             method, work = method_config(**changes), Work((CONVNET,), passes, 10, 30, 32, 10)

@@ -11,18 +11,18 @@ import torch
 from helpers import PRIORS, method_config, quiet_trainer, small_network, tiny_context
 from torch import Tensor
 
-import cvdd.automatic
-import cvdd.passes
-from cvdd.automatic import compiles, forward_flops, has_compiler, precision_of, uncompiled_seconds
+import cvdd.computing.automatic
+import cvdd.computing.passes
 from cvdd.backbones import BackboneConfig
 from cvdd.chain.images import make_images
-from cvdd.compiler import compiling
-from cvdd.engine import Engine, Work, choose_engine, ready_voter, vain_wishes
-from cvdd.passes import Passes
+from cvdd.computing.automatic import compiles, forward_flops, has_compiler, precision_of, uncompiled_seconds
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import Passes
 from cvdd.schema import EngineConfig
-from cvdd.synthesis import DistillModule
-from cvdd.units import Stage, Unit, unit_views
-from cvdd.voting import judge
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine, Work, choose_engine, ready_voter, vain_wishes
+from cvdd.synthesis.units import Stage, Unit, unit_views
+from cvdd.synthesis.voting import judge
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONVNET = BackboneConfig(
@@ -46,7 +46,7 @@ def work(**changes: object) -> Work:
 
 @pytest.fixture(autouse=True)
 def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cvdd.automatic, cvdd.passes):
+    for module in (cvdd.computing.automatic, cvdd.computing.passes):
         monkeypatch.setattr(module, "has_compiler", lambda device: True)
 
 
@@ -133,7 +133,7 @@ def test_without_a_compiler_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(cvdd.automatic, "has_compiler", has_compiler)
+    monkeypatch.setattr(cvdd.computing.automatic, "has_compiler", has_compiler)
     has_compiler.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

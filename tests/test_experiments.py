@@ -14,11 +14,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 
-from cvdd.cli import config_directory
-from cvdd.committee import draw_members
-from cvdd.labels import check_batches
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.validation import check
+from cvdd.labels.sources import check_batches
 from cvdd.schema import ExpectedConfig, RunConfig
-from cvdd.validation import check
+from cvdd.synthesis.committee import draw_members
 
 CONF = config_directory()
 FOLDER = CONF / "experiment"

@@ -12,18 +12,18 @@ from torch import Tensor
 
 import cvdd
 from cvdd.artifact import Artifact
-from cvdd.augment import Views, in_cells
+from cvdd.augmentation.augment import Views, in_cells
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.labels import make_labels
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
 from cvdd.data import resize_and_crop
-from cvdd.preflight import check_before_work
-from cvdd.replay import draw_epoch, replay
+from cvdd.labels.replay import draw_epoch, replay
 from cvdd.schema import with_overrides
-from cvdd.seeds import generator
-from cvdd.units import Stage, Unit, unit_views
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import generator
+from cvdd.synthesis.units import Stage, Unit, unit_views
 
 pytest_plugins = ["chain_fixtures"]
 

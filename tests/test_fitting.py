@@ -10,10 +10,10 @@ from helpers import tiny_context
 
 from cvdd.chain import fitting
 from cvdd.chain.fitting import fit_batches, fit_units
-from cvdd.engine import Engine
-from cvdd.footprint import SHARE
-from cvdd.passes import Passes
-from cvdd.units import Stack, Unit
+from cvdd.computing.footprint import SHARE
+from cvdd.computing.passes import Passes
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.units import Stack, Unit
 
 STACK = Stack(0, (0, 1), tuple(Unit(slot, 0, 0, 10) for slot in range(4)))
 """Two members judge four units of ten images."""

@@ -14,8 +14,8 @@ import pytest
 from helpers import TINY
 from hydra.core.utils import JobStatus
 
-from cvdd.outcome import INTERRUPTED
 from cvdd.report.sweeps import read_directory
+from cvdd.support.outcome import INTERRUPTED
 from hydra_plugins.cvdd_local import FreshProcessLauncher
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_a_killed_point_fails_and_the_sweep_goes_on(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_point_that_ends_by_itself_fails_and_the_sweep_goes_on(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As :mod:`cvdd.ranks` ends it, once another rank is lost and this one waits for it in vain."""
+    """As :mod:`cvdd.commands.ranks` ends it, once another rank is lost and this one waits for it in vain."""
     made = fresh(monkeypatch, lambda overrides, index: os._exit(code) if index == 3 else returning(overrides, index))
     result = made._run(["seed=0"], 3)
     assert result.status is JobStatus.FAILED

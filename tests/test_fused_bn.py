@@ -10,10 +10,10 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
-from cvdd.bn import BatchStatistics, statistics_distance
-from cvdd.fused_bn import FusedStatistics, _NormaliseAndMeasure
-from cvdd.fusion import fuse_statistics
-from cvdd.voting import Voter, judge
+from cvdd.computing.fused_bn import FusedStatistics, _NormaliseAndMeasure
+from cvdd.computing.fusion import fuse_statistics
+from cvdd.statistics.bn import BatchStatistics, statistics_distance
+from cvdd.synthesis.voting import Voter, judge
 
 
 class Unknown(nn.BatchNorm2d):

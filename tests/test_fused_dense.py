@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 from cvdd.backbones.densenet import densenet
-from cvdd.copies import sharing_copy
-from cvdd.engine import Engine
-from cvdd.fused_bn import FusedStatistics, measure
-from cvdd.fused_dense import MeasuredDenseBlock, joined
-from cvdd.fusion import fuse_statistics
-from cvdd.gpu_layers import Convolution, with_gpu_layers
-from cvdd.stem import with_folded_stem
-from cvdd.voting import Voter
+from cvdd.computing.copies import sharing_copy
+from cvdd.computing.fused_bn import FusedStatistics, measure
+from cvdd.computing.fused_dense import MeasuredDenseBlock, joined
+from cvdd.computing.fusion import fuse_statistics
+from cvdd.computing.gpu_layers import Convolution, with_gpu_layers
+from cvdd.computing.stem import with_folded_stem
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.voting import Voter
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: densenet(4, blocks=(2, 3), growth=4),

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cvdd.chain.compare import Distilled, compare, distil
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import PATCHES, load_images
-from cvdd.config_base import ConfigError
 from cvdd.cost import plan_pieces, planning
 from cvdd.data.given_folder import class_folder, scan_given
-from cvdd.preflight import check_before_work
 from cvdd.report.gallery import data_uri, make_gallery
+from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures", "given_fixtures"]
 

@@ -17,13 +17,13 @@ from test_label_phases import FEW_LABELS
 
 from cvdd.artifact.cleaning import sealed as sealed_in
 from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
-from cvdd.given_recipe import recipe_of
-from cvdd.preflight import check_before_work
-from cvdd.published_release import PublishedLabels, read_published_images
-from cvdd.runtime import Invocation, run
+from cvdd.commands.runtime import Invocation, run
+from cvdd.composition.given_recipe import recipe_of
+from cvdd.labels.published_release import PublishedLabels, read_published_images
+from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures", "given_fixtures"]
 

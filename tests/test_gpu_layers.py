@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cvdd import gpu_layers
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.copies import sharing_copy
-from cvdd.gpu_layers import Convolution, Depthwise, Largest, with_gpu_layers
-from cvdd.stem import with_folded_stem
+from cvdd.computing import gpu_layers
+from cvdd.computing.copies import sharing_copy
+from cvdd.computing.gpu_layers import Convolution, Depthwise, Largest, with_gpu_layers
+from cvdd.computing.stem import with_folded_stem
 
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYERS = {
@@ -163,7 +163,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The kernels as programs of Triton's interpreter, which needs no GPU."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = importlib.util.find_spec("cvdd.gpu_kernels")
+    found = importlib.util.find_spec("cvdd.computing.gpu_kernels")
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)

@@ -27,22 +27,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
-from cvdd.automatic import records
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.compiler import compiling
-from cvdd.config_base import ConfigError
-from cvdd.engine import Engine, iteration_can_be_recorded, ready_voter
-from cvdd.graphs import Recorded, draws_by_itself
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
-from cvdd.labels import ComputedLabels
-from cvdd.member import MemberModule
-from cvdd.passes import Passes
-from cvdd.recorded_student import RecordedStudent, make_student_module, steps_can_be_recorded
+from cvdd.computing.automatic import records
+from cvdd.computing.compiler import compiling
+from cvdd.computing.graphs import Recorded, draws_by_itself
+from cvdd.computing.passes import Passes
+from cvdd.labels.batches import EpochSampler, SoftLabelDataset
+from cvdd.labels.sources import ComputedLabels
+from cvdd.labels.teachers import Teachers
 from cvdd.schema import RecipeConfig
-from cvdd.student import StudentModule
-from cvdd.synthesis import DistillModule
-from cvdd.teachers import Teachers
-from cvdd.units import Stage, Unit, unit_views
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine, iteration_can_be_recorded, ready_voter
+from cvdd.synthesis.units import Stage, Unit, unit_views
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.member import MemberModule
+from cvdd.training.recorded_student import RecordedStudent, make_student_module, steps_can_be_recorded
+from cvdd.training.student import StudentModule
 
 CPU = torch.device("cpu")
 with_real_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,9 +11,9 @@ from helpers import small_network
 from torch import nn
 
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.batch_statistics import BatchStatisticsNetwork
-from cvdd.config_base import ConfigError
-from cvdd.group_bn import GroupBatchNorm
+from cvdd.computing.group_bn import GroupBatchNorm
+from cvdd.labels.batch_statistics import BatchStatisticsNetwork
+from cvdd.support.config_base import ConfigError
 
 
 def noise(count: int, seed: int = 0) -> torch.Tensor:

@@ -11,16 +11,16 @@ import torch
 from helpers import label_config, small_network
 from torch import Tensor, fx, nn
 
-import cvdd.automatic
-import cvdd.group_kernels
+import cvdd.computing.automatic
+import cvdd.computing.group_kernels
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.batch_statistics import BatchStatisticsNetwork
-from cvdd.config_base import ConfigError
-from cvdd.group_fusion import FusedGroupNorm, GroupedDenseBlock, fuse_groups
-from cvdd.group_kernels import group_moments, normalise_groups
-from cvdd.passes import Passes, passes_of_labels
+from cvdd.computing.group_fusion import FusedGroupNorm, GroupedDenseBlock, fuse_groups
+from cvdd.computing.group_kernels import group_moments, normalise_groups
+from cvdd.computing.passes import Passes, passes_of_labels
+from cvdd.labels.batch_statistics import BatchStatisticsNetwork
+from cvdd.labels.teachers import Teachers
 from cvdd.schema import EngineConfig
-from cvdd.teachers import Teachers
+from cvdd.support.config_base import ConfigError
 
 OWN = {
     "convnet": {"width": 4, "depth": 2, "pooled_size": 4},
@@ -34,7 +34,7 @@ OWN = {
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loops as PyTorch's own operations."""
-    monkeypatch.setattr(cvdd.group_kernels, "_compiled", lambda function: function)
+    monkeypatch.setattr(cvdd.computing.group_kernels, "_compiled", lambda function: function)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -156,7 +156,7 @@ def test_each_map_of_a_dense_block_is_measured_once(monkeypatch: pytest.MonkeyPa
         measured.append(maps.shape[-1])
         return group_moments(maps, groups)
 
-    monkeypatch.setattr("cvdd.group_fusion.group_moments", measure)
+    monkeypatch.setattr("cvdd.computing.group_fusion.group_moments", measure)
     # Two blocks of two layers, growth 4: what comes in, and of each layer the inner map of 16 and what it adds.
     BatchStatisticsNetwork(own_network("densenet"), fused=True)(noise(8, 3, 16, 16), 4)
     assert measured == [8, 16, 4, 16, 4, 16, 8, 16, 4, 16, 4, 16]
@@ -217,7 +217,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_own_sums(caplog: pytest.LogCa
             maps: Tensor = self.norm(images).relu() if images.mean() > 1 else self.norm(images)
             return maps.amax(dim=(2, 3))
 
-    with caplog.at_level(logging.DEBUG, "cvdd.norm_tracing"):
+    with caplog.at_level(logging.DEBUG, "cvdd.computing.norm_tracing"):
         fused = same_labels(settled(Choosing()), noise(8, 3, 8, 8))
     assert "Choosing cannot be traced" in caplog.text
     assert not isinstance(fused.network, fx.GraphModule)
@@ -273,7 +273,7 @@ def test_labels_on_a_cpu_are_compiled_where_it_pays(
     samples: int,
     expected: dict[str, object],
 ) -> None:
-    monkeypatch.setattr(cvdd.automatic, "has_compiler", lambda device: True)
+    monkeypatch.setattr(cvdd.computing.automatic, "has_compiler", lambda device: True)
     engine = EngineConfig.model_validate({"compile_labels": wanted, "precision_labels": precision})
     backbone = BackboneConfig(name="net", target="cvdd.backbones.resnet.resnet", arguments=OWN["resnet"])
     passes = passes_of_labels(engine, label_config(bn_mode=mode), [backbone], samples, 10, 32, torch.device("cpu"))

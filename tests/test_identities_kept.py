@@ -14,9 +14,9 @@ import torch
 from conftest import compose_raw
 from helpers import FIXTURES
 
-import cvdd.automatic
+import cvdd.computing.automatic
+from cvdd.composition.validation import check
 from cvdd.cost import plan_pieces, planning
-from cvdd.validation import check
 
 FILE = FIXTURES / "identities.json"
 CONFIGURATIONS = (
@@ -39,12 +39,12 @@ def identities(overrides: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("overrides", CONFIGURATIONS)
 def test_identities_are_those_that_were(overrides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.automatic, "has_compiler", lambda device: True)
+    monkeypatch.setattr(cvdd.computing.automatic, "has_compiler", lambda device: True)
     assert identities(overrides, tmp_path) == json.loads(FILE.read_text())[overrides]
 
 
 if __name__ == "__main__":
-    cvdd.automatic.has_compiler = lambda device: True
+    cvdd.computing.automatic.has_compiler = lambda device: True
     with tempfile.TemporaryDirectory() as nowhere:
         known = {overrides: identities(overrides, Path(nowhere)) for overrides in CONFIGURATIONS}
     FILE.write_text(json.dumps(known, indent=1) + "\n")

@@ -15,8 +15,8 @@ from test_data_readers import make_config, save
 
 from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
-from cvdd.config_base import ConfigError
 from cvdd.data import DatasetConfig, image_folder, load_data, to_eval_tensor
+from cvdd.support.config_base import ConfigError
 
 
 @pytest.fixture

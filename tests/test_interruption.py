@@ -13,16 +13,16 @@ import pytest
 from helpers import PRIORS, same_files, tiny_context
 
 import cvdd.chain.recover
-import cvdd.fit
-import cvdd.label_store
-import cvdd.labels
+import cvdd.labels.sources
+import cvdd.labels.store
+import cvdd.training.fit
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.members import make_member
 from cvdd.chain.students import make_student
-from cvdd.classifier import Classifier
-from cvdd.context import Context
+from cvdd.training.classifier import Classifier
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -33,8 +33,8 @@ class PulledPlug(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: type[BaseException]) -> None:
     """Raise at the given call of a function; checkpoints are taken as often as possible."""
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr(cvdd.label_store, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.labels.store, "SECONDS_BETWEEN_SAVES", -1.0)
     original, calls = getattr(owner, name), []
 
     def stopping(*arguments: Any, **options: Any) -> Any:
@@ -91,7 +91,7 @@ def distil_and_die(root: Path, store: Path) -> None:
             os._exit(9)
         log_row(context, stack, row, *rest)
 
-    cvdd.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    cvdd.training.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     cvdd.chain.recover._log_row = killing
     make_images(tiny_context(root, store=store), PRIORS)
 
@@ -130,13 +130,15 @@ def test_relabel_goes_on_between_epochs(
 ) -> None:
     context = again("labels", "students")
     with monkeypatch.context() as patched:
-        stop_at(patched, cvdd.labels.ComputedLabels, "epoch", 3, PulledPlug)
+        stop_at(patched, cvdd.labels.sources.ComputedLabels, "epoch", 3, PulledPlug)
         with pytest.raises(PulledPlug):
             make_labels(context, made[0].images, PRIORS)
     scored: list[int] = []
-    original = cvdd.labels.ComputedLabels.epoch
+    original = cvdd.labels.sources.ComputedLabels.epoch
     monkeypatch.setattr(
-        cvdd.labels.ComputedLabels, "epoch", lambda self, epoch: (scored.append(epoch), original(self, epoch))[1]
+        cvdd.labels.sources.ComputedLabels,
+        "epoch",
+        lambda self, epoch: (scored.append(epoch), original(self, epoch))[1],
     )
     labels = make_labels(context, made[0].images, PRIORS)
     assert scored == [2]

@@ -14,20 +14,20 @@ from test_label_store import COUNT, SEED, SIZE, layout, written
 from test_student import soft_labels, student, trainable
 
 from cvdd.chain.compare import compare, distil
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.students import labels_of
 from cvdd.chain.training import load_curve
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
 from cvdd.cost.steps import ScoreStep, StudentStep
-from cvdd.label_batches import SoftLabelDataset
-from cvdd.label_phases import HardBetweenSoft
-from cvdd.label_pool import LabelPool
-from cvdd.label_store import StoredLabels
-from cvdd.labels import HardLabels
-from cvdd.losses import mixed_cross_entropy
-from cvdd.preflight import check_before_work
-from cvdd.replay import replay
+from cvdd.labels.batches import SoftLabelDataset
+from cvdd.labels.phases import HardBetweenSoft
+from cvdd.labels.pool import LabelPool
+from cvdd.labels.replay import replay
+from cvdd.labels.sources import HardLabels
+from cvdd.labels.store import StoredLabels
 from cvdd.schema import with_overrides
+from cvdd.support.config_base import ConfigError
+from cvdd.training.losses import mixed_cross_entropy
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ def test_students_that_hard_epochs_would_still_are_named(
 ) -> None:
     """Half of 4 soft epochs of 3 batches are 6 steps, and AdamW remembers a thousand."""
     check_before_work(tiny_context(tmp_path, *FEW_LABELS, *more))
-    said = [record.getMessage() for record in caplog.records if record.name == "cvdd.preflight"]
+    said = [record.getMessage() for record in caplog.records if record.name == "cvdd.chain.preflight"]
     assert bool(said) == warned
     if warned:
         assert "remembers the gradients of 1000 steps" in said[0]

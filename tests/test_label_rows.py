@@ -11,11 +11,11 @@ from conftest import Compose
 from helpers import tiny_context
 
 from cvdd.chain.compare import distil
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
-from cvdd.label_rows import Rest, check_top, read_rows, row_type, shortened, write_rows
-from cvdd.labels import ComputedLabels
-from cvdd.preflight import check_before_work
+from cvdd.labels.rows import Rest, check_top, read_rows, row_type, shortened, write_rows
+from cvdd.labels.sources import ComputedLabels
+from cvdd.support.config_base import ConfigError
 
 LOGITS = torch.tensor([[4.0, -1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
 

@@ -9,14 +9,14 @@ import torch
 from helpers import MEAN, STD, label_config, random_pixels, small_network
 from torch.utils.data import DataLoader
 
-import cvdd.label_store
-from cvdd.config_base import ConfigError
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
-from cvdd.label_pool import LabelPool
-from cvdd.label_store import LOGITS, PARAMETERS, LabelLayout, StoredLabels, write_labels
-from cvdd.labels import ComputedLabels
-from cvdd.replay import RECORD, replay
-from cvdd.teachers import Teachers
+import cvdd.labels.store
+from cvdd.labels.batches import EpochSampler, SoftLabelDataset
+from cvdd.labels.pool import LabelPool
+from cvdd.labels.replay import RECORD, replay
+from cvdd.labels.sources import ComputedLabels
+from cvdd.labels.store import LOGITS, PARAMETERS, LabelLayout, StoredLabels, write_labels
+from cvdd.labels.teachers import Teachers
+from cvdd.support.config_base import ConfigError
 
 COUNT, SIZE, CLASSES, SEED = 20, 16, 4, 3
 
@@ -91,7 +91,7 @@ class Interrupted(Exception):
 
 
 def test_writing_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.label_store, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(cvdd.labels.store, "SECONDS_BETWEEN_SAVES", -1.0)
     written(tmp_path / "whole")
     broken, done = tmp_path / "broken", []
     broken.mkdir()
@@ -191,7 +191,7 @@ def test_every_batch_of_an_epoch_is_a_stored_one(parameters: str, tmp_path: Path
 
 
 def test_writing_a_pool_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvdd.label_store, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(cvdd.labels.store, "SECONDS_BETWEEN_SAVES", -1.0)
     written(tmp_path / "whole", keep=0.5)
     broken, done = tmp_path / "broken", []
     broken.mkdir()

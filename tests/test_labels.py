@@ -10,8 +10,9 @@ import torch
 from helpers import MEAN, STD, label_config, random_pixels, small_network
 from torch import Tensor, nn
 
-from cvdd.config_base import ConfigError
-from cvdd.labels import (
+from cvdd.computing.passes import Passes
+from cvdd.labels.replay import batch_bounds, draw_epoch, replay
+from cvdd.labels.sources import (
     ComputedLabels,
     HardLabels,
     NonFiniteLabels,
@@ -19,10 +20,9 @@ from cvdd.labels import (
     epochs_together,
     samples_at_most,
 )
-from cvdd.passes import Passes
-from cvdd.replay import batch_bounds, draw_epoch, replay
+from cvdd.labels.teachers import Teachers
 from cvdd.schema import LabelConfig
-from cvdd.teachers import Teachers
+from cvdd.support.config_base import ConfigError
 
 COUNT, SIZE, CLASSES, SEED = 20, 16, 4, 3
 

@@ -21,11 +21,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError
-from cvdd.cli import _again, config_directory, debug_limits
-from cvdd.config_base import ConfigError
-from cvdd.launching import SHARE, check_launcher, command_number, launcher_field, require_launcher, share_of_work
+from cvdd.cli import _again, debug_limits
+from cvdd.composition.arguments import ArgumentError
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.launching import (
+    SHARE,
+    check_launcher,
+    command_number,
+    launcher_field,
+    require_launcher,
+    share_of_work,
+)
 from cvdd.schema.surroundings import TrainerConfig
+from cvdd.support.config_base import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +80,7 @@ def launcher(*overrides: str, path: Path | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["slurm", "slurm_units", "slurm_ddp"])
 def test_jobs_are_put_back_into_the_queue(name: str) -> None:
     """Told early enough for a save, requeued after time limits as after preemptions."""
-    from cvdd.interruption import SECONDS_TO_SAFE_POINT
+    from cvdd.running.interruption import SECONDS_TO_SAFE_POINT
 
     fields = launcher(f"hydra/launcher={name}")
     assert fields["signal_delay_s"] > SECONDS_TO_SAFE_POINT + 60
@@ -116,7 +124,7 @@ class Noon(datetime):
 
 @pytest.mark.parametrize("directory", ["hydra.run.dir", "hydra.sweep.dir"])
 def test_commands_of_one_second_have_directories_of_their_own(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("hydra.core.utils", "cvdd.launching"):
+    for module in ("hydra.core.utils", "cvdd.composition.launching"):
         monkeypatch.setattr(f"{module}.datetime", Noon)
     one, other = composed(), composed()
     first, second = (str(OmegaConf.select(config, directory)) for config in (one, other))
@@ -212,7 +220,7 @@ def test_a_launcher_that_hydra_would_ignore_is_refused(name: str) -> None:
 
 def test_a_launcher_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     require_launcher(["hydra/launcher=slurm"])
-    monkeypatch.setattr("cvdd.launching.find_spec", lambda name: None)
+    monkeypatch.setattr("cvdd.composition.launching.find_spec", lambda name: None)
     require_launcher(["hydra/launcher=local", "seed=1"])
     with pytest.raises(ArgumentError, match="hydra/launcher=slurm_units needs: pip install 'cvdd\\[slurm\\]'"):
         require_launcher(["hydra/launcher=slurm_units"])

@@ -24,12 +24,12 @@ import cvdd.chain.images
 import cvdd.chain.recover
 from cvdd import dashboard
 from cvdd.artifact import Store
+from cvdd.chain.context import Context
 from cvdd.chain.priors import Priors
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.portable import portable_config
-from cvdd.runtime import Invocation, invocation_lines, run, run_id, run_name
-from cvdd.synthesis import NonFiniteLoss
+from cvdd.commands.runtime import Invocation, invocation_lines, run, run_id, run_name
+from cvdd.composition.portable import portable_config
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.distill_module import NonFiniteLoss
 from cvdd.verbs.evaluate import SHOWN
 
 SMALL = (

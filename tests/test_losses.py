@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import protocol_config
 
-from cvdd.losses import logit_loss, mixed_cross_entropy, refined_cosine_loss, soft_label_loss
-from cvdd.schedules import student_rate
+from cvdd.training.losses import logit_loss, mixed_cross_entropy, refined_cosine_loss, soft_label_loss
+from cvdd.training.schedules import student_rate
 
 
 def test_loss_is_kl_without_the_squared_temperature() -> None:

@@ -11,12 +11,12 @@ from helpers import small_network
 from torch import Tensor, nn
 from vote_reference import voting_loss
 
-from cvdd.bn import BatchStatistics, statistics_distance
-from cvdd.config_base import ConfigError
-from cvdd.matching import Matcher
-from cvdd.recording import RealStatistics, record_statistics
 from cvdd.schema import StatisticsConfig
-from cvdd.voting import Voter
+from cvdd.statistics.bn import BatchStatistics, statistics_distance
+from cvdd.statistics.matching import Matcher
+from cvdd.statistics.recording import RealStatistics, record_statistics
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.voting import Voter
 
 CONVOLUTIONS, BATCHNORM = ("0", "3"), ("1", "4")
 

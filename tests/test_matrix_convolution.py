@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cvdd import matrix_convolution
-from cvdd.engine import Engine, ready_voter
-from cvdd.matrix_convolution import MatrixConvolution, with_matrix_convolutions
-from cvdd.passes import Passes
+from cvdd.computing import matrix_convolution
+from cvdd.computing.matrix_convolution import MatrixConvolution, with_matrix_convolutions
+from cvdd.computing.passes import Passes
+from cvdd.synthesis.engine import Engine, ready_voter
 
 CASES = {
     "plain": (3, 1, 1),

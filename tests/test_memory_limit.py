@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import cvdd.footprint
-from cvdd.footprint import free_memory
-from cvdd.memory_limit import left_to_process
+import cvdd.computing.footprint
+from cvdd.computing.footprint import free_memory
+from cvdd.computing.memory_limit import left_to_process
 
 GB = 10**9
 
@@ -62,6 +62,6 @@ def test_what_cannot_be_read_limits_nothing(files: dict[str, str], tmp_path: Pat
 def test_free_memory_is_that_of_the_machine_or_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for limit in (12345.0, math.inf):
-        monkeypatch.setattr(cvdd.footprint, "left_to_process", lambda limit=limit: limit)
+        monkeypatch.setattr(cvdd.computing.footprint, "left_to_process", lambda limit=limit: limit)
         assert (free_memory(cpu) == 12345) == (limit < math.inf)
     assert 0 < free_memory(cpu) < math.inf

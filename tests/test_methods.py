@@ -14,13 +14,13 @@ from torch import Tensor
 import cvdd.chain.recover
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import compare
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.priors import find_priors
 from cvdd.chain.unit_files import UNITS, load_history, load_images, write_unit
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.synthesis import DistillModule
-from cvdd.units import Stage, plan_units
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.units import Stage, plan_units
 
 pytest_plugins = ["chain_fixtures"]
 
@@ -145,7 +145,7 @@ def test_an_interrupted_method_ends_with_the_same_bits(
     overrides: tuple[str, ...], chain_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = images_of(chain_home, *overrides)
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     original, calls = cvdd.chain.recover._log_row, []
 
     def stopping(*arguments: object) -> None:

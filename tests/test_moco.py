@@ -10,13 +10,13 @@ import torch
 from helpers import MEAN, STD, random_pixels, small_network
 from torch import Tensor, nn
 
-from cvdd.augment import draw_views, normalise
-from cvdd.colours import draw_colours
-from cvdd.measure import Accuracy
-from cvdd.moco import MocoModule, apply_view, draw_view, follow, only_probed, with_projection
-from cvdd.muon import matrices_and_others
+from cvdd.augmentation.augment import draw_views, normalise
+from cvdd.augmentation.colours import draw_colours
 from cvdd.schema.moco import MocoConfig
-from cvdd.seeds import generator
+from cvdd.support.seeds import generator
+from cvdd.training.measure import Accuracy
+from cvdd.training.moco import MocoModule, apply_view, draw_view, follow, only_probed, with_projection
+from cvdd.training.muon import matrices_and_others
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2,

@@ -18,22 +18,22 @@ from test_moco import SETTINGS
 from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
 from cvdd.backbones.heads import require_head
+from cvdd.chain.context import Context
 from cvdd.chain.encoders import make_encoder, with_encoder
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.training import WEIGHTS, load_curve
-from cvdd.classifier import Classifier
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.cost.calibrate import Profiles
 from cvdd.cost.fakes import run_of, scale_of
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import DecodeStep, MocoStep, TrainStep
 from cvdd.cost.work import work_of
-from cvdd.preflight import check_before_work
-from cvdd.readable import readable_seconds
 from cvdd.report.tables import print_members
 from cvdd.schema import with_overrides
-from cvdd.seeds import derive_seed
+from cvdd.support.config_base import ConfigError
+from cvdd.support.readable import readable_seconds
+from cvdd.support.seeds import derive_seed
+from cvdd.training.classifier import Classifier
 
 TYPED = "{" + ",".join(f"{key}:{value}" for key, value in SETTINGS.items()) + "}"
 TINY_MOCO = ("recipe=tiny_moco", "recipe.epochs=2", "recipe.batch_size=50", f"recipe.moco={TYPED}")

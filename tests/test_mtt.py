@@ -12,9 +12,8 @@ from helpers import method_config, quiet_trainer
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from cvdd.augmentation.dsa import FAMILIES
 from cvdd.backbones.convnet import convnet
-from cvdd.config_base import ConfigError
-from cvdd.dsa import FAMILIES
 from cvdd.methods.mtt import (
     FlatNetwork,
     Matched,
@@ -28,8 +27,9 @@ from cvdd.methods.mtt import (
     unroll,
 )
 from cvdd.schema import MethodConfig
-from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
-from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow, draw_iteration
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
+from cvdd.synthesis.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow, draw_iteration
 
 SIZE = 8
 ALL = tuple(FAMILIES)

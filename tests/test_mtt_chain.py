@@ -15,24 +15,24 @@ from helpers import same_files
 from mtt_helpers import mtt_context
 from safetensors.torch import load_file
 
-import cvdd.fit
+import cvdd.training.fit
 from cvdd.artifact import Artifact, Store
 from cvdd.backbones import build_network
 from cvdd.chain.compare import Result
+from cvdd.chain.context import Context
 from cvdd.chain.initial import initial_images
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.space import input_space, whitening_of
 from cvdd.chain.training import load_curve
 from cvdd.chain.trajectories import make_trajectories, mtt_of
 from cvdd.chain.unit_files import load_history, load_images
-from cvdd.classifier import NonFiniteTraining
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.methods.mtt import FlatNetwork
-from cvdd.seeds import derive_seed
-from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
-from cvdd.trajectories import Trajectories, TrajectoryWriter
-from cvdd.trajectory_matching import ExplodingGradients, MatchingModule
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import derive_seed
+from cvdd.synthesis.trajectories import Trajectories, TrajectoryWriter
+from cvdd.synthesis.trajectory_matching import ExplodingGradients, MatchingModule
+from cvdd.training.classifier import NonFiniteTraining
+from cvdd.training.sgd_training import SgdModule, SgdRecipe, dsa
 from cvdd.verbs.evaluate import evaluate
 
 MTT = "method.mtt"
@@ -144,7 +144,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     context = again("trajectories", "images")
     original, calls = getattr(owner, name), []
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        patched.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
         def stopping(*arguments: Any) -> Any:
             calls.append(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import Compose
 
-from cvdd.cli import config_directory
+from cvdd.composition.config_directory import config_directory
 
 ROWS = {
     # IPC, N, M, max_start_epoch, lr_img, lr_lr, alpha_0, batch_syn, zca, depth, accuracy (sections 3.1, 3.2 and 5)

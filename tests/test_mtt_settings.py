@@ -14,14 +14,14 @@ from helpers import with_source
 from mtt_helpers import mtt_context
 
 from cvdd.artifact import Artifact
+from cvdd.chain.context import Context
 from cvdd.chain.mtt import _start, make_mtt_images, make_mtt_student
 from cvdd.chain.space import input_space, whitening_of
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import FileSource
-from cvdd.sgd_training import SgdModule, SgdRecipe
-from cvdd.trajectories import TrajectoryLayout, TrajectoryWriter
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.trajectories import TrajectoryLayout, TrajectoryWriter
+from cvdd.training.sgd_training import SgdModule, SgdRecipe
 
 PLAIN = ("method.mtt.whitening=false",)
 

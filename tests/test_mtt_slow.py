@@ -17,10 +17,10 @@ from torch.nn.functional import interpolate
 
 import cvdd.backbones.convnet
 from cvdd.artifact import Artifact, Store
+from cvdd.chain.context import Context
 from cvdd.chain.mtt import load_matched, make_mtt_images, make_mtt_student
 from cvdd.chain.trajectories import make_trajectories, mtt_of
 from cvdd.chain.unit_files import load_history
-from cvdd.context import Context
 from cvdd.data import Data, TensorSource
 
 pytestmark = pytest.mark.slow

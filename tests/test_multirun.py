@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cvdd.outcome import OUTCOME, PointFailed, outcome_kept
 from cvdd.report.sweeps import progress, read_directory, write_report
 from cvdd.report.watch import Watch
+from cvdd.support.outcome import OUTCOME, PointFailed, outcome_kept
 
 RESULT = {
     "row": "cvdd",

@@ -9,8 +9,8 @@ import pytest
 from conftest import compose_raw
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.config_base import ConfigError
-from cvdd.validation import check
+from cvdd.composition.validation import check
+from cvdd.support.config_base import ConfigError
 
 
 def renamed(key: str, name: str, tmp_path: Path) -> DictConfig:

@@ -16,10 +16,10 @@ from torchvision.io import decode_image
 
 from cvdd.artifact import Store
 from cvdd.artifact.files import StoreError, store_errors
-from cvdd.config_base import ConfigError
-from cvdd.outcome import INTERRUPTED, USER_ERROR, told
-from cvdd.pictures import write_png
-from cvdd.refusals import place_errors, require_writable
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import INTERRUPTED, USER_ERROR, told
+from cvdd.support.pictures import write_png
+from cvdd.support.refusals import place_errors, require_writable
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 from helpers import tiny_context
 
 from cvdd.chain.own_engines import OWN, own_engine
-from cvdd.config_base import StrictConfig
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import OWN_SECTIONS
+from cvdd.support.config_base import StrictConfig
 
 
 def test_every_section_for_such_a_method_has_an_engine() -> None:

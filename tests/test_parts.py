@@ -18,7 +18,7 @@ from cvdd.artifact import MANIFEST, Artifact, Maker, Parts, Store, StoreError
 from cvdd.artifact.claims import Locks
 from cvdd.artifact.parts import FINISHED, OPEN, TAKEN, Table
 from cvdd.artifact.sessions import Session
-from cvdd.label_store import SAMPLES_OF_A_BLOCK, LabelLayout
+from cvdd.labels.store import SAMPLES_OF_A_BLOCK, LabelLayout
 
 IDENTITY = {"parts": 4}
 

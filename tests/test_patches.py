@@ -9,11 +9,11 @@ import torch
 from helpers import MEAN, STD, random_pixels, small_network
 from torch import Tensor, nn
 
-from cvdd.augment import normalise
-from cvdd.config_base import ConfigError
+from cvdd.augmentation.augment import normalise
 from cvdd.data import Data, TensorSource
-from cvdd.patches import cut_crops, make_patches, score_crops, select, stitch
 from cvdd.schema import PatchesConfig
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.patches import cut_crops, make_patches, score_crops, select, stitch
 
 SIZE = 16
 
@@ -108,8 +108,10 @@ def test_all_crops_of_as_many_candidates_as_asked_for_are_compared(monkeypatch: 
         numbers = torch.arange(len(chosen) * crops, dtype=torch.uint8)
         return numbers.view(len(chosen), crops, 1, 1, 1).expand(-1, -1, 3, side, side)
 
-    monkeypatch.setattr("cvdd.patches.cut_crops", cut)
-    monkeypatch.setattr("cvdd.patches.score_crops", lambda observer, crops, *others: -crops[:, 0, 0, 0].float())
+    monkeypatch.setattr("cvdd.synthesis.patches.cut_crops", cut)
+    monkeypatch.setattr(
+        "cvdd.synthesis.patches.score_crops", lambda observer, crops, *others: -crops[:, 0, 0, 0].float()
+    )
     setting = config(candidates=5, crops=3, crop_scale=(0.4, 0.5), difficulty="easy")
     images, _ = make_patches(dataset(), small_network(3), setting, 1, seed=0)
     assert asked == [(5, 3, SIZE, (0.4, 0.5))]

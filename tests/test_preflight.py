@@ -11,12 +11,12 @@ from helpers import TINY, configure, tiny_context
 from cvdd.artifact import Store
 from cvdd.artifact.cleaning import sealed
 from cvdd.backbones import batchnorm_layers
+from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import load_history
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.preflight import check_before_work
-from cvdd.runtime import Invocation, run
+from cvdd.commands.runtime import Invocation, run
+from cvdd.support.config_base import ConfigError
 
 
 def timm_network(place: str, model: str) -> tuple[str, str]:
@@ -155,8 +155,8 @@ def test_what_is_refused_has_no_price(tmp_path: Path) -> None:
 def test_threads_are_those_of_one_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points of a multirun may run in one process, and bits depend on the number of threads."""
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr("cvdd.runtime.check_before_work", lambda context: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr("cvdd.runtime.VERBS", {"train": lambda context, lines: 1.0})
+    monkeypatch.setattr("cvdd.commands.runtime.check_before_work", lambda context: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("cvdd.commands.runtime.VERBS", {"train": lambda context, lines: 1.0})
     assert run(configure(tmp_path, *TINY, f"trainer.threads={before + 1}", verb="train"), Invocation(())) == 1.0
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
 

@@ -11,10 +11,10 @@ from conftest import Compose
 from helpers import tiny_context
 
 from cvdd.chain import priors
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.prior_overrides import prior_overrides
+from cvdd.chain.context import Context
+from cvdd.composition.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, with_overrides
+from cvdd.support.config_base import ConfigError
 
 MEASURED = "prior=measured_small"
 STRENGTHS = {"lr", "r_bn", "ce", "crop_scale", "jitter", "checkpoint_every", "log_every", "grid_every"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cvdd.provenance import _changes, code_version, made_by_other_code
+from cvdd.support.provenance import _changes, code_version, made_by_other_code
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v2, shufflenet_v2_x0_5
 
-from cvdd.engine import Engine, hand_over, ready_voter
 from cvdd.methods.psm import choose_start, difficulty_groups, precision_distance, ranks_in_class, update_statistics
 from cvdd.schema import DifficultyConfig
-from cvdd.voting import Voter
+from cvdd.synthesis.engine import Engine, hand_over, ready_voter
+from cvdd.synthesis.voting import Voter
 
 
 def normal(count: int, seed: int = 0, size: int = 8) -> Tensor:

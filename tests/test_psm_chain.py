@@ -19,24 +19,24 @@ import cvdd.chain.difficulty
 import cvdd.chain.images
 import cvdd.chain.real_batches
 from cvdd.artifact import Artifact, Store, parents_of
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
 from cvdd.chain.compare import distil
+from cvdd.chain.context import Context
 from cvdd.chain.difficulty import SCORES, graded_images, make_difficulty, make_group_statistics
 from cvdd.chain.images import make_images
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.real_batches import plain_batches
 from cvdd.chain.unit_files import load_history, load_images
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep
 from cvdd.cost.work import work_of
 from cvdd.data import to_eval_tensor
-from cvdd.engine import Engine
 from cvdd.methods.psm import precision_distance, ranks_in_class
-from cvdd.preflight import check_before_work
 from cvdd.report.gallery import make_gallery
 from cvdd.schema import members_used, with_overrides
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.engine import Engine
 
 pytest_plugins = ["chain_fixtures"]
 

@@ -18,13 +18,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cvdd.backbones import BackboneConfig, build_network, load_published
-from cvdd.config_base import ConfigError
-from cvdd.label_batches import EpochSampler, SoftLabelDataset
-from cvdd.measure import Accuracy
-from cvdd.published_release import PublishedLabels, published_order, read_published_images, read_record
-from cvdd.replay import replay
-from cvdd.student import StudentModule
-from cvdd.teachers import Teachers
+from cvdd.labels.batches import EpochSampler, SoftLabelDataset
+from cvdd.labels.published_release import PublishedLabels, published_order, read_published_images, read_record
+from cvdd.labels.replay import replay
+from cvdd.labels.teachers import Teachers
+from cvdd.support.config_base import ConfigError
+from cvdd.training.measure import Accuracy
+from cvdd.training.student import StudentModule
 
 RECORD = Path("epoch_0") / "batch_0.tar"
 

@@ -7,7 +7,7 @@ import torch
 from helpers import random_pixels
 from torchvision.transforms import RandAugment
 
-from cvdd.randaugment import OPERATIONS, apply_operations, draw_operations
+from cvdd.augmentation.randaugment import OPERATIONS, apply_operations, draw_operations
 
 SIGNED = range(1, 10)
 

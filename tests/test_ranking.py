@@ -14,10 +14,10 @@ from helpers import TINY, configure, tiny_context
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Result
 from cvdd.chain.labels import Labels, _ignored
+from cvdd.commands.runtime import Invocation, run
 from cvdd.report.headline import Difference
 from cvdd.report.ranking import _PLAIN, Ranking, rank, score
 from cvdd.report.tables import print_ranking
-from cvdd.runtime import Invocation, run
 from cvdd.schema import with_overrides
 
 # Hard label recovery, improvement over random, and the score that follows (specification of the field, section 4.1).

@@ -10,17 +10,17 @@ from helpers import PRIORS, TINY, configure, tiny_context
 from test_preflight import SILENT, WITHOUT
 
 from cvdd.artifact import Artifact
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.priors import measure_prior
 from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.labels import HardLabels
-from cvdd.preflight import check_before_work
+from cvdd.labels.sources import HardLabels
 from cvdd.schema import needs_priors, teachers_of
+from cvdd.support.config_base import ConfigError
 
 REAL = ("method=random_real", "method.iterations=0", "recipe.epochs=1", "protocol.eval_every=3")
 

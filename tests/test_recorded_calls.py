@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.graphs import WARM_UP_CALLS, Recorded, _abandon
+from cvdd.computing.graphs import WARM_UP_CALLS, Recorded, _abandon
 
 CPU = torch.device("cpu")
 

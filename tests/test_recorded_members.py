@@ -19,10 +19,10 @@ from test_chain_on_gpu import on_gpu, warnings_of
 from test_interruption import PulledPlug, epochs_begun, stop_at
 from torch import Tensor
 
+from cvdd.chain.context import Context
 from cvdd.chain.members import make_member
 from cvdd.chain.training import WEIGHTS
-from cvdd.classifier import Classifier
-from cvdd.context import Context
+from cvdd.training.classifier import Classifier
 
 MUON = ("recipe.optimizer=muon", "recipe.lr=0.02", "recipe.epochs=2")
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from cvdd.artifact import Artifact
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.statistics import load_statistics, make_statistics
-from cvdd.config_base import ConfigError
-from cvdd.layer_statistics import channel_moments, patch_moments
-from cvdd.recording import RealStatistics, pool, record_statistics
 from cvdd.schema import StatisticsConfig
+from cvdd.statistics.layer_statistics import channel_moments, patch_moments
+from cvdd.statistics.recording import RealStatistics, pool, record_statistics
+from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures"]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import method_config, small_network, tiny_context
 
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
+from cvdd.chain.context import Context
 from cvdd.chain.recover import RealSources, _less_memory, _voters, recover_stack
 from cvdd.chain.unit_files import UNITS
-from cvdd.context import Context
-from cvdd.engine import Engine
-from cvdd.units import Stack, Unit
-from cvdd.voting import Voter
+from cvdd.synthesis.engine import Engine
+from cvdd.synthesis.units import Stack, Unit
+from cvdd.synthesis.voting import Voter
 
 NAMES = ("resnet18", "resnet50")
 

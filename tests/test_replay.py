@@ -10,9 +10,9 @@ from helpers import MEAN, STD, label_config, mixed, random_pixels
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from cvdd.augment import Mix, Views, apply_views, normalise, swap_halves
-from cvdd.randaugment import apply_operations
-from cvdd.replay import RECORD, Replay, batch_bounds, draw_epoch, join, record_type, replay
+from cvdd.augmentation.augment import Mix, Views, apply_views, normalise, swap_halves
+from cvdd.augmentation.randaugment import apply_operations
+from cvdd.labels.replay import RECORD, Replay, batch_bounds, draw_epoch, join, record_type, replay
 
 FIELDS = ("index", "box", "flip", "partner", "mix_box", "weight")
 

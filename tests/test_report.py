@@ -17,10 +17,10 @@ from rich.console import Console
 
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import FULL_DATA_ROW
+from cvdd.chain.context import Context
 from cvdd.chain.unit_files import write_unit
-from cvdd.context import Context
+from cvdd.composition.validation import check
 from cvdd.data import Data, TensorSource
-from cvdd.readable import readable_seconds
 from cvdd.report import tables
 from cvdd.report.gallery import data_uri, make_gallery, read_images
 from cvdd.report.headline import headline, other_students, reference
@@ -28,8 +28,8 @@ from cvdd.report.page import portable_yaml
 from cvdd.report.tables import print_results
 from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table, who_judges
-from cvdd.units import Unit
-from cvdd.validation import check
+from cvdd.support.readable import readable_seconds
+from cvdd.synthesis.units import Unit
 
 OVERRIDES = (
     "committee.size=2",

@@ -15,19 +15,19 @@ from helpers import tiny_context
 from omegaconf import OmegaConf
 from report_helpers import MEMBERS, Maker, Page
 
-import cvdd.runtime
+import cvdd.commands.runtime
 from cvdd.artifact import Artifact, Store
 from cvdd.chain.compare import Distilled
-from cvdd.config_base import ConfigError
-from cvdd.outcome import OUTCOME
+from cvdd.chain.spent import spent_on
+from cvdd.commands.runtime import Invocation, run
 from cvdd.report.columns import best_shown
 from cvdd.report.costs import all_artifacts, stage_costs
 from cvdd.report.page import render_page
 from cvdd.report.sweeps import csv_table, read_directory
 from cvdd.report.tables import print_artifact, print_results
 from cvdd.report.watch import Watch
-from cvdd.runtime import Invocation, run
-from cvdd.spent import spent_on
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import OUTCOME
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_command_forgets_what_another_one_left_in_its_directory(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cvdd.runtime, "VERBS", {"evaluate": interrupted})
+    monkeypatch.setattr(cvdd.commands.runtime, "VERBS", {"evaluate": interrupted})
     with pytest.raises(KeyboardInterrupt):
         run(config, Invocation(()))
     assert not old.exists()

@@ -18,25 +18,25 @@ from torch import Tensor, nn
 import cvdd.chain.recover
 import cvdd.chain.retrieval
 from cvdd.artifact import Artifact, Store
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.backbones.heads import require_head
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.members import load_network, make_member
+from cvdd.chain.preflight import check_before_work
 from cvdd.chain.retrieval import Retrieval, make_candidates
 from cvdd.chain.unit_files import load_images
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.composition.config_directory import config_directory
 from cvdd.cost.plan import plan_pieces, planning
 from cvdd.cost.steps import MeasureStep, MoveStep
 from cvdd.cost.work import work_of
-from cvdd.features import head_features
 from cvdd.methods.reta import best_fit, complexity
-from cvdd.preflight import check_before_work
 from cvdd.schema import members_used
 from cvdd.schema.committee import MemberConfig
-from cvdd.units import Unit
+from cvdd.statistics.features import head_features
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.units import Unit
 
 pytest_plugins = ["chain_fixtures"]
 

@@ -12,13 +12,13 @@ from helpers import tiny_context
 from omegaconf import DictConfig, OmegaConf
 from test_cli import run_script
 
-from cvdd.arguments import typed_overrides
 from cvdd.chain.compare import rows_of
 from cvdd.chain.priors import shares_priors
-from cvdd.config_base import ConfigError
-from cvdd.rows import differences
+from cvdd.composition.arguments import typed_overrides
+from cvdd.composition.rows import differences
+from cvdd.composition.validation import check
 from cvdd.schema import with_overrides
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 
 def row_of(directory: Path, row: Sequence[str], *overrides: str) -> DictConfig:

@@ -28,12 +28,12 @@ from test_mtt import ALL, mtt_method
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import cvdd.adversarial
 import cvdd.chain.priors
 import cvdd.chain.real_batches
-from cvdd.adversarial import AdversarialModule, Pace
+import cvdd.synthesis.adversarial
 from cvdd.chain.apm import _make_part, plan_parts
 from cvdd.chain.compare import _full_data
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import initial_images
 from cvdd.chain.labels import make_labels
@@ -44,15 +44,15 @@ from cvdd.chain.statistics import _batches
 from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_images
 from cvdd.chain.votes import Vote, plan_draws, plan_votes
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.committee import Draw
-from cvdd.context import Context
 from cvdd.data import Data, TensorSource
-from cvdd.patches import make_patches
 from cvdd.schema import PatchesConfig
-from cvdd.sgd_training import SgdModule, SgdRecipe
-from cvdd.trajectory_matching import draw_iteration
-from cvdd.units import plan_units
+from cvdd.synthesis.adversarial import AdversarialModule, Pace
+from cvdd.synthesis.committee import Draw
+from cvdd.synthesis.patches import make_patches
+from cvdd.synthesis.trajectory_matching import draw_iteration
+from cvdd.synthesis.units import plan_units
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.sgd_training import SgdModule, SgdRecipe
 
 WITHOUT_MEMBERS = (
     "method.init=real",
@@ -261,7 +261,7 @@ def test_every_new_student_draws_its_teacher_and_its_batches_anew(monkeypatch: p
         seeds.append(source.initial_seed())
         return {}, torch.zeros(())
 
-    monkeypatch.setattr(cvdd.adversarial, "fit_surrogate", fitted)
+    monkeypatch.setattr(cvdd.synthesis.adversarial, "fit_surrogate", fitted)
     module, teachers = adversarial_module(Pace(30, 30, 30)), []
     for iteration in range(0, 30, 3):
         module._refresh(iteration, torch.arange(8))

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cvdd.chain.initial
-from cvdd.augment import denormalise
+from cvdd.augmentation.augment import denormalise
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import PATCHES, make_herd
 from cvdd.chain.unit_files import load_images
-from cvdd.config_base import ConfigError
-from cvdd.selection import herd, member_features
+from cvdd.methods.selection import herd, member_features
+from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures"]
 

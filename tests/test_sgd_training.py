@@ -10,8 +10,8 @@ from helpers import fit, training_arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.sgd_training import SgdModule, SgdRecipe
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.sgd_training import SgdModule, SgdRecipe
 
 RATE, MOMENTUM, DECAY = 0.01, 0.5, 0.3
 

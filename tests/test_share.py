@@ -16,8 +16,8 @@ from torchvision.io import ImageReadMode, decode_image
 import cvdd
 from cvdd.artifact import DamagedArtifact
 from cvdd.chain.compare import Distilled, Result, compare
-from cvdd.config_base import ConfigError
 from cvdd.share import CARD, PREVIEW, main, students_of
+from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures"]
 

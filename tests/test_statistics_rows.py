@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.layer_statistics import Moments
-from cvdd.statistics_rows import StatisticsRows, _Repeated, _users, written
+from cvdd.computing.statistics_rows import StatisticsRows, _Repeated, _users, written
+from cvdd.statistics.layer_statistics import Moments
 
 # Layers' inputs are made up of maps a (2 channels), b (3) and c (1); most take some of them again.
 COMPOSED = [("a",), ("b", "a"), ("c", "b", "a"), ("c",)]

@@ -7,7 +7,7 @@ import torch
 from helpers import same_layer
 from torch import nn
 
-from cvdd.stem import FoldedStem, with_folded_stem
+from cvdd.computing.stem import FoldedStem, with_folded_stem
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 7])

@@ -13,11 +13,11 @@ from test_interruption import epochs_begun, rows_logged
 
 import cvdd.chain.recover
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.students import make_student
-from cvdd.classifier import Classifier
-from cvdd.context import Context
-from cvdd.interruption import SIGNALS, StopRequest
+from cvdd.running.interruption import SIGNALS, StopRequest
+from cvdd.training.classifier import Classifier
 
 pytest_plugins = ["chain_fixtures"]
 

@@ -15,7 +15,7 @@ from processes import in_process, wait_for
 from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, digest_of
 from cvdd.artifact.__main__ import main
 from cvdd.artifact.cleaning import sealed
-from cvdd.readable import readable_bytes
+from cvdd.support.readable import readable_bytes
 
 
 def build(work: Path) -> Mapping[str, Any]:

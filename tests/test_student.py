@@ -22,18 +22,18 @@ from helpers import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-import cvdd.fit
-from cvdd.batch_parts import parts_of
-from cvdd.compiler import compiling
-from cvdd.label_batches import EpochSampler, LabelledBatch, SoftLabelDataset
-from cvdd.labels import ComputedLabels, HardLabels
-from cvdd.losses import refined_cosine_loss, soft_label_loss
-from cvdd.measure import Accuracy
-from cvdd.passes import Passes
-from cvdd.replay import replay
-from cvdd.schedules import optimizer_of
-from cvdd.student import StudentModule
-from cvdd.teachers import Teachers
+import cvdd.training.fit
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import Passes
+from cvdd.labels.batches import EpochSampler, LabelledBatch, SoftLabelDataset
+from cvdd.labels.replay import replay
+from cvdd.labels.sources import ComputedLabels, HardLabels
+from cvdd.labels.teachers import Teachers
+from cvdd.support.batch_parts import parts_of
+from cvdd.training.losses import refined_cosine_loss, soft_label_loss
+from cvdd.training.measure import Accuracy
+from cvdd.training.schedules import optimizer_of
+from cvdd.training.student import StudentModule
 
 SIZE = 16
 CLASSES = torch.arange(20) % 4
@@ -366,7 +366,7 @@ def test_without_an_average_the_network_itself_is_measured() -> None:
 def test_a_student_with_an_average_goes_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     context = tiny_context(tmp_path)
 
     def measured(network: nn.Module) -> Accuracy:

@@ -11,10 +11,10 @@ from helpers import tiny_context
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.labels import Labels
 from cvdd.chain.students import make_student
 from cvdd.chain.training import load_curve, save_student
-from cvdd.context import Context
 
 pytest_plugins = ["chain_fixtures"]
 

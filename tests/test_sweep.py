@@ -22,14 +22,15 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.arguments import ArgumentError
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
+from cvdd.commands.sweep_callback import SweepCallback
+from cvdd.composition.arguments import ArgumentError
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.sweep import STATE, SweepConfig, read_sweep, same_command, with_points
+from cvdd.composition.validation import check
 from cvdd.report.__main__ import main
 from cvdd.report.sweep_plots import Cell, places, plot, standalone
 from cvdd.report.sweeps import read_directory, write_report
-from cvdd.sweep import STATE, SweepCallback, SweepConfig, read_sweep, same_command, with_points
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONF = config_directory()
@@ -172,7 +173,7 @@ hydra:
   sweep: {dir: multirun/square, subdir: "${hydra:runtime.choices.point}"}
   callbacks:
     sweep:
-      _target_: cvdd.sweep.SweepCallback
+      _target_: cvdd.commands.sweep_callback.SweepCallback
       title: A square
       axes: [eta, N]
       plot: heat_map

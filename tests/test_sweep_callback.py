@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import cvdd.report.sweeps
 from cvdd.artifact.files import write_atomically
-from cvdd.cli import config_directory
+from cvdd.commands.sweep_callback import SweepCallback
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.sweep import STATE, SweepConfig
 from cvdd.report.sweeps import Sweep, read_directory, write_report
-from cvdd.sweep import STATE, SweepCallback, SweepConfig
 
 
 @pytest.fixture

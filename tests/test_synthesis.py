@@ -11,16 +11,16 @@ from helpers import MEAN, STD, method_config, quiet_trainer, small_network
 from torch import Tensor, nn
 from vote_reference import voting_loss
 
-import cvdd.synthesis
-from cvdd.augment import pixel_bounds
-from cvdd.bn import BatchStatistics, statistics_distance
-from cvdd.config_base import ConfigError
-from cvdd.log_rows import LogRow
+import cvdd.synthesis.distill_module
+from cvdd.augmentation.augment import pixel_bounds
 from cvdd.methods.gvbsm import densification
-from cvdd.schedules import cosine
-from cvdd.synthesis import DistillModule, NonFiniteLoss
-from cvdd.units import Stage, Unit, plan_stages, unit_views
-from cvdd.voting import Voter
+from cvdd.statistics.bn import BatchStatistics, statistics_distance
+from cvdd.support.config_base import ConfigError
+from cvdd.support.curves import cosine
+from cvdd.synthesis.distill_module import DistillModule, NonFiniteLoss
+from cvdd.synthesis.log_rows import LogRow
+from cvdd.synthesis.units import Stage, Unit, plan_stages, unit_views
+from cvdd.synthesis.voting import Voter
 
 SIZE = 12
 
@@ -193,7 +193,7 @@ def test_matrices_are_made_for_as_many_iterations_as_fit(at_once: int, monkeypat
     """Log rows lie five iterations apart, so that pieces of two and of four leave a shorter one."""
     changes = {"log_every": 5, "grid_every": 10, "checkpoint_every": 10}
     whole = fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images
-    monkeypatch.setattr(cvdd.synthesis, "MATRIX_ELEMENTS", at_once * 3 * SIZE**2)
+    monkeypatch.setattr(cvdd.synthesis.distill_module, "MATRIX_ELEMENTS", at_once * 3 * SIZE**2)
     assert torch.equal(fit(module_of(start(3), SLOTS, voters(a=small_network()), **changes)).images, whole)
 
 

@@ -13,14 +13,14 @@ from helpers import MEAN, STD, protocol_config, quiet_trainer, random_pixels
 from test_graphs import fit, student_of
 from test_student import SIZE, soft_labels, student, trainable
 
-from cvdd.config_base import ConfigError
-from cvdd.label_batches import SoftLabelDataset
-from cvdd.losses import soft_label_loss
-from cvdd.passes import Passes
-from cvdd.recorded_student import RecordedStudent
-from cvdd.replay import replay
-from cvdd.schedules import teacher_temperature
-from cvdd.temperatures import CALIBRATED, Temperatures, calibrated_temperature, temperatures_of
+from cvdd.computing.passes import Passes
+from cvdd.labels.batches import SoftLabelDataset
+from cvdd.labels.replay import replay
+from cvdd.support.config_base import ConfigError
+from cvdd.training.losses import soft_label_loss
+from cvdd.training.recorded_student import RecordedStudent
+from cvdd.training.schedules import teacher_temperature
+from cvdd.training.temperatures import CALIBRATED, Temperatures, calibrated_temperature, temperatures_of
 
 LPQLD = {"temperature_factor": 0.7, "student_temperature": "calibrated", "accumulation": 1}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvdd.config_base import ConfigError
-from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
 
 
 def source(seed: int = 0) -> torch.Generator:

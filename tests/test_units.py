@@ -7,10 +7,19 @@ import torch
 from helpers import method_config
 from torchvision.transforms import functional as vision
 
-from cvdd.augment import Views, apply_matrices
+from cvdd.augmentation.augment import Views, apply_matrices
 from cvdd.methods.cda import lowest_area
 from cvdd.methods.fadrm import adjustable_residual
-from cvdd.units import Stage, Unit, draw_per_unit, plan_stacks, plan_stages, plan_units, unit_matrices, unit_views
+from cvdd.synthesis.units import (
+    Stage,
+    Unit,
+    draw_per_unit,
+    plan_stacks,
+    plan_stages,
+    plan_units,
+    unit_matrices,
+    unit_views,
+)
 
 
 def test_units_cover_every_class_of_every_slot_once() -> None:

@@ -8,12 +8,12 @@ from typing import get_args
 import pytest
 from conftest import Compose, compose_raw
 
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
-from cvdd.fields import model_at
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.fields import model_at
+from cvdd.composition.sweep import with_points
+from cvdd.composition.validation import check
 from cvdd.schema.unread import READ_WHERE
-from cvdd.sweep import with_points
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 
 def told(directory: Path, *overrides: str) -> list[str]:

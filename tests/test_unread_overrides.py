@@ -12,12 +12,12 @@ from given_helpers import given
 from helpers import PUBLISHED_IMAGES, TINY, configure, tiny_context
 from test_cli import run_script
 
-from cvdd.arguments import says_what_is_made
 from cvdd.chain.given import given_start
-from cvdd.config_base import ConfigError
+from cvdd.commands.unread_overrides import unread_overrides, warn_of_unread
+from cvdd.composition.arguments import says_what_is_made
 from cvdd.cost.plan import Piece, other_metrics, plan_pieces, planning
 from cvdd.schema import RunConfig
-from cvdd.unread_overrides import unread_overrides, warn_of_unread
+from cvdd.support.config_base import ConfigError
 
 MEASURED = (
     "prior.source=measured",

@@ -18,10 +18,10 @@ from PIL import Image
 
 from cvdd.artifact.cleaning import sealed
 from cvdd.chain.unit_files import load_history
-from cvdd.config_base import ConfigError
-from cvdd.provenance import code_version
+from cvdd.commands.runtime import Invocation, run
 from cvdd.report.summary import COLUMNS
-from cvdd.runtime import Invocation, run
+from cvdd.support.config_base import ConfigError
+from cvdd.support.provenance import code_version
 
 SMALL = (
     *TINY,
@@ -158,7 +158,7 @@ def test_artefacts_of_other_code_are_used_with_a_word(
     command(evaluated.store, tmp_path / "same", "distill")
     assert "other code" not in caplog.text
     changed = {**code_version(), "source": "0" * 12}
-    monkeypatch.setattr("cvdd.provenance.code_version", lambda: changed)
+    monkeypatch.setattr("cvdd.support.provenance.code_version", lambda: changed)
     command(evaluated.store, tmp_path / "other", "distill")
     assert re.search(r"(\d+) of the \1 artefacts of this run were made by other code .*paths\.store=DIR", caplog.text)
 

@@ -15,14 +15,14 @@ from hydra.core.global_hydra import GlobalHydra
 from report_helpers import Maker
 
 from cvdd.artifact import Store
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.validation import check
 from cvdd.report.__main__ import main
 from cvdd.report.experiments import changed_fields, composed, differences, find_runs, read_recipes
 from cvdd.report.tables import print_verdict
 from cvdd.report.verdict import hold_against, verdict_sentence
 from cvdd.schema import ExpectedConfig
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 NAME = "cvdd_table1_cifar10_ipc10_r18"
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from vote_reference import VoteTerms, voting_loss
 
-from cvdd.augment import pixel_bounds
-from cvdd.committee import vote_weights
-from cvdd.log_rows import LogRow
-from cvdd.synthesis import DistillModule
-from cvdd.voting import Judgement, Voter, judge, weigh
+from cvdd.augmentation.augment import pixel_bounds
+from cvdd.synthesis.committee import vote_weights
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.log_rows import LogRow
+from cvdd.synthesis.voting import Judgement, Voter, judge, weigh
 
 EXPECTED = json.loads((FIXTURES / "voting_step" / "expected.json").read_text())
 TENSORS = load_file(FIXTURES / "voting_step" / "tensors.safetensors")

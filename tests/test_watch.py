@@ -21,11 +21,11 @@ from cvdd.artifact.claims import Leases
 from cvdd.artifact.parts import FINISHED, OPEN, TAKEN, Table
 from cvdd.artifact.sessions import FOLDER
 from cvdd.artifact.uses import used_by
-from cvdd.jobs import JOB, read_job, sign_in
-from cvdd.outcome import outcome_kept
+from cvdd.composition.sweep import STATE
 from cvdd.report.__main__ import main
 from cvdd.report.watch import Row, View, Watch, Work, show, watch_sweeps
-from cvdd.sweep import STATE
+from cvdd.running.jobs import JOB, read_job, sign_in
+from cvdd.support.outcome import outcome_kept
 
 POINTS = ("a", "b", "c", "d", "e")
 
@@ -34,7 +34,12 @@ POINTS = ("a", "b", "c", "d", "e")
 def sweep(tmp_path: Path) -> Path:
     """A sweep of five points over ipc; nothing has begun."""
     points = {name: {"at": [index], "settings": {"seed": index}} for index, name in enumerate(POINTS)}
-    callback = {"_target_": "cvdd.sweep.SweepCallback", "title": "Trial", "axes": ["seed"], "points": points}
+    callback = {
+        "_target_": "cvdd.commands.sweep_callback.SweepCallback",
+        "title": "Trial",
+        "axes": ["seed"],
+        "points": points,
+    }
     tree = {
         "hydra": {
             "callbacks": {"sweep": callback},

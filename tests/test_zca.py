@@ -10,9 +10,9 @@ import torch
 from helpers import MEAN, STD, random_pixels
 from torch import nn
 
-from cvdd.augment import normalise
-from cvdd.config_base import ConfigError
-from cvdd.zca import InputSpace, Whitening, fit_whitening
+from cvdd.augmentation.augment import normalise
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.zca import InputSpace, Whitening, fit_whitening
 
 PIXELS = random_pixels(400, 4)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvdd.voting import Voter, judge
+from cvdd.synthesis.voting import Voter, judge
 
 
 @dataclass(frozen=True)

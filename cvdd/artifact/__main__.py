@@ -17,10 +17,10 @@ from cvdd.artifact.claims import claims_for
 from cvdd.artifact.cleaning import children, in_use, is_store, removable, remove, size_of, unfinished
 from cvdd.artifact.files import store_errors
 from cvdd.artifact.manifest import Artifact, DamagedArtifact, kinds, read_manifests, verify
-from cvdd.config_base import ConfigError
-from cvdd.console import new_console
-from cvdd.outcome import INTERRUPTED, USER_ERROR
-from cvdd.readable import readable_bytes
+from cvdd.support.config_base import ConfigError
+from cvdd.support.console import new_console
+from cvdd.support.outcome import INTERRUPTED, USER_ERROR
+from cvdd.support.readable import readable_bytes
 
 VARIABLE = "CVDD_STORE"
 DAMAGED = 1

@@ -28,7 +28,7 @@ from typing import Protocol
 import filelock
 
 from cvdd.artifact.places import USERS
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cvdd.config_base import ConfigError
-from cvdd.refusals import NO_SPACE, is_about, refused_by
+from cvdd.support.config_base import ConfigError
+from cvdd.support.refusals import NO_SPACE, is_about, refused_by
 
 
 class StoreError(ConfigError):

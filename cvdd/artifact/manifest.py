@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cvdd.artifact.places import digest_in, is_named, worked_in
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cvdd.allocator import give_back_memory
+from cvdd.support.allocator import give_back_memory
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _FORGET = "5"

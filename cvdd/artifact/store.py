@@ -27,7 +27,7 @@ from cvdd.artifact.places import built_in, lock_file, part_locks
 from cvdd.artifact.sealing import seal
 from cvdd.artifact.sessions import Session, machine_seconds, process_seconds, read_sessions, wall_seconds
 from cvdd.artifact.uses import Uses
-from cvdd.provenance import code_version
+from cvdd.support.provenance import code_version
 
 log = logging.getLogger(__name__)
 

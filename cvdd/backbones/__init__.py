@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cvdd.lazy import exports
+from cvdd.support.lazy import exports
 
 if TYPE_CHECKING:
     from cvdd.backbones.batchnorm import batchnorm_layers, has_batchnorm

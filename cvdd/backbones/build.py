@@ -15,8 +15,8 @@ from torch import nn
 
 from cvdd.backbones.config import BackboneConfig, check_target
 from cvdd.backbones.heads import IMAGENET_CLASSES, replace_heads
-from cvdd.config_base import ConfigError
-from cvdd.seeds import derive_seed
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import derive_seed
 
 TIMM_FACTORY = "timm.create_model"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cvdd.config_base import ConfigError, StrictConfig
+from cvdd.support.config_base import ConfigError, StrictConfig
 
 PACKAGES_OF_OTHERS = "cvdd.backbones"
 ALLOWED_PACKAGES = ("cvdd", "timm", "torchvision.models")

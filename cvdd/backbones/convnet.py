@@ -6,7 +6,7 @@ from torch import nn
 
 from cvdd.backbones.norms import NORMS, check_norm
 from cvdd.backbones.plain import PlainNetwork
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 
 def convnet(

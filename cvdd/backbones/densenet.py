@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 
 class DenseLayer(nn.Module):

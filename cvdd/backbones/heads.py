@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 IMAGENET_CLASSES = 1000
 

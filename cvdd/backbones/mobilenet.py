@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 # (expansion, channels, blocks, stride of the first block). The original's second stage has stride 2; with 32-pixel
 # images it keeps the resolution, so the whole network reduces by 8 instead of 32.

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 
 def _instance_norm(channels: int) -> nn.Module:

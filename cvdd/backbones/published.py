@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.backbones.heads import find_head
-from cvdd.config_base import ConfigError
-from cvdd.unpickling import load_without_code
+from cvdd.support.config_base import ConfigError
+from cvdd.support.unpickling import load_without_code
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvdd.backbones.norms import NORMS, check_norm
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 DOWNSAMPLING = ("stride", "pool")
 

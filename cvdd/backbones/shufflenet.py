@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 
 def channel_shuffle(features: Tensor, groups: int = 2) -> Tensor:

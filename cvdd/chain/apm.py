@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cvdd.adversarial import AdversarialModule, AdversarialRow, Pace, teacher_logits
 from cvdd.artifact import Artifact, write_atomically
+from cvdd.artifact.tensor_files import save_tensors
 from cvdd.backbones import build_network
 from cvdd.chain.apm_teachers import apm_of, draw_teacher, load_teachers, make_apm_teachers
+from cvdd.chain.context import Context
 from cvdd.chain.initial import initial_images, make_initial_patches
 from cvdd.chain.space import families_of, input_space, whitening_of
 from cvdd.chain.unit_files import UNITS, write_unit
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.grids import image_grid
-from cvdd.seeds import derive_seed, generator
-from cvdd.sgd_training import dsa
-from cvdd.surrogate import require_batches
-from cvdd.tensor_files import save_tensors
-from cvdd.units import Unit
-from cvdd.zca import InputSpace
+from cvdd.support.config_base import ConfigError
+from cvdd.support.grids import image_grid
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.adversarial import AdversarialModule, AdversarialRow, Pace, teacher_logits
+from cvdd.synthesis.units import Unit
+from cvdd.synthesis.zca import InputSpace
+from cvdd.training.sgd_training import dsa
+from cvdd.training.surrogate import require_batches
 
 log = logging.getLogger(__name__)
 

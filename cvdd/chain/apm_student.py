@@ -12,14 +12,14 @@ from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.chain.apm import load_labelled
 from cvdd.chain.apm_teachers import apm_of, make_apm_teachers
+from cvdd.chain.context import Context
 from cvdd.chain.labels import Labels
 from cvdd.chain.space import families_of, input_space, measured_in, whitening_of
 from cvdd.chain.training import every, log_epochs, save_student
-from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
-from cvdd.context import Context
 from cvdd.methods.apm import logit_distance
-from cvdd.seeds import derive_seed
-from cvdd.sgd_training import SgdModule, dsa
+from cvdd.support.seeds import derive_seed
+from cvdd.training.classifier import Positions, ShuffledBatches, smallest_batch
+from cvdd.training.sgd_training import SgdModule, dsa
 
 
 def apm_labels(context: Context, images: Artifact) -> Labels:

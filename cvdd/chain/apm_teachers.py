@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
+from cvdd.chain.context import Context
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import CURVE, WEIGHTS, count_parameters, log_epochs, save_curve, save_weights, ten_times
-from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import check_same_classes
-from cvdd.real_images import RealImages
 from cvdd.schema.apm import ApmConfig
-from cvdd.seeds import derive_seed
-from cvdd.sgd_training import SgdModule, dsa
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import derive_seed
+from cvdd.training.classifier import Positions, ShuffledBatches, smallest_batch
+from cvdd.training.real_images import RealImages
+from cvdd.training.sgd_training import SgdModule, dsa
 
 KIND = "teachers"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig
+from cvdd.chain.context import Context
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.given_labels import given_labels
 from cvdd.chain.labels import Labels, make_labels
@@ -17,14 +18,13 @@ from cvdd.chain.members import make_classifier
 from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import Priors, find_priors, priors_of_row
 from cvdd.chain.space import WHITENING
+from cvdd.chain.spent import spent_on
 from cvdd.chain.students import make_student
 from cvdd.chain.unit_files import load_history
-from cvdd.context import Context
-from cvdd.readable import standard_error
+from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.schema import teachers_of
-from cvdd.seeds import derive_seed
-from cvdd.spent import spent_on
-from cvdd.surroundings import FULL_DATA_ROW
+from cvdd.support.readable import standard_error
+from cvdd.support.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 

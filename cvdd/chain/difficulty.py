@@ -14,20 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.artifact.tensor_files import is_whole, save_tensors
 from cvdd.backbones import batchnorm_layers, has_batchnorm
-from cvdd.batch_parts import part_size, parts_of
-from cvdd.bn import running_moments
+from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_batches import augmented, augmented_batches, decoded, drawn_by_augmentation, plain_batches
-from cvdd.classifier import ShuffledBatches
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import to_eval_tensor
 from cvdd.methods.psm import choose_start, difficulty_groups, precision_distance, ranks_in_class, update_statistics
-from cvdd.progress import counted
 from cvdd.schema import DifficultyConfig, RunConfig
-from cvdd.seeds import derive_seed, generator
-from cvdd.tensor_files import is_whole, save_tensors
+from cvdd.statistics.bn import running_moments
+from cvdd.support.batch_parts import part_size, parts_of
+from cvdd.support.config_base import ConfigError
+from cvdd.support.progress import counted
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.training.classifier import ShuffledBatches
 
 SCORES = "scores.safetensors"
 

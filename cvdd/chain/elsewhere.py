@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cvdd.artifact import Artifact
-from cvdd.context import Context
+from cvdd.chain.context import Context
 
 
 def as_it_was_made(

@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
 from cvdd.backbones.heads import IMAGENET_CLASSES, require_head
+from cvdd.chain.context import Context
 from cvdd.chain.training import CURVE, WEIGHTS, log_epochs, save_curve, save_weights
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.compiler import compiling
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.measure import Accuracy
-from cvdd.memory import enough_memory
-from cvdd.moco import MocoModule, only_probed, with_projection
-from cvdd.passes import passes_of_members
-from cvdd.real_images import RealImages, side_of_files
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import passes_of_members
 from cvdd.schema.committee import MemberConfig
 from cvdd.schema.moco import MocoConfig
-from cvdd.seeds import derive_seed, generator
+from cvdd.support.config_base import ConfigError
+from cvdd.support.memory import enough_memory
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.measure import Accuracy
+from cvdd.training.moco import MocoModule, only_probed, with_projection
+from cvdd.training.real_images import RealImages, side_of_files
 
 PROBE_STD = 0.01
 """Standard deviation of a probe's initial weights, as MoCo has it."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cvdd.artifact import write_atomically
-from cvdd.context import Context
-from cvdd.engine import Engine, judges_by_unit
-from cvdd.footprint import SHARE, free_memory, profile_of, surely_fits
-from cvdd.labels import samples_at_most
-from cvdd.passes import Passes
-from cvdd.units import Stack
+from cvdd.chain.context import Context
+from cvdd.computing.footprint import SHARE, free_memory, profile_of, surely_fits
+from cvdd.computing.passes import Passes
+from cvdd.labels.sources import samples_at_most
+from cvdd.synthesis.engine import Engine, judges_by_unit
+from cvdd.synthesis.units import Stack
 
 log = logging.getLogger(__name__)
 

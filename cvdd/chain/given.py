@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST
+from cvdd.chain.context import Context
 from cvdd.chain.unit_files import PATCHES, load_images, load_targets
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import Data, FileSource, check_same_classes, is_described
 from cvdd.data.folders import class_folders
 from cvdd.data.given_folder import check_sizes, checksum_of, read_given, scan_given
+from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 

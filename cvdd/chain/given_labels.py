@@ -11,15 +11,15 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, file_checksum
+from cvdd.chain.context import Context
 from cvdd.chain.given import given_path, given_start, kept_as_given
 from cvdd.chain.labels import Labels, open_labels
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.composition.given_recipe import is_published, recipe_of
 from cvdd.data import is_described
-from cvdd.given_recipe import is_published, recipe_of
-from cvdd.labels import SoftLabels
-from cvdd.published_release import PublishedLabels
+from cvdd.labels.published_release import PublishedLabels
+from cvdd.labels.sources import SoftLabels
 from cvdd.schema.unread import as_typed
+from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 

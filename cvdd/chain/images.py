@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from cvdd.artifact import Artifact, Maker, Parts
+from cvdd.artifact.tensor_files import is_whole
+from cvdd.chain.context import Context
 from cvdd.chain.difficulty import make_difficulty, make_group_statistics
 from cvdd.chain.elsewhere import as_it_was_made
 from cvdd.chain.fitting import fit_units, forget, remember, remembered
@@ -25,14 +27,12 @@ from cvdd.chain.retrieval import Retrieval, make_candidates
 from cvdd.chain.statistics import load_statistics, make_statistics
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import plan_votes
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over, vain_wishes
 from cvdd.schema import MethodConfig
 from cvdd.schema.anchors import BEGINNINGS
-from cvdd.tensor_files import is_whole
-from cvdd.units import Stack, Unit, as_composed, plan_stacks, plan_stages, plan_units
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.engine import Engine, Work, choose_engine, engines_elsewhere, hand_over, vain_wishes
+from cvdd.synthesis.units import Stack, Unit, as_composed, plan_stacks, plan_stages, plan_units
 
 
 def make_images(context: Context, priors: Mapping[str, float]) -> Artifact:

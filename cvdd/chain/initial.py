@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
+from cvdd.chain.context import Context
 from cvdd.chain.difficulty import graded_images, make_difficulty
 from cvdd.chain.given import first_images, given_start, is_distilled
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import chosen_positions, drawn_images, images_of_real_ones, make_ranked
 from cvdd.chain.unit_files import PATCHES
-from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.patches import make_patches
+from cvdd.methods.selection import herd, member_features
 from cvdd.schema.anchors import BEGINNINGS, RANKED
-from cvdd.seeds import derive_seed, generator
-from cvdd.selection import herd, member_features
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.patches import make_patches
 
 
 def make_initial_patches(context: Context) -> Artifact:

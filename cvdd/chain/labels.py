@@ -12,26 +12,26 @@ from typing import Any
 from torch import Tensor
 
 from cvdd.artifact import Artifact, Maker, Parts
-from cvdd.bn import require_batchnorm
+from cvdd.chain.context import Context
 from cvdd.chain.elsewhere import as_it_was_made
 from cvdd.chain.fitting import fit_batches, forget, remember, remembered
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.unit_files import load_images
 from cvdd.chain.votes import priors_in_order
-from cvdd.committee import vote_weights
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.computing.passes import Passes, label_passes_elsewhere, passes_of_labels
 from cvdd.data import check_same_classes
-from cvdd.label_pool import LabelPool
-from cvdd.label_rows import check_top
-from cvdd.label_store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
-from cvdd.labels import ComputedLabels, HardLabels, SoftLabels, check_batches
-from cvdd.memory import enough_memory
-from cvdd.passes import Passes, label_passes_elsewhere, passes_of_labels
-from cvdd.readable import readable_bytes
+from cvdd.labels.pool import LabelPool
+from cvdd.labels.rows import check_top
+from cvdd.labels.sources import ComputedLabels, HardLabels, SoftLabels, check_batches
+from cvdd.labels.store import LabelLayout, StoredLabels, epochs_written, require_reserved, reserve_labels, write_epochs
+from cvdd.labels.teachers import Teachers
 from cvdd.schema import LabelConfig, teachers_of
-from cvdd.seeds import derive_seed
-from cvdd.teachers import Teachers
+from cvdd.statistics.bn import require_batchnorm
+from cvdd.support.config_base import ConfigError
+from cvdd.support.memory import enough_memory
+from cvdd.support.readable import readable_bytes
+from cvdd.support.seeds import derive_seed
+from cvdd.synthesis.committee import vote_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Labels:
 
         Args:
             pixels: [count, 3, size, size] uint8, the labelled images.
-            in_rounds: see :class:`cvdd.label_store.StoredLabels`.
+            in_rounds: see :class:`cvdd.labels.store.StoredLabels`.
 
         Raises:
             ConfigError: the labels were made for other images.

@@ -21,7 +21,7 @@ from cvdd.backbones import (
     load_published,
     weights_chosen_by_timm,
 )
-from cvdd.batch_parts import part_size
+from cvdd.chain.context import Context
 from cvdd.chain.encoders import is_ready, make_encoder, with_encoder
 from cvdd.chain.training import (
     CURVE,
@@ -33,18 +33,18 @@ from cvdd.chain.training import (
     save_weights,
     ten_times,
 )
-from cvdd.classifier import Positions, ShuffledBatches
-from cvdd.compiler import compiling
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import passes_of_members
 from cvdd.data import check_same_classes
-from cvdd.measure import Evaluator
-from cvdd.member import MemberModule, own_images
-from cvdd.memory import enough_memory
-from cvdd.passes import passes_of_members
-from cvdd.real_images import RealImages, side_of_files
 from cvdd.schema import RecipeConfig
-from cvdd.seeds import derive_seed
+from cvdd.support.batch_parts import part_size
+from cvdd.support.config_base import ConfigError
+from cvdd.support.memory import enough_memory
+from cvdd.support.seeds import derive_seed
+from cvdd.training.classifier import Positions, ShuffledBatches
+from cvdd.training.measure import Evaluator
+from cvdd.training.member import MemberModule, own_images
+from cvdd.training.real_images import RealImages, side_of_files
 
 log = logging.getLogger(__name__)
 

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
+from cvdd.artifact.tensor_files import save_tensors
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.chain.context import Context
 from cvdd.chain.initial import initial_images
 from cvdd.chain.space import WHITENING, families_of, input_space, measured_in, whitening_of
 from cvdd.chain.training import every, log_epochs, save_student
 from cvdd.chain.trajectories import flat_network, make_trajectories, mtt_of, open_trajectories
 from cvdd.chain.unit_files import UNITS, write_unit
-from cvdd.classifier import Positions, ShuffledBatches, smallest_batch
-from cvdd.context import Context
-from cvdd.grids import image_grid
 from cvdd.methods.mtt import cross_entropy
-from cvdd.seeds import derive_seed, generator
-from cvdd.sgd_training import SgdModule, SgdRecipe, canvas_crops, dsa
-from cvdd.tensor_files import save_tensors
-from cvdd.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
-from cvdd.units import Unit
-from cvdd.zca import InputSpace
+from cvdd.support.grids import image_grid
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.trajectory_matching import ExplodingGradients, MatchingModule, MatchRow
+from cvdd.synthesis.units import Unit
+from cvdd.synthesis.zca import InputSpace
+from cvdd.training.classifier import Positions, ShuffledBatches, smallest_batch
+from cvdd.training.sgd_training import SgdModule, SgdRecipe, canvas_crops, dsa
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from cvdd.backbones import BackboneConfig
 from cvdd.chain.apm import check_apm, make_apm_images
 from cvdd.chain.apm_student import apm_labels, make_apm_student
 from cvdd.chain.apm_teachers import apm_of, make_apm_teachers
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import Labels
 from cvdd.chain.mtt import make_mtt_images, make_mtt_student
 from cvdd.chain.trajectories import make_trajectories, mtt_of
-from cvdd.context import Context
 from cvdd.schema import MethodConfig
 
 

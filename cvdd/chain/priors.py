@@ -6,11 +6,11 @@ import statistics
 from dataclasses import dataclass
 
 from cvdd.artifact import Artifact
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.labels import make_labels
 from cvdd.chain.students import make_student
-from cvdd.context import Context
-from cvdd.prior_overrides import prior_overrides
+from cvdd.composition.prior_overrides import prior_overrides
 from cvdd.schema import RunConfig, needs_priors, votes_by_priors, with_overrides
 
 

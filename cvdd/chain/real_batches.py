@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cvdd.augment import normalise
-from cvdd.context import Context
-from cvdd.footprint import free_memory
-from cvdd.member import augment
-from cvdd.real_images import RealImages, side_of_files
+from cvdd.augmentation.augment import normalise
+from cvdd.chain.context import Context
+from cvdd.computing.footprint import free_memory
+from cvdd.training.member import augment
+from cvdd.training.real_images import RealImages, side_of_files
 
 DECODED_AT_ONCE = 256
 """Images in a batch that is decoded to be kept."""

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.augment import normalise
+from cvdd.augmentation.augment import normalise
+from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import resize_and_crop, to_eval_tensor
 from cvdd.methods.delt import around_the_middle
-from cvdd.patches import score_crops, select, stitch
-from cvdd.seeds import derive_seed, generator
-from cvdd.units import Unit
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.patches import score_crops, select, stitch
+from cvdd.synthesis.units import Unit
 
 POSITIONS = "positions.safetensors"
 

@@ -16,32 +16,32 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.augment import denormalise, normalise, pixel_bounds
-from cvdd.bn import require_batchnorm
+from cvdd.artifact.tensor_files import is_whole, save_tensors
+from cvdd.augmentation.augment import denormalise, normalise, pixel_bounds
+from cvdd.chain.context import Context
 from cvdd.chain.difficulty import take_group_statistics
 from cvdd.chain.members import load_network
 from cvdd.chain.real_choice import anchors_of_units
 from cvdd.chain.retrieval import Retrieval
 from cvdd.chain.unit_files import UNITS, write_unit
 from cvdd.chain.votes import effective_terms
-from cvdd.compiler import compiling
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.engine import Engine, judges_by_unit, ready_voter
-from cvdd.grids import image_grid
-from cvdd.log_rows import LogRow
-from cvdd.matching import Matcher
-from cvdd.memory import OutOfMemory, enough_memory
+from cvdd.computing.compiler import compiling
 from cvdd.methods.fadrm import adjustable_residual, resized
-from cvdd.progress import Advance
-from cvdd.recording import RealStatistics
 from cvdd.schema import MethodConfig
 from cvdd.schema.method import StatisticsConfig
-from cvdd.seeds import generator
-from cvdd.synthesis import DistillModule
-from cvdd.tensor_files import is_whole, save_tensors
-from cvdd.units import Stack, Stage, Unit, plan_stages, unit_views
-from cvdd.voting import Voter
+from cvdd.statistics.bn import require_batchnorm
+from cvdd.statistics.matching import Matcher
+from cvdd.statistics.recording import RealStatistics
+from cvdd.support.config_base import ConfigError
+from cvdd.support.grids import image_grid
+from cvdd.support.memory import OutOfMemory, enough_memory
+from cvdd.support.progress import Advance
+from cvdd.support.seeds import generator
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.synthesis.engine import Engine, judges_by_unit, ready_voter
+from cvdd.synthesis.log_rows import LogRow
+from cvdd.synthesis.units import Stack, Stage, Unit, plan_stages, unit_views
+from cvdd.synthesis.voting import Voter
 
 log = logging.getLogger(__name__)
 

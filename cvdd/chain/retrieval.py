@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact, Maker, Parts
-from cvdd.augment import normalise
+from cvdd.artifact.tensor_files import is_whole, save_tensors
+from cvdd.augmentation.augment import normalise
+from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_choice import images_of_class, shuffled_images, whole_images
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.features import head_features
 from cvdd.methods.fadrm import resized
 from cvdd.methods.reta import best_fit, complexity
 from cvdd.schema import RetrievalConfig
-from cvdd.seeds import derive_seed, generator
-from cvdd.tensor_files import is_whole, save_tensors
-from cvdd.units import Unit
+from cvdd.statistics.features import head_features
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import derive_seed, generator
+from cvdd.synthesis.units import Unit
 
 FIELD = "method.retrieval"
 

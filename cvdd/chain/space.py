@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact
+from cvdd.chain.context import Context
 from cvdd.chain.training import evaluator_of
-from cvdd.classifier import Measure
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.data import to_eval_tensor
-from cvdd.measure import Accuracy
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.mtt import MttConfig
-from cvdd.zca import InputSpace, Whitening, fit_whitening
+from cvdd.support.config_base import ConfigError
+from cvdd.synthesis.zca import InputSpace, Whitening, fit_whitening
+from cvdd.training.classifier import Measure
+from cvdd.training.measure import Accuracy
 
 WHITENING = "whitening.safetensors"
 
@@ -40,7 +40,7 @@ def whitening_of(context: Context) -> Artifact | None:
     """Return the ZCA whitening of the training images, or None if they are only standardised.
 
     Raises:
-        ConfigError: the images cannot be whitened; see :func:`cvdd.zca.fit_whitening`.
+        ConfigError: the images cannot be whitened; see :func:`cvdd.synthesis.zca.fit_whitening`.
     """
     section, settings = _settings_of(context)
     if not settings.whitening:

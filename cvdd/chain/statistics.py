@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
+from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
-from cvdd.layer_statistics import Moments
-from cvdd.progress import Advance, counted
-from cvdd.recording import RealStatistics, Table, record_statistics
-from cvdd.seeds import derive_seed, generator
+from cvdd.statistics.layer_statistics import Moments
+from cvdd.statistics.recording import RealStatistics, Table, record_statistics
+from cvdd.support.config_base import ConfigError
+from cvdd.support.progress import Advance, counted
+from cvdd.support.seeds import derive_seed, generator
 
 STATISTICS = "statistics.safetensors"
 

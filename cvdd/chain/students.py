@@ -9,20 +9,20 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import BackboneConfig, build_network
+from cvdd.chain.context import Context
 from cvdd.chain.labels import Labels
 from cvdd.chain.training import count_parameters, evaluator_of, every, log_epochs, save_student
 from cvdd.chain.unit_files import load_images
-from cvdd.compiler import compiling
-from cvdd.context import Context
-from cvdd.label_batches import SoftLabelDataset
-from cvdd.label_phases import HardBetweenSoft
-from cvdd.labels import SoftLabels
-from cvdd.memory import enough_memory
-from cvdd.passes import passes_of_students
-from cvdd.recorded_student import make_student_module
+from cvdd.computing.compiler import compiling
+from cvdd.computing.passes import passes_of_students
+from cvdd.labels.batches import SoftLabelDataset
+from cvdd.labels.phases import HardBetweenSoft
+from cvdd.labels.sources import SoftLabels
 from cvdd.schema import ProtocolConfig
-from cvdd.seeds import derive_seed
-from cvdd.student import StudentModule
+from cvdd.support.memory import enough_memory
+from cvdd.support.seeds import derive_seed
+from cvdd.training.recorded_student import make_student_module
+from cvdd.training.student import StudentModule
 
 ADDED = (
     "part_weights",

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from cvdd.artifact import Artifact, write_atomically
-from cvdd.classifier import EpochLog
-from cvdd.context import Context
-from cvdd.measure import Evaluator
-from cvdd.progress import Advance
-from cvdd.tensor_files import save_tensors
+from cvdd.artifact.tensor_files import save_tensors
+from cvdd.chain.context import Context
+from cvdd.support.progress import Advance
+from cvdd.training.classifier import EpochLog
+from cvdd.training.measure import Evaluator
 
 CURVE = "curve.json"
 WEIGHTS = "weights.safetensors"

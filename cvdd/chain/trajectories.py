@@ -15,19 +15,19 @@ from torch.utils.data import DataLoader
 
 from cvdd.artifact import Artifact
 from cvdd.backbones import build_network
+from cvdd.chain.context import Context
 from cvdd.chain.space import families_of, input_space, measured_in, training_pixels, whitening_of
 from cvdd.chain.training import every, log_epochs, save_curve
-from cvdd.classifier import Measure, Positions, ShuffledBatches, smallest_batch
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.methods.mtt import FlatNetwork, class_cross_entropy
-from cvdd.progress import Advance
-from cvdd.real_images import RealImages
 from cvdd.schema.mtt import MttConfig
-from cvdd.seeds import derive_seed
-from cvdd.sgd_training import SgdModule, SgdRecipe, dsa
-from cvdd.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
-from cvdd.zca import InputSpace
+from cvdd.support.config_base import ConfigError
+from cvdd.support.progress import Advance
+from cvdd.support.seeds import derive_seed
+from cvdd.synthesis.trajectories import Trajectories, TrajectoryLayout, TrajectoryWriter
+from cvdd.synthesis.zca import InputSpace
+from cvdd.training.classifier import Measure, Positions, ShuffledBatches, smallest_batch
+from cvdd.training.real_images import RealImages
+from cvdd.training.sgd_training import SgdModule, SgdRecipe, dsa
 
 log = logging.getLogger(__name__)
 

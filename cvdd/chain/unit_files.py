@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvdd.artifact import Artifact
-from cvdd.tensor_files import save_tensors
-from cvdd.units import Unit
+from cvdd.artifact.tensor_files import save_tensors
+from cvdd.synthesis.units import Unit
 
 UNITS = "units"
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cvdd.committee import Draw, draw_members, vote_weights
 from cvdd.schema import RunConfig
-from cvdd.seeds import derive_seed
-from cvdd.units import Unit, draw_per_unit
+from cvdd.support.seeds import derive_seed
+from cvdd.synthesis.committee import Draw, draw_members, vote_weights
+from cvdd.synthesis.units import Unit, draw_per_unit
 
 
 @dataclass(frozen=True)

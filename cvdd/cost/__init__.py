@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from cvdd.automatic import records
+from cvdd.chain.preflight import check_before_work
+from cvdd.computing.automatic import records
 from cvdd.cost.calibrate import SECONDS, Clock, Profiles, time_steps
 from cvdd.cost.plan import plan_pieces, planning, planning_beside
 from cvdd.cost.prediction import (
@@ -25,9 +26,8 @@ from cvdd.cost.prediction import (
 from cvdd.cost.steps import Overhead, Step
 from cvdd.cost.table import print_costs
 from cvdd.cost.work import work_of
-from cvdd.hardware import machine_name
-from cvdd.preflight import check_before_work
 from cvdd.schema import RunConfig
+from cvdd.support.hardware import machine_name
 
 __all__ = [
     "StageCost",

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cvdd.artifact import Store, write_atomically
-from cvdd.context import Context
+from cvdd.chain.context import Context
+from cvdd.computing.footprint import Profile, free_memory, profile
 from cvdd.cost.fakes import Run, Scale, run_of, scale_of
 from cvdd.cost.recovering import COMPILE_SECONDS, COMPILED_SHARE
 from cvdd.cost.steps import (
@@ -32,9 +33,8 @@ from cvdd.cost.steps import (
     Step,
     VoteStep,
 )
-from cvdd.distributed import World
-from cvdd.footprint import Profile, free_memory, profile
-from cvdd.patches import SCORED_AT_ONCE
+from cvdd.running.distributed import World
+from cvdd.synthesis.patches import SCORED_AT_ONCE
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cvdd.batch_parts import part_size
-from cvdd.classifier import Classifier
+from cvdd.computing.footprint import Profile
 from cvdd.cost.recovering import move, vote
 from cvdd.cost.steps import (
     DecodeStep,
@@ -31,16 +30,17 @@ from cvdd.cost.steps import (
     VoteStep,
 )
 from cvdd.data import Data, TensorSource, resize_and_crop
-from cvdd.footprint import Profile
-from cvdd.label_batches import LabelledBatch
-from cvdd.measure import Accuracy, Evaluator
-from cvdd.member import MemberModule
-from cvdd.moco import MocoModule, only_probed, with_projection
-from cvdd.patches import SCORED_AT_ONCE, make_patches
-from cvdd.real_images import side_of_files
-from cvdd.replay import draw_epoch, replay
-from cvdd.student import StudentModule
-from cvdd.teachers import Teachers
+from cvdd.labels.batches import LabelledBatch
+from cvdd.labels.replay import draw_epoch, replay
+from cvdd.labels.teachers import Teachers
+from cvdd.support.batch_parts import part_size
+from cvdd.synthesis.patches import SCORED_AT_ONCE, make_patches
+from cvdd.training.classifier import Classifier
+from cvdd.training.measure import Accuracy, Evaluator
+from cvdd.training.member import MemberModule
+from cvdd.training.moco import MocoModule, only_probed, with_projection
+from cvdd.training.real_images import side_of_files
+from cvdd.training.student import StudentModule
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LARGE = 500

@@ -15,16 +15,16 @@ import torch
 
 from cvdd.artifact import Artifact, Parts, Store, digest_of
 from cvdd.artifact.manifest import COPY, DELETE, read_manifest, sealed_as
-from cvdd.automatic import records
 from cvdd.chain.compare import compare, distil
+from cvdd.chain.context import Context
 from cvdd.chain.members import make_member
 from cvdd.chain.own_engines import make_distilled, own_engine
 from cvdd.chain.priors import find_priors
-from cvdd.context import Context
+from cvdd.chain.stages import stage_of
+from cvdd.computing.automatic import records
 from cvdd.cost.sizes import NotMade, sized_data
 from cvdd.data import Data
 from cvdd.schema import RunConfig, members_used
-from cvdd.stages import stage_of
 
 
 def equal_metrics(name: str) -> float:

@@ -14,13 +14,13 @@ import torch
 
 from cvdd.artifact import digest_of, write_atomically
 from cvdd.artifact.files import store_errors
+from cvdd.chain.stages import STAGES
+from cvdd.composition.portable import what_is_made
 from cvdd.cost.fakes import scale_of
 from cvdd.cost.plan import Piece
 from cvdd.cost.steps import MocoStep, Network, Step, TrainStep
 from cvdd.cost.work import Work
-from cvdd.portable import what_is_made
 from cvdd.schema import RunConfig
-from cvdd.stages import STAGES
 
 FOLDER = "predictions"
 """Of the store. What lies there is no artefact, and can be deleted at any time."""

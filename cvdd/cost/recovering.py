@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvdd.augment import apply_matrices, enlarged_parts
-from cvdd.committee import turn_weights
-from cvdd.engine import Engine, ready_voter
+from cvdd.augmentation.augment import apply_matrices, enlarged_parts
 from cvdd.schema import MethodConfig
-from cvdd.units import Stage, Unit, plan_stacks, plan_stages, plan_units, unit_matrices, unit_views
-from cvdd.voting import judge
+from cvdd.synthesis.committee import turn_weights
+from cvdd.synthesis.engine import Engine, ready_voter
+from cvdd.synthesis.units import Stage, Unit, plan_stacks, plan_stages, plan_units, unit_matrices, unit_views
+from cvdd.synthesis.voting import judge
 
 COMPILED_SHARE = 1 / 3
 """Share of the time of plain kernels that compiled ones take."""

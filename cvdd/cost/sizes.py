@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cvdd.artifact import Store
-from cvdd.config_base import ConfigError
 from cvdd.data import Data, DatasetConfig, DigitsOptions, load_data
 from cvdd.data.dataset import DESCRIBED
 from cvdd.data.image_folder import LARGEST_IN_MEMORY, count_images
+from cvdd.support.config_base import ConfigError
 
 PUBLISHED: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {

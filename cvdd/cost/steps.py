@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from cvdd.backbones import BackboneConfig, build_network
-from cvdd.engine import Engine
 from cvdd.schema import LabelConfig, MethodConfig, PatchesConfig, ProtocolConfig, RecipeConfig
 from cvdd.schema.moco import MocoConfig
+from cvdd.synthesis.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from cvdd.console import new_console
 from cvdd.cost.prediction import StageCost
-from cvdd.readable import readable_bytes, readable_seconds
-from cvdd.report.tables import new_table, print_table
+from cvdd.support.console import new_console, new_table, print_table
+from cvdd.support.readable import readable_bytes, readable_seconds
 
 
 def readable_count(count: float) -> str:

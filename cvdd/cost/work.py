@@ -13,7 +13,6 @@ from cvdd.chain.difficulty import RANKED_AT_ONCE
 from cvdd.chain.members import MEASURED_AT_ONCE
 from cvdd.chain.retrieval import SHOWN_AT_ONCE
 from cvdd.chain.training import every, ten_times
-from cvdd.classifier import ShuffledBatches
 from cvdd.cost.plan import Piece
 from cvdd.cost.recovering import RecoverPlan, engine_of, plan_recover
 from cvdd.cost.steps import (
@@ -31,16 +30,17 @@ from cvdd.cost.steps import (
     TrainStep,
     VoteStep,
 )
-from cvdd.engine import iteration_can_be_recorded
-from cvdd.features import FEATURES_AT_ONCE
-from cvdd.label_pool import LabelPool
-from cvdd.label_store import LabelLayout
-from cvdd.labels import samples_at_most
-from cvdd.patches import SCORED_AT_ONCE
-from cvdd.replay import batch_bounds
+from cvdd.labels.pool import LabelPool
+from cvdd.labels.replay import batch_bounds
+from cvdd.labels.sources import samples_at_most
+from cvdd.labels.store import LabelLayout
 from cvdd.schema import LabelConfig
 from cvdd.schema.anchors import BEGINNINGS
-from cvdd.units import as_composed
+from cvdd.statistics.features import FEATURES_AT_ONCE
+from cvdd.synthesis.engine import iteration_can_be_recorded
+from cvdd.synthesis.patches import SCORED_AT_ONCE
+from cvdd.synthesis.units import as_composed
+from cvdd.training.classifier import ShuffledBatches
 
 
 @dataclass

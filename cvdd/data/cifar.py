@@ -9,13 +9,13 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
-from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import RawData, check_same_classes
 from cvdd.data.folders import data_root, missing_data, scan, sorted_classes
 from cvdd.data.packing import pack, read_images
 from cvdd.data.resize import views_to_measure
 from cvdd.data.source import ImageSource, TensorSource
+from cvdd.support.config_base import ConfigError
 
 if TYPE_CHECKING:
     from cvdd.artifact import Store

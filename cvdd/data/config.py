@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
+from cvdd.support.config_base import CheckedConfig
 
 SourceName = Literal[
     "digits_photo", "cifar10", "cifar100", "tiny_imagenet", "imagenette", "imagewoof", "imagenet1k", "image_folder"

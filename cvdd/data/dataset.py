@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from cvdd.config_base import ConfigError
 from cvdd.data.source import ImageSource
+from cvdd.support.config_base import ConfigError
 
 DESCRIBED = "described"
 """In the identity of a data set that is not there."""

@@ -16,7 +16,7 @@ from cvdd.data.dataset import RawData, check_same_classes
 from cvdd.data.packing import ARTIFACT_KIND, read_images, write_images
 from cvdd.data.resize import views_to_measure
 from cvdd.data.source import TensorSource
-from cvdd.seeds import generator
+from cvdd.support.seeds import generator
 
 if TYPE_CHECKING:
     from cvdd.artifact import Store

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import check_same_classes
 from cvdd.data.source import FileSource
+from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from cvdd.artifact.manifest import file_checksum
-from cvdd.config_base import ConfigError
 from cvdd.data.folders import class_folders, scan, warn_of_left_out
 from cvdd.data.source import DamagedImage, FileSource
+from cvdd.support.config_base import ConfigError
 
 _OF_NO_FILE = re.compile(r"[^\w. -]")
 """What the name of a class may have and that of a folder should not."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import RawData, check_same_classes, class_hash
 from cvdd.data.folders import class_folders, data_root, missing_data, scan, warn_of_left_out
 from cvdd.data.packing import pack, read_images
 from cvdd.data.source import FileSource, ImageSource
+from cvdd.support.config_base import ConfigError
 
 if TYPE_CHECKING:
     from cvdd.artifact import Artifact, Store

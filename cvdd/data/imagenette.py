@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torchvision.datasets import Imagenette
 
-from cvdd.config_base import ConfigError
 from cvdd.data.config import NOT_DOWNLOADED, DatasetConfig
 from cvdd.data.dataset import RawData
 from cvdd.data.folders import data_root, missing_data, scan, sorted_classes
 from cvdd.data.source import ImageSource
+from cvdd.support.config_base import ConfigError
 
 if TYPE_CHECKING:
     from cvdd.artifact import Store

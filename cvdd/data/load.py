@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cvdd.config_base import ConfigError
 from cvdd.data import cifar, digits, image_folder, imagenet1k, imagenette, tiny_imagenet
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import Data, RawData, class_hash
 from cvdd.data.resize import views_to_measure
 from cvdd.data.source import ImageSource, TensorSource
 from cvdd.data.splits import keep_per_class, split_validation
+from cvdd.support.config_base import ConfigError
 
 if TYPE_CHECKING:
     from cvdd.artifact import Store

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvdd.config_base import ConfigError
+from cvdd.support.config_base import ConfigError
 
 # Past this many files the sizes are left out of the digest: on a network file system one `stat` per file of
 # ImageNet-1K takes minutes, and its names are those of a published, fixed collection.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from cvdd.config_base import ConfigError
 from cvdd.data.source import ImageSource
-from cvdd.seeds import generator
+from cvdd.support.config_base import ConfigError
+from cvdd.support.seeds import generator
 
 
 def split_validation(

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torchvision.datasets.utils import download_and_extract_archive
 
-from cvdd.config_base import ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.data.dataset import RawData
 from cvdd.data.folders import data_root, missing_data, scan, sorted_classes
 from cvdd.data.packing import pack, read_images
 from cvdd.data.source import FileSource, TensorSource
+from cvdd.support.config_base import ConfigError
 
 if TYPE_CHECKING:
     from cvdd.artifact import Store

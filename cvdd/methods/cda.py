@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvdd.schedules import cosine
+from cvdd.support.curves import cosine
 
 
 def lowest_area(iteration: int, iterations: int, schedule: str, milestone: float, area: float) -> float:

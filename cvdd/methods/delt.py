@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from cvdd.selection import outward
+from cvdd.methods.selection import outward
 
 
 def first_stages(ipc: int, stages: int) -> list[int]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from cvdd.config_base import ConfigError
-from cvdd.dsa import SiameseAugmentation, augment, draw_augmentation
-from cvdd.graphs import draws_by_itself
+from cvdd.augmentation.dsa import SiameseAugmentation, augment, draw_augmentation
+from cvdd.computing.graphs import draws_by_itself
+from cvdd.support.config_base import ConfigError
 
 
 class FlatNetwork:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cvdd.backbones import batchnorm_layers
-from cvdd.bn import running_moments
-from cvdd.layer_statistics import InputWatch, Moments, channel_moments
+from cvdd.statistics.bn import running_moments
+from cvdd.statistics.layer_statistics import InputWatch, Moments, channel_moments
 
 EPSILON = 1e-6
 """Added to variances before their ratio is taken (appendix D.1)."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from cvdd.config_base import ConfigError
-from cvdd.outcome import USER_ERROR, reader_may_go
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import USER_ERROR, reader_may_go
 
 
 def report_sweep(arguments: Sequence[str]) -> None:

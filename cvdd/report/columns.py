@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from cvdd.readable import readable_bytes
+from cvdd.support.readable import readable_bytes
 
 SIZES_AND_COSTS = (
     "image_count",

@@ -9,11 +9,11 @@ from typing import Any
 
 from cvdd.artifact import Artifact, parents_of
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.priors import Priors
-from cvdd.context import Context
-from cvdd.spent import spent_on_all
-from cvdd.stages import STAGES, stage_of
+from cvdd.chain.spent import spent_on_all
+from cvdd.chain.stages import STAGES, stage_of
 
 
 @dataclass(frozen=True)

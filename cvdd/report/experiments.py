@@ -13,12 +13,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from cvdd.cli import config_directory
-from cvdd.config_base import ConfigError
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.surroundings import FULL_DATA, is_presentation
+from cvdd.composition.validation import check
 from cvdd.report.verdict import published
 from cvdd.schema import ExpectedConfig
-from cvdd.surroundings import FULL_DATA, is_presentation
-from cvdd.validation import check
+from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.chain.compare import Distilled
+from cvdd.chain.context import Context
 from cvdd.chain.given import kept_as_given
 from cvdd.chain.initial import initial_images, make_start
 from cvdd.chain.unit_files import PATCHES, UNITS
-from cvdd.context import Context
 from cvdd.schema.anchors import BEGINNINGS
 
 CLASSES, SLOTS = 20, 10

@@ -11,8 +11,8 @@ from scipy.stats import t as student_t
 
 from cvdd.chain.compare import Result
 from cvdd.chain.labels import Labels
-from cvdd.readable import with_error
-from cvdd.surroundings import FULL_DATA_ROW
+from cvdd.composition.surroundings import FULL_DATA_ROW
+from cvdd.support.readable import with_error
 
 Verdict = Literal["ahead", "level", "behind", "unknown"]
 

@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.outcome import OUTCOME
-from cvdd.sweep import asked, without_cost
+from cvdd.composition.sweep import asked, without_cost
+from cvdd.support.outcome import OUTCOME
 
 _TYPED = ".hydra/overrides.yaml"
 """In the directory of a point that has begun."""

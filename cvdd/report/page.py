@@ -10,10 +10,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvdd.chain.compare import Distilled, Result
-from cvdd.context import Context
-from cvdd.portable import portable_config
-from cvdd.provenance import made_by_other_code
-from cvdd.readable import readable_bytes, readable_seconds, with_error
+from cvdd.chain.context import Context
+from cvdd.composition.portable import portable_config
+from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.report import headline, plots
 from cvdd.report.columns import best_shown, labels_shown, measured_images
 from cvdd.report.costs import all_artifacts, machine_seconds, open_members, stage_costs
@@ -25,7 +24,8 @@ from cvdd.report.terms import TITLES, member_terms, terms_of
 from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table, votes_of, who_judges
 from cvdd.schema import RunConfig
-from cvdd.surroundings import FULL_DATA_ROW
+from cvdd.support.provenance import made_by_other_code
+from cvdd.support.readable import readable_bytes, readable_seconds, with_error
 
 TEMPLATE = "page.html.j2"
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from cvdd.chain.compare import Result
 from cvdd.chain.training import load_curve
+from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.report.drawing import (
     INK,
     MUTED,
@@ -28,7 +29,6 @@ from cvdd.report.drawing import (
 )
 from cvdd.report.headline import accuracy
 from cvdd.report.terms import TITLES, MemberTerms, terms_of
-from cvdd.surroundings import FULL_DATA_ROW
 
 WIDTH = 9.6
 POINTS = 300

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cvdd.context import Context
+from cvdd.chain.context import Context
 from cvdd.cost import load_prediction, measured_seconds, plan_pieces, planning_beside
 
 

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cvdd.chain.compare import Result
+from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.report.headline import Difference, difference, is_real, parts_of, recipe_of_labels, teachers_of_labels
-from cvdd.surroundings import FULL_DATA_ROW
 
 WEIGHT = 0.5
 """Of the first of two differences, as on DD-Ranking's board."""

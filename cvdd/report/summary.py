@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cvdd.agreement import mean_agreement
 from cvdd.chain.compare import Distilled, Result
+from cvdd.chain.context import Context
 from cvdd.chain.members import make_member
-from cvdd.context import Context
-from cvdd.provenance import code_version
 from cvdd.report.columns import RESULT
 from cvdd.report.ranking import rank
 from cvdd.report.verdict import hold_against
 from cvdd.report.votes import votes_of
 from cvdd.schema import RunConfig, members_used
+from cvdd.support.provenance import code_version
+from cvdd.synthesis.agreement import mean_agreement
 
 COLUMNS = (*RESULT, "images", "labels")
 

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from cvdd.readable import with_error
 from cvdd.report.drawing import (
     ACCENT,
     BAR,
@@ -37,6 +36,7 @@ from cvdd.report.drawing import (
     shortened_names,
     to_svg,
 )
+from cvdd.support.readable import with_error
 
 WIDTH = 9.6
 ROOM = 0.9 * 72 * WIDTH

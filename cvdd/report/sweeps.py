@@ -17,14 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cvdd.artifact import write_atomically
-from cvdd.config_base import ConfigError
-from cvdd.outcome import OUTCOME
-from cvdd.portable import portable_override, portable_text, portable_values
-from cvdd.readable import readable_bytes, with_error
+from cvdd.composition.portable import portable_override, portable_text, portable_values
+from cvdd.composition.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, without_cost
 from cvdd.report.columns import RESULT, best_shown, labels_shown, measured_images
 from cvdd.report.multiruns import numbered_points
 from cvdd.report.sweep_plots import Cell, plot, standalone
-from cvdd.sweep import STATE, SweepConfig, chosen_points, is_of_command, read_sweep, without_cost
+from cvdd.support.config_base import ConfigError
+from cvdd.support.outcome import OUTCOME
+from cvdd.support.readable import readable_bytes, with_error
 
 TEMPLATE = "sweep.html.j2"
 METRICS = "metrics.json"

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from cvdd.artifact import Artifact, parents_of
-from cvdd.console import new_console
-from cvdd.readable import readable_bytes, readable_seconds, with_error
+from cvdd.chain.spent import spent_on
 from cvdd.report.columns import best_shown, labels_shown
 from cvdd.report.verdict import verdict_sentence
 from cvdd.schema import RunConfig
-from cvdd.spent import spent_on
+from cvdd.support.console import new_console, new_table, print_table
+from cvdd.support.readable import readable_bytes, readable_seconds, with_error
 
 
 def print_members(config: RunConfig, members: Mapping[str, Artifact]) -> None:
@@ -115,18 +114,3 @@ def print_verdict(verdict: Mapping[str, Any] | None) -> None:
     """Print what was expected beside what was measured, if a published number was given."""
     if verdict is not None:
         new_console().print(verdict_sentence(verdict), markup=False, highlight=False)
-
-
-def new_table(title: str) -> Table:
-    """Return an empty table in the style of all that is printed."""
-    return Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-
-
-def print_table(table: Table) -> None:
-    """Print a table, as narrow as it must be."""
-    console = new_console()
-    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        # Narrow gaps are easier to read than names in two lines.
-        table.padding = 0
-        table.show_edge = False
-    console.print(table)

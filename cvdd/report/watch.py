@@ -22,11 +22,11 @@ from cvdd.artifact.parts import Table as States
 from cvdd.artifact.places import PARTIAL
 from cvdd.artifact.sessions import process_seconds, read_sessions
 from cvdd.artifact.uses import used_by
-from cvdd.console import new_console
-from cvdd.jobs import JOB, read_job
-from cvdd.outcome import OUTCOME
+from cvdd.composition.sweep import STATE
 from cvdd.report.sweeps import METRICS, Point, read_directory
-from cvdd.sweep import STATE
+from cvdd.running.jobs import JOB, read_job
+from cvdd.support.console import new_console
+from cvdd.support.outcome import OUTCOME
 
 UNFINISHED = ("missing", "not finished")
 

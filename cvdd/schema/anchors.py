@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cvdd.config_base import StrictConfig
+from cvdd.support.config_base import StrictConfig
 
 if TYPE_CHECKING:
     from cvdd.schema.method import MethodConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cvdd.batch_parts import part_size, parts_of
+from cvdd.support.batch_parts import part_size, parts_of
 
 
 def parts_problems(accumulation: int, of: str, batch: int, batch_of: str, because: str = "") -> Iterator[str]:

@@ -9,8 +9,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Name, Numbers, Positive
+from cvdd.support.config_base import CheckedConfig, StrictConfig
 
 
 class MemberConfig(StrictConfig):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cvdd.config_base import StrictConfig
 from cvdd.schema.types import whole_part
+from cvdd.support.config_base import StrictConfig
 
 if TYPE_CHECKING:
     from cvdd.schema.method import MethodConfig

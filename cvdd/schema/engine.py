@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import StrictConfig
 from cvdd.schema.types import Positive
+from cvdd.support.config_base import StrictConfig
 
 
 class EngineConfig(StrictConfig):

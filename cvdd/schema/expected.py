@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
+from cvdd.support.config_base import CheckedConfig
 
 
 class ExpectedConfig(CheckedConfig):

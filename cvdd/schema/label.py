@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Name, Positive, Range, Share
 from cvdd.schema.unread import unread_fields
+from cvdd.support.config_base import CheckedConfig
 
 
 class LabelConfig(CheckedConfig):

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.anchors import AnchorsConfig, anchors_problems
 from cvdd.schema.apm import ApmConfig
 from cvdd.schema.difficulty import DifficultyConfig, difficulty_problems
@@ -16,6 +15,7 @@ from cvdd.schema.mtt import MttConfig
 from cvdd.schema.retrieval import RetrievalConfig, retrieval_problems
 from cvdd.schema.types import Betas, Name, Positive, Range, Share
 from cvdd.schema.unread import unread_settings
+from cvdd.support.config_base import CheckedConfig, StrictConfig
 
 
 class IpcConfig(StrictConfig):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import ColourChanges, Positive, Range
+from cvdd.support.config_base import CheckedConfig
 
 
 class MocoConfig(CheckedConfig):

@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
+from cvdd.support.config_base import CheckedConfig, StrictConfig
 
 
 class ExpertConfig(StrictConfig):

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
 from cvdd.schema.types import Betas, Name, Positive, whole_part
 from cvdd.schema.unread import unread_fields
+from cvdd.support.config_base import CheckedConfig
 
 
 class ProtocolConfig(CheckedConfig):

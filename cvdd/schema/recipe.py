@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from cvdd.config_base import CheckedConfig
 from cvdd.schema.batch_checks import parts_problems
 from cvdd.schema.moco import MocoConfig
 from cvdd.schema.types import Positive, Range
 from cvdd.schema.unread import unread_fields
+from cvdd.support.config_base import CheckedConfig
 
 
 class RecipeConfig(CheckedConfig):

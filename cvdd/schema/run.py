@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import Field
 
 from cvdd.backbones.config import BackboneConfig
-from cvdd.config_base import CheckedConfig, ConfigError
 from cvdd.data.config import DatasetConfig
 from cvdd.schema.anchors import BEGINNINGS, RANKED
 from cvdd.schema.committee import CommitteeConfig, PriorConfig, TemperatureConfig
@@ -21,6 +20,7 @@ from cvdd.schema.protocol import ProtocolConfig
 from cvdd.schema.recipe import RecipeConfig
 from cvdd.schema.surroundings import LoggerConfig, PathsConfig, TrainerConfig
 from cvdd.schema.types import Name, Verb, side_of_cut
+from cvdd.support.config_base import CheckedConfig, ConfigError
 
 
 class RunConfig(CheckedConfig):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from cvdd.config_base import CheckedConfig, StrictConfig
 from cvdd.schema.types import Positive
+from cvdd.support.config_base import CheckedConfig, StrictConfig
 
 
 class TrainerConfig(CheckedConfig):

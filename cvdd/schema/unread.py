@@ -44,8 +44,9 @@ READ_WHERE: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
 )
 """Fields that are read only where others of their section, the switches, have one of these values.
 
-Whether the measurement of priors would read them, with switches of its own (:mod:`cvdd.prior_overrides`), does not
-count. Fields that it reads whatever the run does, as it labels even where ``label.teachers=none``, are not among them.
+Whether the measurement of priors would read them, with switches of its own (:mod:`cvdd.composition.prior_overrides`),
+does not count. Fields that it reads whatever the run does, as it labels even where ``label.teachers=none``, are not
+among them.
 """
 
 SHARED = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from cvdd.context import Context
+from cvdd.chain.context import Context
 from cvdd.verbs.distill import distill
 from cvdd.verbs.evaluate import evaluate
 from cvdd.verbs.relabel import relabel

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from cvdd.chain.context import Context
 from cvdd.chain.own_engines import make_distilled
 from cvdd.chain.priors import find_priors
-from cvdd.context import Context
-from cvdd.grids import ENLARGED, image_grid
-from cvdd.pictures import write_png
 from cvdd.report.gallery import choose_images, read_images
 from cvdd.report.tables import print_artifact
+from cvdd.support.grids import ENLARGED, image_grid
+from cvdd.support.pictures import write_png
 
 PIXELS = 2**25
 """Of a picture that shows all images; its making takes several times three bytes for each."""

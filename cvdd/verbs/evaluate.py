@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from cvdd.artifact import Artifact
-from cvdd.assistants import assist, assisted
+from cvdd.chain.assistants import assist, assisted
 from cvdd.chain.compare import Distilled, Result, compare
-from cvdd.context import Context
-from cvdd.launching import share_of_work
+from cvdd.chain.context import Context
+from cvdd.composition.launching import share_of_work
 from cvdd.report.columns import SIZES_AND_COSTS, measured_images
 from cvdd.report.summary import summarise, write_results
 from cvdd.report.tables import print_ranking, print_results, print_verdict

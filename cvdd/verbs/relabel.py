@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cvdd.chain.compare import distil
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
+from cvdd.chain.context import Context
 from cvdd.report.tables import print_artifact
+from cvdd.support.config_base import ConfigError
 
 
 def relabel(context: Context, commands: list[str]) -> float | None:

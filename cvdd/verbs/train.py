@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cvdd.assistants import assisted
+from cvdd.chain.assistants import assisted
+from cvdd.chain.context import Context
 from cvdd.chain.members import make_member
 from cvdd.chain.own_engines import OwnEngine, own_engine
-from cvdd.config_base import ConfigError
-from cvdd.context import Context
 from cvdd.report.tables import print_artifact, print_members
+from cvdd.support.config_base import ConfigError
 
 
 def train(context: Context, commands: list[str]) -> float | None:

@@ -22,7 +22,7 @@ from cvdd.artifact.__main__ import verify_artifacts
 from cvdd.artifact.cleaning import unfinished
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["commands", "cvdd.cli", "cvdd.runtime", "cvdd.verbs", "cvdd.report.page"])
+FORKED.set_forkserver_preload(["commands", "cvdd.cli", "cvdd.commands.runtime", "cvdd.verbs", "cvdd.report.page"])
 
 VERBS = {
     "train": ("data", "members"),
@@ -58,11 +58,11 @@ def _run(verb: str, arguments: list[str], folder: Path) -> None:
 
 def save_often() -> None:
     """Take every checkpoint that can be taken."""
-    import cvdd.fit
-    import cvdd.label_store
+    import cvdd.labels.store
+    import cvdd.training.fit
 
-    cvdd.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-    cvdd.label_store.SECONDS_BETWEEN_SAVES = -1.0
+    cvdd.training.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    cvdd.labels.store.SECONDS_BETWEEN_SAVES = -1.0
 
 
 def note_work(notes: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import VERBS, Command, Reference
 
-from cvdd.outcome import INTERRUPTED
+from cvdd.support.outcome import INTERRUPTED
 
 pytest_plugins = ["faults_fixtures"]
 pytestmark = pytest.mark.faults

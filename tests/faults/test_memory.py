@@ -16,20 +16,20 @@ from helpers import PRIORS, tiny_context
 from test_interruption import PulledPlug, stop_at
 
 import cvdd.chain.fitting
-import cvdd.engine
-import cvdd.fit
-import cvdd.footprint
-import cvdd.labels
+import cvdd.computing.footprint
+import cvdd.labels.sources
+import cvdd.synthesis.engine
+import cvdd.training.fit
 from cvdd.chain.compare import compare, distil
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.members import make_member
 from cvdd.chain.unit_files import load_images
-from cvdd.classifier import Classifier, NonFiniteTraining
-from cvdd.context import Context
-from cvdd.memory import OutOfMemory, enough_memory
-from cvdd.outcome import USER_ERROR, PointFailed, told
-from cvdd.synthesis import DistillModule
-from cvdd.teachers import Teachers
+from cvdd.labels.teachers import Teachers
+from cvdd.support.memory import OutOfMemory, enough_memory
+from cvdd.support.outcome import USER_ERROR, PointFailed, told
+from cvdd.synthesis.distill_module import DistillModule
+from cvdd.training.classifier import Classifier, NonFiniteTraining
 
 pytest_plugins = ["faults_fixtures"]
 pytestmark = pytest.mark.faults
@@ -59,7 +59,7 @@ def short_of_memory(patched: pytest.MonkeyPatch, owner: Any, name: str, call: in
 
 
 def little_memory(patched: pytest.MonkeyPatch, free: float) -> None:
-    for module in (cvdd.footprint, cvdd.chain.fitting):
+    for module in (cvdd.computing.footprint, cvdd.chain.fitting):
         patched.setattr(module, "free_memory", lambda device: free)
 
 
@@ -68,7 +68,7 @@ def test_a_member_whose_loss_is_not_a_number(
 ) -> None:
     """In its second epoch: the first is kept, and the repeated command goes on from it."""
     home = reference.copy(tmp_path, "members", "patches", "images", "labels", "students")
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     note, epochs = Classifier._note, list[int]()
 
     def watched(self: Classifier, loss: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_too_little_memory_for_the_images(
     error: Exception, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = reference.copy(tmp_path, "images", "labels", "students")
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     # Two iterations are a step of Lightning, and three of those a stack; the second stack has made one of them.
     with monkeypatch.context() as patched:
         short_of_memory(patched, DistillModule, "training_step", 5, error)
@@ -132,13 +132,13 @@ def test_members_that_judge_side_by_side_do_so_one_after_the_other(
     """As they are recorded on a GPU; a unit cannot be halved."""
     home = reference.copy(tmp_path, "images", "labels", "students")
     with monkeypatch.context() as patched:
-        patched.setattr(cvdd.engine, "records", lambda wanted, device: True)
+        patched.setattr(cvdd.synthesis.engine, "records", lambda wanted, device: True)
         short_of_memory(patched, DistillModule, "training_step", 1, torch.OutOfMemoryError(ON_A_GPU))
         made = make_images(context_of(home), PRIORS)
     assert caplog.text.count("going on with 1 units in a pass and members one after the other") == 1
     assert made.metrics["units_per_pass_for_lack_of_memory"] == 1
     assert made.metrics["stacks"] > 1
-    monkeypatch.setattr(cvdd.engine, "records", lambda wanted, device: False)
+    monkeypatch.setattr(cvdd.synthesis.engine, "records", lambda wanted, device: False)
     assert make_images(context_of(home), PRIORS).path == made.path
 
 
@@ -164,7 +164,7 @@ def test_enough_memory_changes_nothing(
     """Counted, and found to fit; or not even counted, because units in a pass were given."""
     home = reference.copy(tmp_path, "images", "labels", "students")
     little_memory(monkeypatch, 40e9)
-    monkeypatch.setattr(cvdd.footprint, "BYTES_PER_PIXEL", 1e9)
+    monkeypatch.setattr(cvdd.computing.footprint, "BYTES_PER_PIXEL", 1e9)
     make_images(context_of(home), PRIORS)
     reference.require_same(home, ("images",))
     little_memory(monkeypatch, 1e6)
@@ -207,7 +207,7 @@ def test_too_little_memory_for_labels_and_networks(
 ) -> None:
     home = reference.copy(tmp_path, "labels", "students")
     with monkeypatch.context() as patched:
-        short_of_memory(patched, cvdd.labels.ComputedLabels, "epoch", 2, torch.OutOfMemoryError(ON_A_GPU))
+        short_of_memory(patched, cvdd.labels.sources.ComputedLabels, "epoch", 2, torch.OutOfMemoryError(ON_A_GPU))
         with pytest.raises(OutOfMemory, match=r"Lower label\.stack=32.*label\.batch_size=8"):
             distil(context_of(home), "cvdd")
     with monkeypatch.context() as patched:

@@ -20,12 +20,12 @@ from test_interruption import PulledPlug, stop_at
 
 import cvdd.artifact.claims
 import cvdd.chain.recover
-import cvdd.labels
+import cvdd.labels.sources
 from cvdd.artifact import MANIFEST, Artifact, DamagedArtifact, Maker, Parts, Store, StoreError, write_atomically
 from cvdd.artifact.__main__ import verify_artifacts
 from cvdd.chain.compare import compare, distil
+from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
-from cvdd.context import Context
 
 pytest_plugins = ["faults_fixtures", "small_disk"]
 pytestmark = pytest.mark.faults
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_at_every_write(what: str, disk: Disk) -> None:
 def test_a_disk_that_is_full_throughout_the_chain(
     what: str, disk: Disk, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cvdd.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(cvdd.training.fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     home = reference.copy(disk.place, "images", "labels", "students")
     disk.fill()
     step = {"pages": 60, "files": 3}[what]
@@ -192,7 +192,7 @@ def test_labels_that_were_cut_while_they_were_half_made(
     """Written on, they would have a hole that nobody sees."""
     home = reference.copy(tmp_path, "labels", "students")
     with monkeypatch.context() as patched:
-        stop_at(patched, cvdd.labels.ComputedLabels, "epoch", 3, PulledPlug)
+        stop_at(patched, cvdd.labels.sources.ComputedLabels, "epoch", 3, PulledPlug)
         with pytest.raises(PulledPlug):
             distil(context_of(home), "cvdd")
     (work,) = (home / "store").glob("labels/.partial/*")
@@ -240,7 +240,7 @@ def test_claims_of_the_dead_and_of_other_machines(
 def test_a_clock_that_goes_back_an_hour(reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of the labels; all files before them are from the future then."""
     home = reference.copy(tmp_path, "labels", "students")
-    now, epoch = time.time, cvdd.labels.ComputedLabels.epoch
+    now, epoch = time.time, cvdd.labels.sources.ComputedLabels.epoch
 
     def back(self: Any, number: int) -> Any:
         monkeypatch.setattr(time, "time", lambda: now() - 3600)
@@ -248,7 +248,7 @@ def test_a_clock_that_goes_back_an_hour(reference: Reference, tmp_path: Path, mo
 
     for file in (home / "store").rglob("*"):
         os.utime(file, (now() + 3600,) * 2)
-    monkeypatch.setattr(cvdd.labels.ComputedLabels, "epoch", back)
+    monkeypatch.setattr(cvdd.labels.sources.ComputedLabels, "epoch", back)
     compare(context_of(home))
     assert time.time() < now() - 3000
     reference.require_same(home)

@@ -1,0 +1,1 @@
+"""How views of images differ: parameters that are drawn apart from being applied."""

@@ -1,0 +1,1 @@
+"""What surrounds a command from its beginning to its end."""

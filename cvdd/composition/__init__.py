@@ -1,0 +1,1 @@
+"""From what was typed to a checked configuration, with errors that say what to type."""

@@ -1,0 +1,1 @@
+"""How networks are computed fast, with the same numbers: compiled, fused, recorded, in half precision."""

@@ -1,0 +1,1 @@
+"""What students are told: views of every epoch, the teachers' logits for them, and how both are stored."""

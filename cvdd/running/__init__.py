@@ -1,0 +1,1 @@
+"""What surrounds work: its process, its ranks, signals, and where measurements go."""

@@ -1,0 +1,1 @@
+"""Training networks: committee members, students, and those of the matching methods."""
