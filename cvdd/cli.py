@@ -120,7 +120,8 @@ def _run(composed: DictConfig) -> float | None:
         from cvdd.composition.validation import check
 
         limits = debug_limits(settings.runtime.choices.get("debug"))
-        config = check(expand_rows(composed, partial(_again, composed.verb, task), limits))
+        again = partial(_again, composed.verb)
+        config = check(expand_rows(composed, partial(again, task), limits, partial(again, [])))
         launcher = settings.runtime.choices["hydra/launcher"]
         check_launcher(config.trainer, launcher, launcher_field("tasks_per_node"), sweeping)
         check_multirun(config.trainer, launcher, sweeping)

@@ -53,7 +53,7 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
         prepared = prepare(arguments, conf)
         composed = hydra_compose(verb, prepared)
         debug = next((item.removeprefix("debug=") for item in overrides if item.startswith("debug=")), None)
-        return expand_rows(composed, partial(_again, verb, prepared), debug_limits(debug))
+        return expand_rows(composed, partial(_again, verb, prepared), debug_limits(debug), partial(_again, verb, []))
 
 
 @pytest.fixture

@@ -129,6 +129,31 @@ def test_what_smoke_cuts_is_told(
         assert f": {told}. A row may have as much as the command itself: type such a number beside" in message
 
 
+@pytest.mark.parametrize(
+    ("row", "typed", "told"),
+    [
+        (["method=cvdd"], ["method.iterations=0"], True),
+        # Whoever writes it means it, and so do methods that never optimise and rows of the command's own method.
+        (["method=cvdd", "method.iterations=0"], ["method.iterations=0"], False),
+        (["method=random_real"], ["method.iterations=0"], False),
+        (["method.lr=0.5"], ["method.iterations=0"], False),
+        (["method=cvdd"], ["method=random_real"], False),
+    ],
+)
+def test_a_row_whose_method_makes_nothing_because_of_what_was_typed_is_told(
+    row: list[str], typed: list[str], told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = row_of(tmp_path, row, *typed)
+    alone = compose_raw(tmp_path, "evaluate", "method=cvdd").method.iterations
+    said = [message for message in caplog.messages if "begins with" in message]
+    assert len(said) == told
+    if told:
+        assert config.compare.row.get("method.iterations") is None
+        assert f"write [method=cvdd,method.iterations={alone}]" in said[0]
+        repeated = check(row_of(tmp_path, [*row, f"method.iterations={alone}"], *typed))
+        assert repeated.compare["row"]["method.iterations"] == alone
+
+
 def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
     context = tiny_context(tmp_path, "method=random_real", "method.iterations=0", "compare=random_real")
     assert list(context.config.compare) == ["random_real"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +28,18 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, ArgumentError)
 """What is raised where a command cannot be composed."""
 
 _TRAINED, _LABELLED = "protocol.epochs", "label.epochs"
+_ITERATIONS = "method.iterations"
 
 Composer = Callable[[Sequence[str]], DictConfig]
 """Composes the same command with more overrides."""
 
 
-def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, float] = NO_LIMITS) -> DictConfig:
+def expand_rows(
+    composed: DictConfig,
+    compose: Composer,
+    limits: Mapping[str, float] = NO_LIMITS,
+    compose_alone: Composer | None = None,
+) -> DictConfig:
     """Replace the rows of ``compare`` that are lists of overrides by the fields in which they differ.
 
     A row such as ``[method=sre2l, label=sre2l]`` is composed like the command itself with these overrides at its end,
@@ -42,6 +49,8 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
         composed: the configuration.
         compose: composes it again with more overrides.
         limits: by field, what no row is to exceed: ``debug=smoke`` is for a moment, whatever rows say.
+        compose_alone: composes a command of these overrides alone. It tells what a row would be without what was typed
+            beside it, so that a method which optimises nothing for that reason is said.
 
     Raises:
         ConfigError: a row cannot be composed.
@@ -101,6 +110,16 @@ def expand_rows(composed: DictConfig, compose: Composer, limits: Mapping[str, fl
             if unknown:
                 raise ConfigError(f"{where}: {min(unknown)}: there is no such field{_nearest(min(unknown))}")
             expanded.compare[name] = {key: value for key, value in differences(base, tree).items() if key != FULL_DATA}
+            # Typed for baselines, it holds for whatever method stands beside them.
+            idle = not (_number(base, _ITERATIONS) or _number(tree, _ITERATIONS)) and _ITERATIONS not in named
+            if idle and "method" in named and (own := _own_iterations(compose_alone, overrides)):
+                log.warning(
+                    "%s has method.iterations=0 as the command itself, so its images are those that it begins with. To "
+                    "optimise them write [%s,method.iterations=%g]",
+                    where,
+                    ",".join(overrides),
+                    own,
+                )
     if cut:
         log.warning(
             "debug cuts what rows say: %s. A row may have as much as the command itself: type such a number beside "
@@ -122,6 +141,13 @@ def recomposed(config: RunConfig, composed: DictConfig, other: DictConfig) -> Ru
         ValueError: that could not run.
     """
     return with_overrides(config, differences(_tree(composed), _tree(other)))
+
+
+def _own_iterations(compose_alone: Composer | None, overrides: Sequence[str]) -> float | None:
+    """Iterations of a row that is a command of its own; None where that cannot be composed."""
+    with contextlib.suppress(*NOT_COMPOSED):
+        return None if compose_alone is None else _number(_tree(compose_alone(overrides)), _ITERATIONS)
+    return None
 
 
 def _number(tree: Mapping[Any, Any], key: str, whole: bool = False) -> float | None:
