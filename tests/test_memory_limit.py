@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cvdd.computing.footprint
-from cvdd.computing.footprint import free_memory
+from cvdd.artifact import peak
+from cvdd.computing.footprint import MEMORY, _free_in_machine, free_memory
 from cvdd.computing.memory_limit import left_to_process
 
 GB = 10**9
@@ -65,3 +69,22 @@ def test_free_memory_is_that_of_the_machine_or_of_the_limit(monkeypatch: pytest.
         monkeypatch.setattr(cvdd.computing.footprint, "left_to_process", lambda limit=limit: limit)
         assert (free_memory(cpu) == 12345) == (limit < math.inf)
     assert 0 < free_memory(cpu) < math.inf
+
+
+def test_where_the_system_does_not_say_what_is_free_it_is_half_of_what_there_is(tmp_path: Path) -> None:
+    total = next(int(line.split()[1]) * 1024 for line in MEMORY.read_text().splitlines() if "MemTotal" in line)
+    assert _free_in_machine(tmp_path / "nothing") == pytest.approx(total / 2, rel=0.02)
+    assert 0 < _free_in_machine() <= total
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_without_a_status_is_in_the_systems_unit(
+    system: str, unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(peak, "_STATUS", tmp_path / "nothing")
+        patched.setattr(sys, "platform", system)
+        patched.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7))
+        found = peak.highest_resident()
+    assert found == 7 * unit
+    assert peak.highest_resident() > 2**20

@@ -31,11 +31,20 @@ def peak_memory() -> int:
     """Return the most bytes that this process held since then: on the GPU if it used one, else of the machine."""
     if (torch := _used_gpu()) is not None:
         return int(torch.cuda.max_memory_allocated())
+    return highest_resident()
+
+
+def highest_resident() -> int:
+    """Return the most bytes of the machine's memory that this process held since :func:`forget_peak`.
+
+    Where the system cannot forget, it is since the process began.
+    """
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(_HIGHEST):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # In bytes on macOS, in kibibytes elsewhere (getrusage(2)).
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _used_gpu() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from cvdd.backbones import BackboneConfig, build_network
 from cvdd.computing.memory_limit import left_to_process
 
 Mode = Literal["train", "vote", "forward"]
+
+MEMORY = Path("/proc/meminfo")
+"""Where Linux says what is free."""
 
 SHARE = 0.8
 """Of the free memory that is planned with: what a step takes besides is not counted to the byte."""
@@ -124,12 +128,15 @@ def free_memory(device: torch.device) -> float:
     return min(_free_in_machine(), left_to_process())
 
 
-def _free_in_machine() -> float:
-    information = Path("/proc/meminfo")
+def _free_in_machine(information: Path = MEMORY) -> float:
     for line in information.read_text().splitlines() if information.exists() else ():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
-    return 4e9
+    # Other systems do not say what is free; half of what there is leaves the rest to what else runs.
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    except (OSError, ValueError):
+        return 4e9
 
 
 def profile_of(backbone: BackboneConfig, classes: int, size: int, mode: Mode) -> Profile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 
 from cvdd.artifact import digest_of, write_atomically
 from cvdd.artifact.files import store_errors
+from cvdd.artifact.peak import highest_resident
 from cvdd.chain.stages import STAGES
 from cvdd.composition.portable import what_is_made
 from cvdd.cost.fakes import scale_of
@@ -135,7 +135,7 @@ def _weights(work: Work, profiles: Callable[[Network, str], Any]) -> int:
 
 def held_now(device: torch.device) -> int:
     """Bytes that the process holds before any work: the libraries, on a CPU."""
-    return 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 0 if device.type == "cuda" else highest_resident()
 
 
 def prediction_path(config: RunConfig) -> Path:
