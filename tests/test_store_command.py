@@ -80,6 +80,24 @@ def test_list_shows_sizes_parents_and_users(
     assert "4.5 kB in 3 artefacts, 1 half made" in output
 
 
+def test_list_of_some_kinds(
+    root: Path, chain: tuple[Artifact, ...], partial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels, student = chain
+    assert main(["list", "labels", "students", "--store", str(root)]) == 0
+    output = capsys.readouterr().out
+    # What they are made from is named, but has no line of its own.
+    assert f"images/{images.path.name}" in row_of(output, f"labels/{labels.path.name}")
+    assert not [line for line in output.splitlines() if line.strip().startswith("images/")]
+    assert row_of(output, f"students/{student.path.name}")
+    assert "in 2 artefacts, 0 half made" in output
+    assert main(["list", "images", "--store", str(root)]) == 0
+    assert "in 1 artefacts, 1 half made" in capsys.readouterr().out
+    assert main(["list", "label", "--store", str(root)]) == 2
+    assert "list label: " in (said := capsys.readouterr().err)
+    assert "has no such kind; choose from images, labels, students" in said
+
+
 def test_the_store_is_that_of_the_commands(
     root: Path, chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

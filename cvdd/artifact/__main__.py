@@ -28,13 +28,23 @@ NARROWEST = 14
 """Characters of a column beside a name."""
 
 
-def list_artifacts(root: Path) -> int:
-    """Print what is in a store: size, parents and by how many others each is used; return the exit code."""
+def list_artifacts(root: Path, wanted: Sequence[str] = ()) -> int:
+    """Print what is in a store: size, parents and by how many others each is used; return the exit code.
+
+    Args:
+        root: of the store.
+        wanted: kinds of artefacts that are listed; all if there is none.
+
+    Raises:
+        ConfigError: a kind is not in the store.
+    """
+    _require_kinds(root, wanted, "list ")
     artifacts, damaged = _read(root)
     names = {artifact.digest: f"{artifact.kind}/{artifact.path.name}" for artifact in artifacts}
     made_from = children(artifacts)
     table = _table("artefact", "size", "made from", "used by")
-    for artifact in artifacts:
+    listed = [artifact for artifact in artifacts if not wanted or artifact.kind in wanted]
+    for artifact in listed:
         parents = [names.get(p["digest"], f"{p['kind']}/{p['name']} (gone)") for p in artifact.manifest["parents"]]
         users = [names[child.digest] for child in made_from[artifact.digest]]
         table.add_row(
@@ -44,15 +54,15 @@ def list_artifacts(root: Path) -> int:
             escape("\n".join(users)) or "-",
         )
     console = new_console()
-    _print(console, f"{root}: {len(artifacts)} artefacts", table)
-    paths = unfinished(root)
+    _print(console, f"{root}: {len(listed)} artefacts", table)
+    paths = [path for path in unfinished(root) if not wanted or path.relative_to(root).parts[0] in wanted]
     used = in_use(root, claims_for(root), paths)
     for path in paths:
         state = "being made" if path in used else "interrupted; the same command goes on"
         _say(console, f"half made: {path.relative_to(root)}, {readable_bytes(size_of(path))} ({state})")
     _say_damaged(console, damaged)
-    total = sum(artifact.bytes for artifact in artifacts)
-    _say(console, f"{readable_bytes(total)} in {len(artifacts)} artefacts, {len(paths)} half made")
+    total = sum(artifact.bytes for artifact in listed)
+    _say(console, f"{readable_bytes(total)} in {len(listed)} artefacts, {len(paths)} half made")
     return DAMAGED if damaged else 0
 
 
@@ -79,10 +89,7 @@ def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
     Raises:
         ConfigError: a kind is not in the store, or a damaged manifest hides what it is made from.
     """
-    known = [kind.name for kind in kinds(root)]
-    for kind in unwanted:
-        if kind not in known:
-            raise ConfigError(f"--unused {kind}: {root} has no such kind; choose from {', '.join(known) or 'none'}")
+    _require_kinds(root, unwanted, "--unused ")
     found = removable(root, unwanted)
     claims = claims_for(root)
     console = new_console()
@@ -106,6 +113,13 @@ def clean(root: Path, unwanted: Sequence[str], delete: bool) -> int:
     else:
         _say(console, f"{readable_bytes(freed)} would be freed; nothing was removed. Add --delete to do it.")
     return 0
+
+
+def _require_kinds(root: Path, asked: Sequence[str], typed: str) -> None:
+    known = [kind.name for kind in kinds(root)]
+    for kind in asked:
+        if kind not in known:
+            raise ConfigError(f"{typed}{kind}: {root} has no such kind; choose from {', '.join(known) or 'none'}")
 
 
 def _read(root: Path) -> tuple[list[Artifact], list[DamagedArtifact]]:
@@ -150,7 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--store", type=Path, help=f"its directory; otherwise that of the commands: {VARIABLE}, or store/ right here"
     )
-    commands.add_parser("list", parents=[place], help="what is there, its size, what it is made from and used by")
+    listing = commands.add_parser(
+        "list", parents=[place], help="what is there, its size, what it is made from and used by"
+    )
+    listing.add_argument("kinds", nargs="*", metavar="KIND", help="only artefacts of these kinds, e.g. images labels")
     commands.add_parser("verify", parents=[place], help="read all files and compare their checksums")
     gc = commands.add_parser("gc", parents=[place], help="remove what is half made; without --delete only show it")
     gc.add_argument(
@@ -177,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
             if not is_store(root):
                 raise ConfigError(f"{root} is no store, for nothing in it was made by cvdd; {where}")
             if options.command == "list":
-                return list_artifacts(root)
+                return list_artifacts(root, options.kinds)
             if options.command == "verify":
                 return verify_artifacts(root)
             return clean(root, options.unused, options.delete)
