@@ -13,8 +13,8 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 from simulated_gpu import simulated_gpu
 
-from cvdd.cli import _again, debug_limits
 from cvdd.composition.arguments import prepare
+from cvdd.composition.command import again, debug_limits
 from cvdd.composition.config_directory import config_directory
 from cvdd.composition.rows import expand_rows
 from cvdd.composition.validation import check
@@ -53,7 +53,7 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
         prepared = prepare(arguments, conf)
         composed = hydra_compose(verb, prepared)
         debug = next((item.removeprefix("debug=") for item in overrides if item.startswith("debug=")), None)
-        return expand_rows(composed, partial(_again, verb, prepared), debug_limits(debug), partial(_again, verb, []))
+        return expand_rows(composed, partial(again, verb, prepared), debug_limits(debug), partial(again, verb, []))
 
 
 @pytest.fixture

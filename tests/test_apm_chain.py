@@ -239,7 +239,7 @@ def test_a_part_is_stored_slot_by_slot(home: Path, images: Artifact) -> None:
 @pytest.mark.parametrize("init", ["real", "noise"])
 def test_the_whole_verb_ends_with_a_page(home: Path, init: str) -> None:
     context = small_context(home, "label=hard", "protocol=method", "protocol.seeds=[0]", f"method.init={init}")
-    top1 = evaluate(context, ["evaluate.py"])
+    top1 = evaluate(context, ["evaluate.py"]).metric
     page = (context.config.paths.output / "report.html").read_text()
     assert ("they started from" in page) == (init == "real")
     assert json.loads((context.config.paths.output / "metrics.json").read_text())["results"][0]["top1"] == top1

@@ -21,8 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.cli import _again, debug_limits
 from cvdd.composition.arguments import ArgumentError
+from cvdd.composition.command import again, debug_limits
 from cvdd.composition.config_directory import config_directory
 from cvdd.composition.launching import (
     SHARE,
@@ -314,4 +314,4 @@ def test_jobs_know_the_folder_of_ones_own_too(tmp_path: Path, monkeypatch: pytes
     assert debug_limits("mine") == {"recipe.epochs": 3}
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         own = f"hydra.searchpath=[file://{tmp_path}]"
-        assert _again("distill", [own], ["ipc=7"]).ipc.images_per_class == 7
+        assert again("distill", [own], ["ipc=7"]).ipc.images_per_class == 7

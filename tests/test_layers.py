@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOP = ("distilled", "dashboard", "share", "cli")
+TOP = ("distilled", "dashboard", "share", "calls", "cli")
 """Modules beside the packages: the library's and the commands' faces."""
 DOCUMENTED = re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE)
 """From the top of the page, which is the top of the house."""

@@ -356,7 +356,7 @@ def test_settings_that_would_be_ignored_are_refused(
 )
 def test_the_whole_verb_ends_with_a_page(home: Path, settings: list[str], title: str | None) -> None:
     context = mtt_context(home, "label=hard", "protocol=method", "protocol.seeds=[0]", *settings)
-    top1 = evaluate(context, ["evaluate.py"])
+    top1 = evaluate(context, ["evaluate.py"]).metric
     page = (context.config.paths.output / "report.html").read_text()
     assert ("they started from" in page) == (title is not None)
     assert title is None or title in page

@@ -17,6 +17,7 @@ from cvdd.chain.preflight import check_before_work
 from cvdd.chain.unit_files import load_history
 from cvdd.commands.runtime import Invocation, run
 from cvdd.support.config_base import ConfigError
+from cvdd.verbs.made import Made
 
 
 def timm_network(place: str, model: str) -> tuple[str, str]:
@@ -156,8 +157,8 @@ def test_threads_are_those_of_one_command_alone(tmp_path: Path, monkeypatch: pyt
     """Points of a multirun may run in one process, and bits depend on the number of threads."""
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr("cvdd.commands.runtime.check_before_work", lambda context: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr("cvdd.commands.runtime.VERBS", {"train": lambda context, lines: 1.0})
-    assert run(configure(tmp_path, *TINY, f"trainer.threads={before + 1}", verb="train"), Invocation(())) == 1.0
+    monkeypatch.setattr("cvdd.commands.runtime.VERBS", {"train": lambda context, lines: Made(1.0)})
+    assert run(configure(tmp_path, *TINY, f"trainer.threads={before + 1}", verb="train"), Invocation(())) == Made(1.0)
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
@@ -261,7 +262,7 @@ def test_a_member_and_a_student_of_timm(tmp_path: Path) -> None:
     student = timm_network("students.mine", "test_resnet")
     overrides = (*TINY, *SHORT, *member, *student, *VOTES)
     config = configure(tmp_path, *overrides)
-    top1 = run(config, Invocation(overrides))
+    top1 = run(config, Invocation(overrides)).metric
     assert top1 is not None
     context = tiny_context(tmp_path, *SHORT, *member, *student, *VOTES)
     artifact = make_member(context, "extra")

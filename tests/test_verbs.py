@@ -74,7 +74,7 @@ class Outcome:
 def command(store: Path, output: Path, verb: str, *overrides: str) -> Outcome:
     typed = (*SMALL, *overrides)
     places = (f"paths.store={store}", f"paths.output={output}")
-    metric = run(configure(output, *typed, *places, verb=verb), Invocation((*typed, *places)))
+    metric = run(configure(output, *typed, *places, verb=verb), Invocation((*typed, *places))).metric
     return Outcome(metric, output, store)
 
 
@@ -317,7 +317,7 @@ def test_a_second_run_makes_nothing_and_shows_the_same(
 
 def test_a_point_that_is_a_row_is_shown_as_that_row(evaluated: Outcome, tmp_path: Path) -> None:
     typed = (*SMALL, *TABLE, f"paths.store={evaluated.store}", f"paths.output={tmp_path}")
-    metric = run(configure(tmp_path, *typed), Invocation(typed, point=("initialisation", "random_real")))
+    metric = run(configure(tmp_path, *typed), Invocation(typed, point=("initialisation", "random_real"))).metric
     outcome = Outcome(metric, tmp_path, evaluated.store)
     own, row = (next(float(one["top1"]) for one in outcome.rows() if one["row"] == name) for name in ROWS)
     (shown,) = (values for values in outcome.logged() if "result/top1" in values)

@@ -29,6 +29,7 @@ from cvdd.support.outcome import forget_results
 from cvdd.support.provenance import made_by_other_code
 from cvdd.support.refusals import require_writable
 from cvdd.verbs import VERBS
+from cvdd.verbs.made import Made
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +56,14 @@ class Invocation:
         return name if name in config.compare else ""
 
 
-def run(config: RunConfig, invocation: Invocation) -> float | None:
-    """Do what a checked configuration says.
-
-    Returns:
-        the verb's main metric, or None if it has none.
-    """
+def run(config: RunConfig, invocation: Invocation) -> Made:
+    """Do what a checked configuration says; what it would cost, if that is asked, makes nothing."""
     with _process_as_found():
         if config.cost:
             from cvdd.cost import show_cost
 
             show_cost(config, prepare_process(config))
-            return None
+            return Made()
         with all_ranks(config) as world:
             return work_as(world, config, invocation)
 
@@ -84,19 +81,15 @@ def _process_as_found() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def work_as(world: World, config: RunConfig, invocation: Invocation) -> float | None:
-    """Do what a checked configuration says as one of the ranks of a command.
-
-    Returns:
-        the verb's main metric, or None if it has none.
-    """
+def work_as(world: World, config: RunConfig, invocation: Invocation) -> Made:
+    """Do what a checked configuration says as one of the ranks of a command."""
     if world.main:
         return _work(world, config, invocation)
     with in_silence(config) as quiet:
         return _work(world, quiet, invocation)
 
 
-def _work(world: World, config: RunConfig, invocation: Invocation) -> float | None:
+def _work(world: World, config: RunConfig, invocation: Invocation) -> Made:
     device = prepare_process(config, world.local_rank)
     output = config.paths.output
     require_writable(output, "another place with paths.output=DIR")
@@ -118,9 +111,9 @@ def _work(world: World, config: RunConfig, invocation: Invocation) -> float | No
     loggers = make_loggers(told, run_name(config, invocation), run_id(config, invocation), invocation.sweep)
     context = replace(context, loggers=loggers, shown=row)
     with reporting_to(loggers):
-        metric = VERBS[config.verb](context, invocation_lines(config, invocation))
+        made = VERBS[config.verb](context, invocation_lines(config, invocation))
     _warn_of_other_code(context.store.opened)
-    return metric
+    return made
 
 
 def _warn_of_other_code(used: Sequence[Artifact]) -> None:

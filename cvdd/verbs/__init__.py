@@ -1,4 +1,4 @@
-"""What each command does: four functions of a context that return the metric a sweep optimises."""
+"""What each command does: four functions of a context."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from types import MappingProxyType
 from cvdd.chain.context import Context
 from cvdd.verbs.distill import distill
 from cvdd.verbs.evaluate import evaluate
+from cvdd.verbs.made import Made
 from cvdd.verbs.relabel import relabel
 from cvdd.verbs.train import train
 
-VerbFunction = Callable[[Context, list[str]], "float | None"]
+VerbFunction = Callable[[Context, list[str]], Made]
 
 VERBS: Mapping[str, VerbFunction] = MappingProxyType(
     {"train": train, "distill": distill, "relabel": relabel, "evaluate": evaluate}

@@ -12,6 +12,7 @@ from cvdd.composition.launching import share_of_work
 from cvdd.report.columns import SIZES_AND_COSTS, measured_images
 from cvdd.report.summary import summarise, write_results
 from cvdd.report.tables import print_ranking, print_results, print_verdict
+from cvdd.verbs.made import Made
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ SHOWN = ("top1", "standard_error", "n", "best_top1", *SIZES_AND_COSTS)
 """What a dashboard compares over runs."""
 
 
-def evaluate(context: Context, commands: list[str]) -> float | None:
-    """Measure all rows; return the mean top-1 accuracy of the row that the command is about, its first student's."""
+def evaluate(context: Context, commands: list[str]) -> Made:
+    """Measure all rows; the metric is the top-1 accuracy of the first student on the row that the command is about."""
     index, total = share_of_work()
     if index:
         # Of several jobs each begins elsewhere; students, which cannot be divided, are then not waited for one by one.
@@ -36,13 +37,15 @@ def evaluate(context: Context, commands: list[str]) -> float | None:
     made_shown = next((made for made in distilled if made.row == context.shown), distilled[0])
     shown = next(result for result in results if result.row == made_shown.row)
     context.log(_of_shown_row(made_shown, shown), step=0)
+    artifacts: dict[str, Artifact] = {}
     for made in results:
-        context.log_artifacts(_artifacts(made))
+        artifacts |= _artifacts(made)
+    context.log_artifacts(artifacts)
     print_results(summary["results"], measured_images(summary["dataset"]))
     print_ranking(summary["ranking"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
-    return float(shown.summary()["top1"])
+    return Made(float(shown.summary()["top1"]), artifacts, summary["results"])
 
 
 def _of_shown_row(made: Distilled, result: Result) -> dict[str, float]:

@@ -6,9 +6,10 @@ from cvdd.chain.compare import distil
 from cvdd.chain.context import Context
 from cvdd.report.tables import print_artifact
 from cvdd.support.config_base import ConfigError
+from cvdd.verbs.made import Made
 
 
-def relabel(context: Context, commands: list[str]) -> float | None:
+def relabel(context: Context, commands: list[str]) -> Made:
     """Make the labels.
 
     Raises:
@@ -32,6 +33,7 @@ def relabel(context: Context, commands: list[str]) -> float | None:
         f"{name} {weight:.3f}" for name, weight in zip(made.labels.teachers, made.labels.weights, strict=True)
     )
     row = context.config.method.name
-    context.log_artifacts({f"{row}/images": made.images, f"{row}/labels": made.labels.artifact})
+    artifacts = {f"{row}/images": made.images, f"{row}/labels": made.labels.artifact}
+    context.log_artifacts(artifacts)
     print_artifact(made.labels.artifact, {"images": str(made.images.path), "teachers": teachers})
-    return None
+    return Made(artifacts=artifacts)

@@ -8,10 +8,11 @@ from cvdd.chain.members import make_member
 from cvdd.chain.own_engines import OwnEngine, own_engine
 from cvdd.report.tables import print_artifact, print_members
 from cvdd.support.config_base import ConfigError
+from cvdd.verbs.made import Made
 
 
-def train(context: Context, commands: list[str]) -> float | None:
-    """Make all members, or the networks that the method itself needs; return their mean test accuracy.
+def train(context: Context, commands: list[str]) -> Made:
+    """Make all members, or the networks that the method itself needs; their mean test accuracy is the metric.
 
     Raises:
         ConfigError: assistants are asked for where there is nothing to share.
@@ -21,12 +22,13 @@ def train(context: Context, commands: list[str]) -> float | None:
         return _train_own(context, own)
     with assisted(context.config):
         members = {name: make_member(context, name) for name in context.config.committee.members}
-    context.log_artifacts({f"members/{name}": member for name, member in members.items()})
+    artifacts = {f"members/{name}": member for name, member in members.items()}
+    context.log_artifacts(artifacts)
     print_members(context.config, members)
-    return sum(float(member.metrics["test_top1"]) for member in members.values()) / len(members)
+    return Made(sum(float(member.metrics["test_top1"]) for member in members.values()) / len(members), artifacts)
 
 
-def _train_own(context: Context, own: OwnEngine) -> float | None:
+def _train_own(context: Context, own: OwnEngine) -> Made:
     assistants = context.config.trainer.assistants
     if assistants and not own.apart:
         raise ConfigError(
@@ -40,4 +42,4 @@ def _train_own(context: Context, own: OwnEngine) -> float | None:
     accuracies = [float(one.metrics["test_top1"]) for one in made if "test_top1" in one.metrics]
     shown = {"top-1 in percent": ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)} if accuracies else {}
     print_artifact(made[0], {own.called: str(len(made) if own.apart else own.count(context)), **shown})
-    return sum(accuracies) / len(accuracies) if accuracies else None
+    return Made(sum(accuracies) / len(accuracies) if accuracies else None, named)

@@ -1,0 +1,92 @@
+"""A command's configuration: composed once more with other overrides, its rows written out, and checked.
+
+Its imports are late where they take time, because whoever asks for help waits for this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from cvdd.composition.arguments import prepare_row, says_what_is_made, unquoted
+from cvdd.composition.config_directory import config_directory
+from cvdd.composition.sweep import leaves
+
+if TYPE_CHECKING:
+    from cvdd.schema import RunConfig
+
+
+def checked(composed: DictConfig, task: Sequence[str], debug: str | None) -> RunConfig:
+    """Return the checked configuration of a command.
+
+    Args:
+        composed: by Hydra.
+        task: the overrides that it was composed with.
+        debug: the file of that group which was chosen, if any.
+
+    Raises:
+        ValueError: says what to type.
+    """
+    from cvdd.composition.rows import expand_rows
+    from cvdd.composition.validation import check
+
+    once_more = partial(again, composed.verb)
+    return check(expand_rows(composed, partial(once_more, task), debug_limits(debug), partial(once_more, [])))
+
+
+def again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
+    """Compose a command once more, with the overrides of a row at its end.
+
+    Args:
+        verb: of the command.
+        task: its overrides, as Hydra was given them: quoted already, and perhaps with a choice of somebody's own.
+        row: more, as they are typed.
+    """
+    return compose(verb, [*task, *prepare_row(row, config_directory(), certain=not _more_sources())])
+
+
+def _more_sources() -> list[Any]:
+    """List the places of configuration that somebody added; a job of a launcher has no arguments that would say so."""
+    ours = config_directory().resolve()
+    if not HydraConfig.initialized():
+        # Composed by somebody else, from what is ours.
+        return []
+    return [
+        source
+        for source in HydraConfig.get().runtime.config_sources
+        if source.provider.startswith(("command-line", "hydra.searchpath"))
+        or (source.provider == "main" and Path(source.path).resolve() != ours)
+    ]
+
+
+def without_each(config: RunConfig, composed: DictConfig, task: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
+    """Yield overrides that say what is made, and the configuration of the same command without each of them."""
+    from cvdd.composition.rows import NOT_COMPOSED, recomposed
+
+    for index, override in enumerate(task):
+        if says_what_is_made(override):
+            others = [*task[:index], *task[index + 1 :]]
+            # Others may need it, and without it there is no command to compare with.
+            with contextlib.suppress(ValueError, *NOT_COMPOSED):
+                yield unquoted(override), recomposed(config, composed, again(config.verb, others, []))
+
+
+def debug_limits(choice: str | None) -> Mapping[str, float]:
+    """Return the numbers of a file of ``debug`` by their fields: rows of a comparison have no larger ones."""
+    folders = [config_directory(), *(Path(source.path) for source in _more_sources() if source.schema == "file")]
+    files = (folder / "debug" / f"{choice}.yaml" for folder in folders)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return {}
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+    limits: dict[str, float] = {}
+    for other in tree.pop("defaults", []):
+        limits |= debug_limits(other)
+    return limits | {key: value for key, value in leaves(tree) if type(value) in (int, float)}
