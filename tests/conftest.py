@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from omegaconf import DictConfig
 from simulated_gpu import simulated_gpu
 
 from cvdd.composition.arguments import prepare
-from cvdd.composition.command import again, debug_limits
+from cvdd.composition.command import expanded
 from cvdd.composition.config_directory import config_directory
-from cvdd.composition.rows import expand_rows
 from cvdd.composition.validation import check
 from cvdd.schema import RunConfig
 
@@ -53,7 +51,7 @@ def compose_raw(directory: Path, verb: str, *overrides: str) -> DictConfig:
         prepared = prepare(arguments, conf)
         composed = hydra_compose(verb, prepared)
         debug = next((item.removeprefix("debug=") for item in overrides if item.startswith("debug=")), None)
-        return expand_rows(composed, partial(again, verb, prepared), debug_limits(debug), partial(again, verb, []))
+        return expanded(composed, prepared, debug)
 
 
 @pytest.fixture

@@ -160,6 +160,15 @@ def test_a_row_that_is_the_commands_own_is_shown_once(tmp_path: Path) -> None:
     assert [name for name, _ in rows_of(context)] == ["random_real"]
 
 
+@pytest.mark.parametrize("method", ["random_real", "rded", "full"])
+def test_smoke_begins_no_work_that_a_method_does_not_have(method: str, tmp_path: Path) -> None:
+    config = check(compose_raw(tmp_path, "evaluate", f"method={method}", "debug=smoke", "patches=whole"))
+    assert (config.method.iterations, config.protocol.epochs) == (0, 1)
+    assert check(compose_raw(tmp_path, "evaluate", "method=cvdd", "debug=smoke")).method.iterations == 8
+    with pytest.raises(ConfigError, match=r"method\.iterations=0"):
+        check(compose_raw(tmp_path, "evaluate", f"method={method}", "debug=smoke", "method.iterations=3"))
+
+
 def test_what_is_typed_beside_smoke_holds_for_all_rows(tmp_path: Path) -> None:
     typed = ("experiment=compare", "debug=smoke", "protocol.epochs=3", "prior.iterations=8")
     config = check(compose_raw(tmp_path, "evaluate", *typed))

@@ -6,7 +6,7 @@ Its imports are late where they take time, because whoever asks for help waits f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cvdd.composition.arguments import prepare_row, says_what_is_made, unquoted
+from cvdd.composition.arguments import key_of, prepare_row, says_what_is_made, unquoted
 from cvdd.composition.config_directory import config_directory
 from cvdd.composition.sweep import leaves
 
@@ -34,11 +34,48 @@ def checked(composed: DictConfig, task: Sequence[str], debug: str | None) -> Run
     Raises:
         ValueError: says what to type.
     """
-    from cvdd.composition.rows import expand_rows
     from cvdd.composition.validation import check
 
+    return check(expanded(composed, task, debug))
+
+
+def expanded(composed: DictConfig, task: Sequence[str], debug: str | None) -> DictConfig:
+    """Return a command's configuration with its rows written out, and no more work for ``debug`` than without it.
+
+    Args:
+        composed: by Hydra.
+        task: the overrides that it was composed with.
+        debug: the file of that group which was chosen, if any.
+
+    Raises:
+        ConfigError: a row cannot be composed.
+    """
+    from cvdd.composition.rows import expand_rows
+
     once_more = partial(again, composed.verb)
-    return check(expand_rows(composed, partial(once_more, task), debug_limits(debug), partial(once_more, [])))
+    limits = debug_limits(debug)
+    if limits:
+        composed = _as_few_as_without(composed, once_more, task, limits)
+    return expand_rows(composed, partial(once_more, task), limits, partial(once_more, []))
+
+
+def _as_few_as_without(
+    composed: DictConfig, once_more: Callable[..., DictConfig], task: Sequence[str], limits: Mapping[str, float]
+) -> DictConfig:
+    """Lower numbers that a file of ``debug`` has raised: a method that optimises nothing is not to begin with it."""
+    from cvdd.composition.rows import NOT_COMPOSED
+
+    plain = None
+    # What is wrong with it is told of the command itself.
+    with contextlib.suppress(*NOT_COMPOSED):
+        plain = once_more([override for override in task if key_of(override) != "debug"], [])
+    typed = {key_of(override) for override in task}
+    lowered = composed.copy()
+    for key, limit in limits.items():
+        number = None if plain is None else OmegaConf.select(plain, key)
+        if key not in typed and type(number) in (int, float) and number < limit:
+            OmegaConf.update(lowered, key, number)
+    return lowered
 
 
 def again(verb: str, task: Sequence[str], row: Sequence[str]) -> DictConfig:
