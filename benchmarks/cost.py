@@ -26,10 +26,8 @@ from rich.table import Table
 from cvdd.artifact import Artifact, Store
 from cvdd.commands.runtime import Invocation, run
 from cvdd.composition.arguments import prepare
+from cvdd.composition.command import checked
 from cvdd.composition.config_directory import config_directory
-from cvdd.composition.launching import register_resolvers
-from cvdd.composition.rows import expand_rows
-from cvdd.composition.validation import check
 from cvdd.cost import measured_seconds, plan_pieces, planning, predict_run
 from cvdd.running.process import prepare_process
 from cvdd.schema import RunConfig
@@ -132,13 +130,11 @@ def counting() -> Iterator[Counter[str]]:
 
 def configure(root: Path, overrides: tuple[str, ...]) -> RunConfig:
     """Compose and check a configuration whose files lie under a folder."""
-    register_resolvers()
     places = [f"paths.{name}={root / name}" for name in ("data", "store", "output")]
     conf = config_directory()
     with initialize_config_dir(str(conf), version_base="1.3"):
         typed = prepare(["~local", *places, *overrides] if (conf / "local").is_dir() else [*places, *overrides], conf)
-        composed = compose("evaluate", typed)
-        return check(expand_rows(composed, lambda row: compose("evaluate", [*typed, *row])))
+        return checked(compose("evaluate", typed), typed, None)
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -14,9 +14,8 @@ from benchmarks.reference import recover, relabel, student
 from cvdd.augmentation.augment import pixel_bounds
 from cvdd.backbones import build_network
 from cvdd.composition.arguments import prepare
+from cvdd.composition.command import checked
 from cvdd.composition.config_directory import config_directory
-from cvdd.composition.rows import expand_rows
-from cvdd.composition.validation import check
 from cvdd.schema import RunConfig
 
 EXPERIMENTS = {
@@ -36,8 +35,7 @@ def configuration(data: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     local = ["~local"] if (conf / "local").is_dir() else []
     with initialize_config_dir(str(conf), version_base="1.3"):
         prepared = prepare([*places, *local, *EXPERIMENTS[data], *overrides], conf)
-        composed = compose("evaluate", prepared)
-        return check(expand_rows(composed, lambda row: compose("evaluate", [*prepared, *row])))
+        return checked(compose("evaluate", prepared), prepared, None)
 
 
 def random_member(config: RunConfig, name: str, device: torch.device) -> nn.Module:

@@ -29,8 +29,7 @@ from cvdd.composition.arguments import ArgumentError, apart, prepare, typed_over
 from cvdd.composition.command import checked, without_each
 from cvdd.composition.composable import require_composable, said_of_yaml
 from cvdd.composition.config_directory import config_directory
-from cvdd.composition.given_recipe import register_resolver
-from cvdd.composition.launching import BASIC, register_resolvers
+from cvdd.composition.launching import BASIC
 
 if TYPE_CHECKING:
     from cvdd.distilled import DistilledSet
@@ -89,8 +88,6 @@ def call(verb: str, overrides: Sequence[str], config_dir: str | Path | None = No
     for override in overrides:
         _refuse_what_is_of_commands(verb, override)
     ours = config_directory()
-    register_resolvers()
-    register_resolver()
     with _no_other_hydra():
         try:
             arguments = prepare([*own, *overrides], ours)

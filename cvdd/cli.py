@@ -18,22 +18,16 @@ from cvdd.composition.arguments import ArgumentError, prepare, typed_overrides
 from cvdd.composition.command import checked, without_each
 from cvdd.composition.composable import require_composable, said_of_yaml
 from cvdd.composition.config_directory import config_directory
-from cvdd.composition.given_recipe import register_resolver
 from cvdd.composition.launching import (
     check_launcher,
     check_multirun,
     launcher_field,
-    register_resolvers,
     require_launcher,
     share_of_work,
     speaks_for_all,
 )
 from cvdd.composition.sweep import GROUP, only_asks, with_points
 from cvdd.support.outcome import USER_ERROR, outcome_kept, reader_may_go, told
-
-# A job that a launcher starts composes before it calls anything of this module but imports it to be unpickled.
-register_resolvers()
-register_resolver()
 
 
 def _help(part: str, verb: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TINY, configure
+from pytorch_lightning.loggers import CSVLogger
 
 import cvdd.chain.compare
 import cvdd.chain.images
@@ -28,6 +30,7 @@ from cvdd.chain.context import Context
 from cvdd.chain.priors import Priors
 from cvdd.commands.runtime import Invocation, invocation_lines, run, run_id, run_name
 from cvdd.composition.portable import portable_config
+from cvdd.running.loggers import reporting_to
 from cvdd.support.config_base import ConfigError
 from cvdd.synthesis.distill_module import NonFiniteLoss
 from cvdd.verbs.evaluate import SHOWN
@@ -214,6 +217,26 @@ def test_a_run_that_a_signal_ends_is_finished_and_marked_as_preempted(
     assert ended.value.code == 128 + number
     told = offline_run(tmp_path / "out")
     assert (told.preempted, told.exit_code, told.summary["error"]) == (True, 1, "SystemExit")
+
+
+@pytest.mark.parametrize("ended", [SystemExit(143), ValueError("of the work"), None])
+def test_a_logger_that_cannot_be_closed_hides_nothing(
+    ended: BaseException | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal ends a sweep, and an error of whoever is told of it would let it go on."""
+    logger = CSVLogger(save_dir=tmp_path, name="", version="csv")
+    logger.log_metrics({"loss": 1.0}, step=0)
+    shutil.rmtree(tmp_path / "csv")
+
+    def work() -> None:
+        with reporting_to([logger]):
+            if ended is not None:
+                raise ended
+
+    with pytest.raises(FileNotFoundError if ended is None else type(ended)) as found:
+        work()
+    assert ended is None or found.value is ended
+    assert ("CSVLogger could not be closed" in caplog.text) == (ended is not None)
 
 
 @pytest.mark.parametrize(

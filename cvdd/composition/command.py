@@ -17,10 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from cvdd.composition.arguments import key_of, prepare_row, says_what_is_made, unquoted
 from cvdd.composition.config_directory import config_directory
+from cvdd.composition.given_recipe import register_resolver
+from cvdd.composition.launching import register_resolvers
 from cvdd.composition.sweep import leaves
 
 if TYPE_CHECKING:
     from cvdd.schema import RunConfig
+
+# A job that a launcher starts composes before it calls anything, but to be unpickled it imports what imports this.
+register_resolvers()
+register_resolver()
 
 
 def checked(composed: DictConfig, task: Sequence[str], debug: str | None) -> RunConfig:
@@ -73,7 +79,7 @@ def _as_few_as_without(
     lowered = composed.copy()
     for key, limit in limits.items():
         number = None if plain is None else OmegaConf.select(plain, key)
-        if key not in typed and type(number) in (int, float) and number < limit:
+        if key not in typed and isinstance(number, (int, float)) and number < limit:
             OmegaConf.update(lowered, key, number)
     return lowered
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from cvdd.composition.portable import portable_config
 from cvdd.running.interruption import SIGNALS
 from cvdd.schema import RunConfig
 from cvdd.support.config_base import ConfigError
+
+log = logging.getLogger(__name__)
 
 ERROR = "error"
 """In a run's summary: the kind of error that ended it, empty if none did. What it said is in the job's own log."""
@@ -128,12 +131,22 @@ def reporting_to(loggers: Sequence[Logger]) -> Iterator[None]:
 
 def _finish(loggers: Sequence[Logger], error: BaseException | None) -> None:
     for logger in loggers:
-        log_summary(logger, {ERROR: type(error).__name__ if error else ""})
-        logger.finalize("failed" if error else "success")
-        if isinstance(logger, WandbLogger):
-            if isinstance(error, SystemExit):
-                logger.experiment.mark_preempting()
-            logger.experiment.finish(exit_code=int(error is not None))
+        try:
+            _close(logger, error)
+        except Exception as second:
+            if error is None:
+                raise
+            # What ended the body counts: a sweep goes on after an error, and ends with a signal.
+            log.warning("%s could not be closed (%s)", type(logger).__name__, second)
+
+
+def _close(logger: Logger, error: BaseException | None) -> None:
+    log_summary(logger, {ERROR: type(error).__name__ if error else ""})
+    logger.finalize("failed" if error else "success")
+    if isinstance(logger, WandbLogger):
+        if isinstance(error, SystemExit):
+            logger.experiment.mark_preempting()
+        logger.experiment.finish(exit_code=int(error is not None))
 
 
 @contextlib.contextmanager
