@@ -21,13 +21,13 @@ from cvdd.chain.context import Context
 from cvdd.chain.unit_files import write_unit
 from cvdd.composition.validation import check
 from cvdd.data import Data, TensorSource
-from cvdd.report import tables
 from cvdd.report.gallery import data_uri, make_gallery, read_images
 from cvdd.report.headline import headline, other_students, reference
 from cvdd.report.page import portable_yaml
 from cvdd.report.tables import print_results
 from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table, who_judges
+from cvdd.support import console
 from cvdd.support.readable import readable_seconds
 from cvdd.synthesis.units import Unit
 
@@ -323,7 +323,7 @@ def test_votes_are_arranged_by_slot() -> None:
 
 def test_the_terminal_table_fits_80_columns(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(tables, "new_console", lambda: Console(file=stream, width=80))
+    monkeypatch.setattr(console, "new_console", lambda: Console(file=stream, width=80))
     results = [result.summary() for result in pair(maker, [70.0, 71.0, 72.0], [60.0, 61.0, 62.0])]
     results.append(results[0] | {"student": "tiny_shufflenetv2", "protocol": "another"})
     print_results(results)
