@@ -137,6 +137,11 @@ def test_make_help_lists_every_target() -> None:
         assert re.search(rf"^make {target} +\w", done.stdout, re.MULTILINE)
 
 
+def test_a_package_that_says_it_is_typed_tells_type_checkers() -> None:
+    assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
+    assert (ROOT / "cvdd" / "py.typed").is_file()
+
+
 def test_a_readme_is_part_of_the_package() -> None:
     assert (ROOT / "README.md").exists() == ("readme" in PROJECT["project"])
 
@@ -204,3 +209,7 @@ def test_installed_commands_work_from_any_folder(verb: str, wheel: Path, tmp_pat
         [python, "-c", "import cvdd; print(cvdd.__file__)"], cwd=elsewhere, capture_output=True, text=True, check=True
     )
     assert where.stdout.startswith(str(environment))
+    call = f"import cvdd\ntry:\n    cvdd.{verb}('method=nonsense')\nexcept ValueError as error:\n    print(error)"
+    said = subprocess.run([python, "-c", call], cwd=elsewhere, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("method=nonsense: choose apm")
+    assert not list(elsewhere.glob("*/*/*"))
