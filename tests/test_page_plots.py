@@ -155,6 +155,14 @@ def test_numbers_fit_the_fields_of_a_heat_map(columns: int, shown: str) -> None:
     assert plot("heat_map", ["x", "y"], cells, "test", "net").count(shown) == columns
 
 
+@pytest.mark.parametrize(("axis", "lies"), [("N", False), ("IPC", False), ("committee.size", True)])
+def test_a_short_name_beside_a_heat_map_stands_upright(axis: str, lies: bool) -> None:
+    """N on its side is read as Z."""
+    picture = plot("heat_map", ["x", axis], [cell("1", "a"), cell("2", "b")], "test", "net")
+    assert f">{axis}<" in picture
+    assert ("rotate(-90" in picture) == lies
+
+
 def test_long_names_below_a_plot_lean() -> None:
     cells = [cell(f"a_name_of_some_length_{index}", "a") for index in range(8)]
     assert plot("curve", ["x", "y"], cells, "test", "net").count("rotate(-35") == 8

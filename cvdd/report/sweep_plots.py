@@ -51,6 +51,8 @@ LABEL = 28
 """Characters of a name on an axis or in a legend."""
 LINE = 48
 """Characters of a line where settings are the names of rows; names that differ in their middle are not shortened."""
+SHORT = 3
+"""Letters of a name that stands upright beside the axis."""
 LEANING = 35
 """Degrees by which labels lean that have no room side by side."""
 APART, TOGETHER = 0.08, 0.7
@@ -141,7 +143,9 @@ def _heat_map(names: Sequence[str], cells: Sequence[Cell], name: str, student: s
         _label_ticks(axes, labels, lean=lower > 0)
         axes.set_yticks(range(len(rows)), shortened_names(rows, LABEL))
         axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+        # A letter that lies on its side may be taken for another: N for Z.
+        upright: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"} if len(names[1]) <= SHORT else {}
+        axes.set_ylabel(names[1], **upright)
         axes.set_title(f"top-1 accuracy in percent, {student}")
         axes.grid(False)
         axes.tick_params(length=0)
