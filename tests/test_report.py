@@ -28,7 +28,7 @@ from cvdd.report.tables import print_results
 from cvdd.report.terms import member_terms
 from cvdd.report.votes import vote_table, who_judges
 from cvdd.support import console
-from cvdd.support.readable import readable_seconds
+from cvdd.support.readable import readable_seconds, significant
 from cvdd.synthesis.units import Unit
 
 OVERRIDES = (
@@ -348,6 +348,14 @@ def test_the_terminal_table_fits_80_columns(maker: Maker, monkeypatch: pytest.Mo
 )
 def test_durations_are_readable(seconds: float | None, shown: str) -> None:
     assert readable_seconds(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(2, "2.00"), (66.04, "66.0"), (215.4, "215"), (0.8254, "0.825"), (0, "0.00"), (12345.0, "1.23e+04")],
+)
+def test_numbers_of_one_column_have_as_many_digits(number: float, shown: str) -> None:
+    assert significant(number) == shown
 
 
 def test_images_of_a_unit_that_has_several_of_a_class(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_everything_behind_a_run_is_in_one_line(maker: Maker) -> None:
     assert [cost.what for cost in costs if cost.what.startswith("statistics")] == ["statistics: made-up-statistics"]
 
 
+def test_what_each_seed_has_of_its_own_is_one_line(maker: Maker) -> None:
+    patches = [maker.store.make("patches", "medium-10", {"seed": seed}, [], lambda work: {}) for seed in range(3)]
+    sets = [plain(maker.store, f"images{index}", [one]) for index, one in enumerate(patches)]
+    main = replace(maker.distilled("cvdd", "patches", 100), images=sets[0], others=((sets[1], None), (sets[2], None)))
+    costs = stage_costs({}, all_artifacts({}, [main], []), [main], [])
+    (line,) = (cost for cost in costs if cost.what == "patches: medium-10")
+    assert (line.artifacts, line.bytes) == (3, sum(one.bytes for one in patches))
+
+
 def test_what_is_no_longer_in_the_store_is_left_out(maker: Maker) -> None:
     main = maker.distilled("cvdd", "patches", 100)
     (maker.patches().path / "manifest.json").unlink()

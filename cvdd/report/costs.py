@@ -101,10 +101,12 @@ def stage_costs(
     of_students = ((list(result.students), f"{result.row}, {result.student}") for result in results)
     lines += [("students", rows, made) for made, rows in _shared(of_students)]
     named = {artifact.path for _, _, made in lines for artifact in made}
+    # Patches, and whatever else networks and images were made from; each seed may have its own.
+    others: dict[tuple[str, str], list[Artifact]] = {}
     for artifact in artifacts:
         if artifact.path not in named:
-            # Patches, and whatever else networks and images were made from.
-            lines.append((stage_of(artifact.kind), f"{artifact.kind}: {artifact.name}", [artifact]))
+            others.setdefault((stage_of(artifact.kind), f"{artifact.kind}: {artifact.name}"), []).append(artifact)
+    lines += [(*line, made) for line, made in others.items()]
     lines.sort(key=lambda line: STAGES.index(line[0]))
     return [_cost(*line) for line in lines]
 

@@ -25,7 +25,7 @@ from cvdd.report.verdict import verdict_sentence
 from cvdd.report.votes import vote_table, votes_of, who_judges
 from cvdd.schema import RunConfig
 from cvdd.support.provenance import made_by_other_code
-from cvdd.support.readable import readable_bytes, readable_seconds, with_error
+from cvdd.support.readable import readable_bytes, readable_seconds, significant, with_error
 
 TEMPLATE = "page.html.j2"
 
@@ -117,7 +117,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": readable_bytes, "seconds": readable_seconds}
+    environment.filters |= {"bytes": readable_bytes, "seconds": readable_seconds, "significant": significant}
     environment.globals["with_error"] = with_error
     return environment
 

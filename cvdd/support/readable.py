@@ -24,6 +24,11 @@ def with_error(mean: float, error: float | None, sign: str = "\u00b1", digits: i
     return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} {sign} {error:.{digits}f}"
 
 
+def significant(number: float) -> str:
+    """Write a number with three significant digits, zeros among them."""
+    return f"{number:#.3g}".rstrip(".")
+
+
 def readable_bytes(count: float | None) -> str:
     """Write a number of bytes for people."""
     if count is None:
