@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from cvdd.distilled import DistilledSet
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Run:
     """What a call has made.
@@ -44,7 +48,8 @@ class Run:
         results: of ``evaluate``, a row for each set of images and each student, as in ``results.csv``: ``row``,
             ``student``, ``top1``, ``standard_error``, ``n``, ``best_top1``, bytes, seconds and more.
         artifacts: directories of the store by what they are, such as ``cvdd/images`` and ``cvdd/labels``.
-        output: directory of what a run shows: of ``evaluate`` the page, ``report.html``.
+        output: directory of what a run shows: of ``evaluate`` the page, ``report.html``; with ``cost=true`` nothing is
+            shown there.
         row: name of the method's own row.
     """
 
@@ -88,7 +93,8 @@ def call(verb: str, overrides: Sequence[str], config_dir: str | Path | None = No
     for override in overrides:
         _refuse_what_is_of_commands(verb, override)
     ours = config_directory()
-    with _no_other_hydra():
+    # Hydra, the number of threads and the device are of the whole process, so calls go one after the other.
+    with _ONE_AT_A_TIME, _no_other_hydra():
         try:
             arguments = prepare([*own, *overrides], ours)
             require_composable(verb, arguments, ours)
@@ -121,7 +127,9 @@ def _made(composed: DictConfig) -> Run:
     return Run(made.metric, tuple(made.results), artifacts, config.paths.output, config.method.name)
 
 
-def _refuse_what_is_of_commands(verb: str, override: str) -> None:
+def _refuse_what_is_of_commands(verb: str, override: object) -> None:
+    if not isinstance(override, str):
+        raise ArgumentError(f"{override!r}: overrides are strings; write cvdd.{verb}('ipc=10', 'method=cvdd')")
     if override.startswith("-"):
         raise ArgumentError(f"{override}: options are the command line's; give overrides alone, such as method=cvdd")
     if override.lstrip("+").startswith(("sweep=", "point=")):

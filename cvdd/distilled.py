@@ -90,7 +90,7 @@ class DistilledSet:
         Raises:
             ConfigError: there is something in it already, or it cannot be written.
         """
-        target = Path(folder)
+        target = Path(folder).expanduser()
         if target.is_dir() and any(target.iterdir()):
             raise ConfigError(f"{target} is not empty; name a folder that is not there yet")
         with place_errors(target, "another folder"):
@@ -106,13 +106,14 @@ def load(path: str | Path) -> DistilledSet:
 
     Args:
         path: directory of its labels, ``STORE/labels/NAME-HASH``, beside whose store its images are found; or of its
-            images alone, ``STORE/images/NAME-HASH``. ``distill`` and ``relabel`` print them, and a page lists both.
+            images alone, ``STORE/images/NAME-HASH``. ``distill`` and ``relabel`` print them, and a page lists both. Or
+            a folder that :mod:`cvdd.share` has written.
 
     Raises:
         ConfigError: the directory holds no images or labels, or its images are not in the store.
         DamagedArtifact: a file is missing or was changed.
     """
-    images, stored = open_set(Path(path))
+    images, stored = open_set(Path(path).expanduser())
     identity = images.manifest["identity"]
     pixels, labels = load_images(images)
     data, classes = identity["data"], tuple(identity["classes"])
@@ -126,15 +127,26 @@ def open_set(path: Path) -> tuple[Artifact, Artifact | None]:
     Returns:
         its images, and its labels if the path is that of labels.
     """
-    artifact = _whole(path)
+    artifact = _whole(_only_set_in(path))
     if artifact.kind not in ("images", "labels"):
         raise ConfigError(f"{path} holds {artifact.kind}; name the directory of images or of labels")
     return (artifact, None) if artifact.kind == "images" else (_images_of(artifact), artifact)
 
 
+def _only_set_in(path: Path) -> Path:
+    """Return the set of a folder that holds one, as ``cvdd.share`` writes it; any other path as it is."""
+    for kind in ("labels", "images"):
+        found = [place.parent for place in path.glob(f"{kind}/*/{MANIFEST}")]
+        if found:
+            return found[0] if len(found) == 1 else path
+    return path
+
+
 def _whole(path: Path) -> Artifact:
     if not (path / MANIFEST).is_file():
-        raise ConfigError(f"{path} is no artefact of a store; name a directory such as store/labels/NAME-HASH")
+        inside = [place.parent for kind in ("labels", "images") for place in sorted(path.glob(f"{kind}/*/{MANIFEST}"))]
+        named = " or ".join(str(place) for place in inside[:3]) or "a directory such as store/labels/NAME-HASH"
+        raise ConfigError(f"{path} is no artefact of a store; name {named}")
     return read_whole(path, COPY)
 
 

@@ -23,6 +23,8 @@ from torchvision.utils import make_grid
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST, DamagedArtifact, read_manifests_of
 from cvdd.chain.students import ADDED
+from cvdd.composition.arguments import FIELDS, preset_numbers
+from cvdd.composition.config_directory import config_directory
 from cvdd.distilled import DistilledSet, load, open_set
 from cvdd.report.columns import measured_images
 from cvdd.schema.unread import as_typed
@@ -120,7 +122,8 @@ def _copy(artifact: Artifact, target: Path) -> None:
     for name in sorted([*artifact.manifest["files"], MANIFEST]):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(artifact.path / name, copy)
+        # Whoever gets the folder may read it, whatever earlier versions allowed of the store.
+        shutil.copyfile(artifact.path / name, copy)
 
 
 def _card(images: Artifact, labels: Artifact | None, shared: DistilledSet) -> str:
@@ -161,7 +164,9 @@ def _left_out(labels: Artifact | None) -> int | None:
 
 def _command(images: Artifact, labels: Artifact | None, shared: DistilledSet, students: Sequence[Students]) -> str:
     ipc = len(shared.images) // len(shared.classes)
-    given = f"python evaluate.py method=given method.given=images/{images.path.name} ipc={ipc}"
+    # Others have no preset.
+    field = "ipc" if str(ipc) in preset_numbers([config_directory()], "ipc") else FIELDS["ipc"]
+    given = f"python evaluate.py method=given method.given=images/{images.path.name} {field}={ipc}"
     if labels is None:
         return given
     given = f"{given} label=given label.given=labels/{labels.path.name} compare=none"

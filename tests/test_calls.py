@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,27 @@ def test_a_mistake_is_raised_with_what_to_write(override: str, tmp_path: Path, m
     with pytest.raises(ValueError, match=REFUSED[override]):
         cvdd.distill(*TINY, override)
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize("override", [["ipc=10"], 3, None])
+def test_an_override_is_a_string(override: object) -> None:
+    with pytest.raises(ValueError, match=r"overrides are strings; write cvdd\.train\('ipc=10', 'method=cvdd'\)"):
+        cvdd.train(override)  # type: ignore[arg-type]
+
+
+def test_calls_from_several_threads_go_one_after_the_other(made: Run) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda verb: getattr(cvdd, verb)(*TINY), ("distill", "relabel")))
+    assert [run.artifacts.items() <= made.artifacts.items() for run in runs] == [True, True]
+
+
+def test_rows_that_are_the_same_are_told_and_others_are_not(made: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither is what would be made without an override that was typed."""
+    cvdd.evaluate(*TINY, "compare=none", ROW)
+    assert not [message for message in caplog.messages if "one and the same" in message]
+    typed = ("compare=none", "+compare.again={method.checkpoint_every: 4}")
+    cvdd.evaluate(*TINY, *typed)
+    assert [message for message in caplog.messages if f"rows {made.row} and again are one and the same" in message]
 
 
 def test_a_folder_of_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from helpers import PRIORS, same_files, tiny_context
 
 import cvdd.chain.images
 from cvdd.artifact import cleaning
-from cvdd.chain.compare import Distilled, Result, compare, distil
+from cvdd.chain.compare import Distilled, Result, compare, distil, warn_of_equal_rows
 from cvdd.chain.context import Context
 from cvdd.chain.images import make_images
 from cvdd.chain.initial import make_initial_patches
@@ -163,6 +163,8 @@ def test_rows_of_a_comparison_differ_in_what_they_say(made: tuple[Distilled, Res
 def test_rows_that_are_the_same_are_named(chain_home: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = tiny_context(chain_home, "+compare.again={method.checkpoint_every: 4}", "compare=random_real")
     _, results = compare(context)
+    assert not [message for message in caplog.messages if "one and the same" in message]
+    warn_of_equal_rows(results)
     assert [result.row for result in results] == ["cvdd", "random_real", "again"]
     assert "rows cvdd and again are one and the same: they differ in nothing that is read" in caplog.messages
     assert len([message for message in caplog.messages if "one and the same" in message]) == 1

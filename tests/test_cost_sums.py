@@ -33,7 +33,7 @@ from cvdd.cost.steps import (
     TrainStep,
     VoteStep,
 )
-from cvdd.cost.table import cost_table
+from cvdd.cost.table import cost_table, what
 from cvdd.cost.work import Work
 from cvdd.schema import RunConfig
 from cvdd.schema.moco import MocoConfig
@@ -112,6 +112,17 @@ def test_the_sum_is_at_least_that_of_what_is_known() -> None:
 
     assert sum_of_times(cost("members", 20.0), cost("images", 30.0)) == "50 s"
     assert sum_of_times(cost("members", 20.0), cost("images", None)) == "at least 20 s"
+    assert sum_of_times(cost("members", 0.0), cost("images", None)) == "unknown"
+    assert sum_of_times() == "< 0.01 s"
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [("trajectories", "1 trajectory"), ("sets of images", "1 set of images"), ("members", "1 member")],
+)
+def test_one_of_a_kind_is_named_so(name: str, one: str) -> None:
+    stage = StageCost("images", 1, [], {name: 1}, 0, 0.0, None, 0.0, 0, 0, 0)
+    assert what(stage) == one
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------

@@ -108,8 +108,13 @@ def test_the_whitening_is_no_image_however_large(made: tuple[Context, Artifact])
     _, artifact = made
     measured = dict.fromkeys(("top1", "best_top1", "top5", "loss"), 50.0)
     student = Artifact(artifact.path, {**artifact.manifest, "metrics": measured})
-    shown = Result("mtt", "convnet", "mtt", (0,), (student,), artifact, None).summary()["image_bytes"]
-    assert 0 < shown == artifact.bytes - (artifact.path / "whitening.safetensors").stat().st_size
+    result = Result("mtt", "convnet", "mtt", (0,), (student,), artifact, None, of_method=True)
+    units = sum(path.stat().st_size for path in (artifact.path / "units").iterdir())
+    others = (artifact.path / "whitening.safetensors").stat().st_size + units
+    assert 0 < result.summary()["image_bytes"] == artifact.bytes - others
+    # Whoever sees pixels of 8 bits reads nothing of what the method keeps beside them.
+    pixels, _ = load_images(artifact)
+    assert replace(result, of_method=False).summary()["image_bytes"] == pixels.numel() < units
 
 
 def test_snapshots_are_those_of_their_epochs(made: tuple[Context, Artifact]) -> None:

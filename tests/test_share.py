@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torchvision.io import ImageReadMode, decode_image
 import cvdd
 from cvdd.artifact import DamagedArtifact
 from cvdd.chain.compare import Distilled, Result, compare
-from cvdd.share import CARD, PREVIEW, main, students_of
+from cvdd.share import CARD, PREVIEW, main, share, students_of
 from cvdd.support.config_base import ConfigError
 
 pytest_plugins = ["chain_fixtures"]
@@ -48,7 +49,11 @@ def test_a_folder_has_all_that_others_need(
         assert f"| {artifact.bytes} | `{artifact.manifest['checksum']}` |" in card
     for teacher, artifact in row.labels.teachers.items():
         assert f"| {teacher} | {artifact.metrics['parameters']:,} | {artifact.metrics['test_top1']:.1f} |" in card
-    assert f"method.given=images/{row.images.path.name} ipc=2 label=given label.given=labels/{labels.path.name}" in card
+    images = f"method.given=images/{row.images.path.name}"
+    # There is no preset for two images of each class.
+    assert f"{images} ipc.images_per_class=2 label=given label.given=labels/{labels.path.name}" in card
+    # The folder alone says as much.
+    assert cvdd.load(folder).epochs == theirs.epochs
     assert str(row.images.path.parents[2]) not in card
     preview = decode_image(str(folder / PREVIEW), ImageReadMode.RGB)
     # Ten classes of two images, a pixel between them.
@@ -88,6 +93,24 @@ def test_images_alone(made: tuple[Distilled, Result], tmp_path: Path) -> None:
     assert "soft-labels" not in card
     assert "label.given" not in card
     assert cvdd.load(tmp_path / "images" / images.path.name).epochs == 0
+    assert torch.equal(cvdd.load(tmp_path).images, cvdd.load(images.path).images)
+
+
+def test_whoever_gets_the_folder_may_read_it(made: tuple[Distilled, Result], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        share(made[0].images.path, tmp_path / "set")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "set").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_which_of_several_sets_is_meant_is_asked(made: tuple[Distilled, Result], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(made[0].images.path, tmp_path / "images" / f"{name}-0123456789ab")
+    with pytest.raises(ConfigError, match=r"is no artefact of a store; name \S+images/a-\w+ or \S+images/b-\w+$"):
+        cvdd.load(tmp_path)
 
 
 def test_what_the_manifest_does_not_list_is_neither_read_nor_given_away(

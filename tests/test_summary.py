@@ -30,11 +30,11 @@ def student(seed: int, seconds: float, top1: float, best: float, top5: float, lo
 
 
 def test_a_summary_has_means_over_seeds_and_the_spread_of_a_sample(tmp_path: Path) -> None:
-    images = artifact("images", "images", 40.0, {"images": 20}, {"units": {"bytes": 700}})
+    images = artifact("images", "images", 40.0, {"images": 20}, {"drawn.safetensors": {"bytes": 700}})
     stored = artifact("labels", "labels", 5.0, {}, {"logits": {"bytes": 900}})
     labels = Labels({}, [images], stored, tiny_context(tmp_path), images, [], {})
     students = (student(0, 10.0, 60.0, 61.0, 90.0, 1.0), student(1, 30.0, 64.0, 67.0, 96.0, 2.0))
-    summary = Result("cvdd", "small", "short", (0, 1), students, images, labels).summary()
+    summary = Result("cvdd", "small", "short", (0, 1), students, images, labels, of_method=True).summary()
     means = {"top1": 62.0, "best_top1": 64.0, "top5": 93.0, "loss": 1.5, "student_seconds": 20.0}
     assert {name: summary[name] for name in means} == means
     # Deviations of 2 each: 8 divided by one seed less than there are, and that divided by two seeds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cvdd.artifact.files import fsync
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of tensors that may be read by whoever may read other new files.
+
+    safetensors makes files that are for their owner alone, and a store may be several people's.
+
+    Args:
+        path: of the file.
+        tensors: contiguous, on any device.
+        metadata: words beside them.
+    """
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(permissions)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -21,7 +38,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         metadata: words beside them.
     """
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=None if metadata is None else dict(metadata))
+    write_tensors(temporary, tensors, metadata)
     fsync(temporary)
     temporary.replace(path)
 

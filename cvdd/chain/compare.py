@@ -20,7 +20,7 @@ from cvdd.chain.priors import Priors, find_priors, priors_of_row
 from cvdd.chain.space import WHITENING
 from cvdd.chain.spent import spent_on
 from cvdd.chain.students import make_student
-from cvdd.chain.unit_files import load_history
+from cvdd.chain.unit_files import bytes_beside_units, load_history, pixel_bytes
 from cvdd.composition.surroundings import FULL_DATA_ROW
 from cvdd.schema import teachers_of
 from cvdd.support.readable import standard_error
@@ -41,6 +41,7 @@ class Result:
         students: their artefacts.
         images: the distilled set; None for all real data.
         labels: its labels; None for hard labels.
+        of_method: whether students see the images as the method made them, and not as pixels of 8 bits.
     """
 
     row: str
@@ -50,6 +51,7 @@ class Result:
     students: tuple[Artifact, ...]
     images: Artifact | None
     labels: Labels | None
+    of_method: bool = False
 
     def values(self, metric: str = "top1") -> list[float]:
         """One number per seed."""
@@ -80,8 +82,7 @@ class Result:
             "seeds": list(self.seeds),
             "top1_by_seed": top1,
             "image_count": self.images.metrics["images"] if self.images else None,
-            # A whitening is no image, however large.
-            "image_bytes": self.images.bytes_without(WHITENING) if self.images else None,
+            "image_bytes": self._image_bytes(),
             "label_bytes": self.labels.bytes if self.labels else None,
             "label_note": _without_bytes(self.labels) if self.labels else None,
             "images": self.images.path.name if self.images else None,
@@ -92,6 +93,13 @@ class Result:
             "image_process_seconds": made.process_seconds if made else None,
             "image_peak_memory_bytes": made.peak_memory if made else None,
         }
+
+    def _image_bytes(self) -> int | None:
+        """What the students read of the images; cost=true counts the same."""
+        if self.images is None:
+            return None
+        # A whitening is no image, however large.
+        return bytes_beside_units(self.images, WHITENING) if self.of_method else pixel_bytes(self.images)
 
 
 def _without_bytes(labels: Labels) -> str | None:
@@ -189,15 +197,16 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
         first, *others = sets.values()
         # Labels hold what they are computed with, which need not stay.
         distilled.append(replace(first, others=tuple((made.images, made.labels.artifact) for made in others)))
-        protocol = row_context.config.protocol
+        protocol, of_method = row_context.config.protocol, _trained_by_method(row_context)
         for name, backbone in context.config.students.items():
-            students = [student_of(made, name, backbone, seed) for seed, made in sets.items()]
-            results.append(Result(row, name, protocol.name, tuple(sets), tuple(students), first.images, first.labels))
-    _warn_of_equal_rows(results)
+            students = tuple(student_of(made, name, backbone, seed) for seed, made in sets.items())
+            seen = (first.images, first.labels, of_method)
+            results.append(Result(row, name, protocol.name, tuple(sets), students, *seen))
     return distilled, [*results, *_full_data(context)]
 
 
-def _warn_of_equal_rows(results: Sequence[Result]) -> None:
+def warn_of_equal_rows(results: Sequence[Result]) -> None:
+    """Name the rows whose students are the same."""
     by_students: dict[tuple[str, ...], list[str]] = {}
     for result in results:
         by_students.setdefault(tuple(student.path.name for student in result.students), []).append(result.row)
@@ -209,9 +218,14 @@ def student_of(made: Distilled, name: str, backbone: BackboneConfig, seed: int) 
     """Train one student on a distilled set, as the protocol or the method says."""
     context = made.context
     own = own_engine(context.config.method)
-    if own is None or context.config.protocol.student == "protocol":
-        return make_student(context, made.labels, name, backbone, seed)
-    return own.student(context, made.images, name, backbone, seed)
+    if own is not None and _trained_by_method(context):
+        return own.student(context, made.images, name, backbone, seed)
+    return make_student(context, made.labels, name, backbone, seed)
+
+
+def _trained_by_method(context: Context) -> bool:
+    """Whether a method trains students in its own way, on what it made."""
+    return own_engine(context.config.method) is not None and context.config.protocol.student != "protocol"
 
 
 def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) -> dict[int, Distilled]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cvdd.artifact import Artifact, Maker, Parts
-from cvdd.artifact.tensor_files import is_whole, save_tensors
+from cvdd.artifact.tensor_files import is_whole, save_tensors, write_tensors
 from cvdd.backbones import batchnorm_layers, has_batchnorm
 from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
@@ -93,7 +93,7 @@ def make_difficulty(context: Context) -> Artifact:
                 for name, network in normalising.items():
                     parts[name].append(precision_distance(network, images, weight).cpu())
         ranks = [ranks_in_class(_finite(name, torch.cat(each)), data.train.labels) for name, each in parts.items()]
-        save_file({"scores": torch.stack(ranks).double().mean(dim=0)}, work / SCORES)
+        write_tensors(work / SCORES, {"scores": torch.stack(ranks).double().mean(dim=0)})
         return {"images": len(data.train), "members": len(ranks)}
 
     return context.store.make("difficulty", data.name, identity, members, build)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
 from cvdd.artifact.manifest import MANIFEST
+from cvdd.artifact.tensor_files import write_tensors
 from cvdd.chain.context import Context
 from cvdd.chain.unit_files import PATCHES, load_images, load_targets
 from cvdd.data import Data, FileSource, check_same_classes, is_described
@@ -114,7 +114,7 @@ def _of_files(context: Context, path: Path) -> Artifact:
 
     def build(work: Path) -> dict[str, Any]:
         check_sizes(source, data.image_size, FIELD)
-        save_file({"images": read_given(source, len(data.classes), data.image_size)}, work / PATCHES)
+        write_tensors(work / PATCHES, {"images": read_given(source, len(data.classes), data.image_size)})
         return {"images": ipc * len(data.classes)}
 
     return context.store.make(KIND, f"{data.name}-{ipc}", identity, [], build)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
+from cvdd.artifact.tensor_files import write_tensors
 from cvdd.augmentation.augment import normalise
 from cvdd.chain.context import Context
 from cvdd.chain.difficulty import graded_images, make_difficulty
@@ -47,7 +48,7 @@ def make_initial_patches(context: Context) -> Artifact:
                 images.append(made)
                 losses.append(loss)
                 advance(1)
-        save_file({"images": torch.stack(images), "losses": torch.stack(losses)}, work / PATCHES)
+        write_tensors(work / PATCHES, {"images": torch.stack(images), "losses": torch.stack(losses)})
         return {"mean_loss": float(torch.stack(losses).mean())}
 
     name = f"{data.name}-{config.patches.difficulty}-{config.patches.images_per_class}"
@@ -82,7 +83,7 @@ def make_herd(context: Context) -> Artifact:
                 features = member_features(networks, normalise(pixels, data.mean, data.std))
                 chosen.append(pixels[herd(features, ipc)])
                 advance(1)
-        save_file({"images": torch.stack(chosen)}, work / PATCHES)
+        write_tensors(work / PATCHES, {"images": torch.stack(chosen)})
         return {"images": ipc * len(data.classes)}
 
     return context.store.make("herds", f"{data.name}-{ipc}", identity, members, build)

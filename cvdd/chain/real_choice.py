@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
+from cvdd.artifact.tensor_files import write_tensors
 from cvdd.augmentation.augment import normalise
 from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
@@ -57,7 +58,7 @@ def make_ranked(context: Context) -> Artifact:
                 best = around_the_middle(losses, count) if kind == "medium" else select(losses, count, "easy")
                 chosen.append(looked_at[best])
                 advance(1)
-        save_file({"positions": torch.stack(chosen)}, work / POSITIONS)
+        write_tensors(work / POSITIONS, {"positions": torch.stack(chosen)})
         return {"images": count * len(data.classes)}
 
     return context.store.make(kind, f"{data.name}-{count}", identity, [observer], build)

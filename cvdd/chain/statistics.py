@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cvdd.artifact import Artifact
+from cvdd.artifact.tensor_files import write_tensors
 from cvdd.chain.context import Context
 from cvdd.chain.members import load_network, make_member
 from cvdd.chain.real_batches import augmented_batches, drawn_by_augmentation
@@ -60,7 +61,7 @@ def make_statistics(context: Context, name: str) -> Artifact:
         network = load_network(context, member, backbone).to(context.device)
         with context.progress(f"statistics of {name}", -(-len(data.train) // wanted.batch)) as advance:
             recorded = record_statistics(network, _batches(context, seed, advance), wanted, len(data.classes))
-        save_file(_flat(recorded), work / STATISTICS)
+        write_tensors(work / STATISTICS, _flat(recorded))
         layers = set(recorded.layers) | set(recorded.classes)
         return {"images": len(data.train), "layers": len(layers)}
 

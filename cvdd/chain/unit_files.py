@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,26 @@ def load_targets(artifact: Artifact) -> tuple[Tensor, int]:
             labels.append(file.get_tensor("labels"))
             side = file.get_slice("images").get_shape()[-1]
     return torch.cat(labels), side
+
+
+def pixel_bytes(artifact: Artifact) -> int:
+    """Bytes of distilled images as pixels of 8 bits; the log beside them in their files is none of them."""
+    count = 0
+    for path in _files(artifact):
+        with safe_open(path, "pt") as file:
+            count += math.prod(file.get_slice("images").get_shape())
+    return count
+
+
+def bytes_beside_units(artifact: Artifact, *names: str) -> int:
+    """Bytes of what a method keeps of its images beside pixels, such as real numbers and labels.
+
+    Args:
+        artifact: the images.
+        names: of files that are no part of the set.
+    """
+    units = [name for name in artifact.manifest["files"] if name.startswith(f"{UNITS}/")]
+    return artifact.bytes_without(*units, *names)
 
 
 def load_history(artifact: Artifact) -> dict[str, dict[str, Any]]:

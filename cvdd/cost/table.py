@@ -36,7 +36,7 @@ def what(stage: StageCost) -> str:
 
 def _singular(name: str) -> str:
     first, *rest = name.split(" ")
-    return " ".join([first.removesuffix("s"), *rest])
+    return " ".join([f"{first[:-3]}y" if first.endswith("ies") else first.removesuffix("s"), *rest])
 
 
 def seconds_cell(stage: StageCost) -> str:
@@ -65,14 +65,14 @@ def cost_table(stages: Sequence[StageCost], title: str) -> Table:
             *_bytes([stage]),
         )
     known = [stage.seconds for stage in stages if stage.seconds is not None]
-    total = readable_time(sum(known))
+    total = readable_time(sum(known) or None if len(known) < len(stages) else sum(known))
     table.add_section()
     table.add_row(
         "all",
         "",
         readable_count(sum(stage.steps for stage in stages)),
         readable_count(sum(stage.flops for stage in stages)),
-        total if len(known) == len(stages) else f"at least {total}",
+        total if len(known) == len(stages) or not sum(known) else f"at least {total}",
         readable_bytes(max((stage.peak_memory for stage in stages), default=0) or None),
         *_bytes(stages),
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cvdd.artifact.tensor_files import write_tensors
 from cvdd.data.resize import resize_and_crop
 from cvdd.data.source import DamagedImage, ImageSource, TensorSource
 
@@ -56,7 +57,7 @@ def write_images(directory: Path, images: Tensor, labels: Tensor, groups: Tensor
     Returns:
         ``images``, ``mean`` and ``std`` as JSON values.
     """
-    save_file({"images": images, "labels": labels, "groups": groups}, directory / _FILE)
+    write_tensors(directory / _FILE, {"images": images, "labels": labels, "groups": groups})
     total, squares = channel_sums(images)
     mean, std = channel_statistics(total, squares, images[:, 0].numel())
     return {"images": len(images), "mean": mean, "std": std}

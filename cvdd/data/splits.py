@@ -37,9 +37,11 @@ def split_validation(
         seen += len(groups)
         count = max(1, round(fraction * len(groups)))
         if count >= len(groups):
+            # One is held out of even two.
+            smaller = "use a smaller fraction or " if len(groups) > 1 else "add images of it, or use "
             raise ConfigError(
-                f"dataset.validation_fraction={fraction}: class {name!r} has {len(groups)} independent images, which "
-                "leaves none to train on; use a smaller fraction or dataset.evaluate_on=test"
+                f"dataset.validation_fraction={fraction}: class {name!r} has {len(groups)} independent image(s), which "
+                f"leaves none to train on; {smaller}dataset.evaluate_on=test"
             )
         order = torch.randperm(len(groups), generator=generator(seed, "validation split", label))
         chosen = groups[order[-count:]]

@@ -73,6 +73,6 @@ class _Lines:
         rate = (self.done - self.skipped) / max(now - self.started, 1e-9)
         left = ""
         if rate > 0 and self.done < self.total:
-            left = f", about {readable_seconds(round((self.total - self.done) / rate))} left"
-        spent = readable_seconds(round(now - self.started))
+            left = f", about {readable_seconds((self.total - self.done) / rate)} left"
+        spent = readable_seconds(now - self.started)
         log.info("%s: %d of %d in %s%s", self.what, self.done, self.total, spent, left)

@@ -69,7 +69,7 @@ def require_candidates(name: str, images: int, config: PatchesConfig, field: str
         more = f", or raise patches.candidates={config.candidates}" if images > config.candidates else ""
         raise ConfigError(
             f"class {name} has {images} images and offers {offered} candidates for {needed} patches, one per real "
-            f"image. Lower {field} or patches.images_per_class{more}"
+            f"image. Lower {field}, and patches.images_per_class where it is set{more}"
         )
 
 

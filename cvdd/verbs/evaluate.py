@@ -6,7 +6,7 @@ import logging
 
 from cvdd.artifact import Artifact
 from cvdd.chain.assistants import assist, assisted
-from cvdd.chain.compare import Distilled, Result, compare
+from cvdd.chain.compare import Distilled, Result, compare, warn_of_equal_rows
 from cvdd.chain.context import Context
 from cvdd.composition.launching import share_of_work
 from cvdd.report.columns import SIZES_AND_COSTS, measured_images
@@ -28,6 +28,7 @@ def evaluate(context: Context, commands: list[str]) -> Made:
         assist(context.config, index, total)
     with assisted(context.config):
         distilled, results = compare(context)
+    warn_of_equal_rows(results)
     summary = summarise(context, distilled, results, commands)
     page = write_results(context, summary, distilled, results)
     for result in summary["results"]:
