@@ -191,7 +191,7 @@ def test_the_members_that_dominate_can_be_seen(page: Page) -> None:
     assert "Members' terms" in page.text
     rows = [" ".join(line.split()) for line in page.text.splitlines()]
     # BatchNorm terms 0.01 * 150 against 0.01 * 50, cross-entropies equal, votes equal.
-    assert any(row.startswith("resnet50 2 0.01 1.5 50 % 75 %") for row in rows), rows
+    assert any(row.startswith("resnet50 2 0.0100 1.50 50 % 75 %") for row in rows), rows
 
 
 def test_every_stage_has_a_cost(page: Page) -> None:
