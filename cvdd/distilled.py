@@ -133,18 +133,19 @@ def open_set(path: Path) -> tuple[Artifact, Artifact | None]:
     return (artifact, None) if artifact.kind == "images" else (_images_of(artifact), artifact)
 
 
+def _sets_in(folder: Path, kind: str) -> list[Path]:
+    return sorted(place.parent for place in folder.glob(f"{kind}/*/{MANIFEST}"))
+
+
 def _only_set_in(path: Path) -> Path:
     """Return the set of a folder that holds one, as ``cvdd.share`` writes it; any other path as it is."""
-    for kind in ("labels", "images"):
-        found = [place.parent for place in path.glob(f"{kind}/*/{MANIFEST}")]
-        if found:
-            return found[0] if len(found) == 1 else path
-    return path
+    found = _sets_in(path, "labels") or _sets_in(path, "images")
+    return found[0] if len(found) == 1 else path
 
 
 def _whole(path: Path) -> Artifact:
     if not (path / MANIFEST).is_file():
-        inside = [place.parent for kind in ("labels", "images") for place in sorted(path.glob(f"{kind}/*/{MANIFEST}"))]
+        inside = [*_sets_in(path, "labels"), *_sets_in(path, "images")]
         named = " or ".join(str(place) for place in inside[:3]) or "a directory such as store/labels/NAME-HASH"
         raise ConfigError(f"{path} is no artefact of a store; name {named}")
     return read_whole(path, COPY)

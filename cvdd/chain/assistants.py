@@ -105,6 +105,7 @@ def assist(config: RunConfig, index: int, total: int) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
+    # First, so that it ends with its parent even while libraries are being imported, which takes seconds.
     begin_child()
     written, index, total = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     assist(RunConfig.model_validate_json(written.read_text()), index, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from cvdd.chain.given import kept_as_given
 from cvdd.chain.given_labels import given_labels
 from cvdd.chain.labels import Labels, make_labels
 from cvdd.chain.members import make_classifier
-from cvdd.chain.own_engines import make_distilled, own_engine
+from cvdd.chain.own_engines import OwnEngine, make_distilled, own_engine
 from cvdd.chain.priors import Priors, find_priors, priors_of_row
 from cvdd.chain.space import WHITENING
 from cvdd.chain.spent import spent_on
@@ -82,7 +83,7 @@ class Result:
             "seeds": list(self.seeds),
             "top1_by_seed": top1,
             "image_count": self.images.metrics["images"] if self.images else None,
-            "image_bytes": self._image_bytes(),
+            "image_bytes": self.image_bytes,
             "label_bytes": self.labels.bytes if self.labels else None,
             "label_note": _without_bytes(self.labels) if self.labels else None,
             "images": self.images.path.name if self.images else None,
@@ -94,8 +95,10 @@ class Result:
             "image_peak_memory_bytes": made.peak_memory if made else None,
         }
 
-    def _image_bytes(self) -> int | None:
-        """What the students read of the images; cost=true counts the same."""
+    @functools.cached_property
+    def image_bytes(self) -> int | None:
+        """Bytes that the students read of the images, as cost=true counts them; None of all real data."""
+        # Looked up in every file of the images, and a page asks for it many times.
         if self.images is None:
             return None
         # A whitening is no image, however large.
@@ -169,7 +172,7 @@ def distil(context: Context, row: str, priors: Priors | None = None) -> Distille
 
 def _labels(context: Context, priors: Priors, images: Artifact) -> Labels:
     config = context.config
-    own = own_engine(config.method) if config.protocol.student == "method" else None
+    own = _trained_by(context)
     if own and own.labels:
         return own.labels(context, images)
     if config.label.given is not None:
@@ -197,7 +200,7 @@ def compare(context: Context) -> tuple[list[Distilled], list[Result]]:
         first, *others = sets.values()
         # Labels hold what they are computed with, which need not stay.
         distilled.append(replace(first, others=tuple((made.images, made.labels.artifact) for made in others)))
-        protocol, of_method = row_context.config.protocol, _trained_by_method(row_context)
+        protocol, of_method = row_context.config.protocol, _trained_by(row_context) is not None
         for name, backbone in context.config.students.items():
             students = tuple(student_of(made, name, backbone, seed) for seed, made in sets.items())
             seen = (first.images, first.labels, of_method)
@@ -217,15 +220,15 @@ def warn_of_equal_rows(results: Sequence[Result]) -> None:
 def student_of(made: Distilled, name: str, backbone: BackboneConfig, seed: int) -> Artifact:
     """Train one student on a distilled set, as the protocol or the method says."""
     context = made.context
-    own = own_engine(context.config.method)
-    if own is not None and _trained_by_method(context):
-        return own.student(context, made.images, name, backbone, seed)
-    return make_student(context, made.labels, name, backbone, seed)
+    own = _trained_by(context)
+    if own is None:
+        return make_student(context, made.labels, name, backbone, seed)
+    return own.student(context, made.images, name, backbone, seed)
 
 
-def _trained_by_method(context: Context) -> bool:
-    """Whether a method trains students in its own way, on what it made."""
-    return own_engine(context.config.method) is not None and context.config.protocol.student != "protocol"
+def _trained_by(context: Context) -> OwnEngine | None:
+    """Return the engine of a method that trains students in its own way, on what it made."""
+    return own_engine(context.config.method) if context.config.protocol.student == "method" else None
 
 
 def make_sets(context: Context, row: str, priors: Priors, seeds: Sequence[int]) -> dict[int, Distilled]:

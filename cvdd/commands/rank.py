@@ -15,6 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: path of the configuration, as JSON; the rank, how many there are, and the port where they meet.
     """
+    # First, so that it ends with its parent even while libraries are being imported, which takes seconds.
     begin_child()
     from cvdd.commands.ranks import joined
     from cvdd.commands.runtime import Invocation, work_as

@@ -30,12 +30,7 @@ register_resolver()
 
 
 def checked(composed: DictConfig, task: Sequence[str], debug: str | None) -> RunConfig:
-    """Return the checked configuration of a command.
-
-    Args:
-        composed: by Hydra.
-        task: the overrides that it was composed with.
-        debug: the file of that group which was chosen, if any.
+    """Return the checked configuration of a command; its arguments are those of :func:`expanded`.
 
     Raises:
         ValueError: says what to type.
@@ -71,14 +66,15 @@ def _as_few_as_without(
     """Lower numbers that a file of ``debug`` has raised: a method that optimises nothing is not to begin with it."""
     from cvdd.composition.rows import NOT_COMPOSED
 
-    plain = None
-    # What is wrong with it is told of the command itself.
-    with contextlib.suppress(*NOT_COMPOSED):
+    try:
         plain = once_more([override for override in task if key_of(override) != "debug"], [])
+    except NOT_COMPOSED:
+        # What is wrong with it is told of the command itself.
+        return composed
     typed = {key_of(override) for override in task}
     lowered = composed.copy()
     for key, limit in limits.items():
-        number = None if plain is None else OmegaConf.select(plain, key)
+        number = OmegaConf.select(plain, key)
         if key not in typed and isinstance(number, (int, float)) and number < limit:
             OmegaConf.update(lowered, key, number)
     return lowered

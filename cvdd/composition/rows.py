@@ -6,7 +6,6 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
@@ -23,7 +22,6 @@ from cvdd.support.config_base import ConfigError
 
 log = logging.getLogger(__name__)
 
-NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ArgumentError)
 """What is raised where a command cannot be composed."""
 
@@ -35,10 +33,7 @@ Composer = Callable[[Sequence[str]], DictConfig]
 
 
 def expand_rows(
-    composed: DictConfig,
-    compose: Composer,
-    limits: Mapping[str, float] = NO_LIMITS,
-    compose_alone: Composer | None = None,
+    composed: DictConfig, compose: Composer, limits: Mapping[str, float], compose_alone: Composer
 ) -> DictConfig:
     """Replace the rows of ``compare`` that are lists of overrides by the fields in which they differ.
 
@@ -143,10 +138,10 @@ def recomposed(config: RunConfig, composed: DictConfig, other: DictConfig) -> Ru
     return with_overrides(config, differences(_tree(composed), _tree(other)))
 
 
-def _own_iterations(compose_alone: Composer | None, overrides: Sequence[str]) -> float | None:
+def _own_iterations(compose_alone: Composer, overrides: Sequence[str]) -> float | None:
     """Iterations of a row that is a command of its own; None where that cannot be composed."""
     with contextlib.suppress(*NOT_COMPOSED):
-        return None if compose_alone is None else _number(_tree(compose_alone(overrides)), _ITERATIONS)
+        return _number(_tree(compose_alone(overrides)), _ITERATIONS)
     return None
 
 

@@ -64,19 +64,24 @@ def cost_table(stages: Sequence[StageCost], title: str) -> Table:
             readable_bytes(stage.peak_memory or None),
             *_bytes([stage]),
         )
-    known = [stage.seconds for stage in stages if stage.seconds is not None]
-    total = readable_time(sum(known) or None if len(known) < len(stages) else sum(known))
     table.add_section()
     table.add_row(
         "all",
         "",
         readable_count(sum(stage.steps for stage in stages)),
         readable_count(sum(stage.flops for stage in stages)),
-        total if len(known) == len(stages) or not sum(known) else f"at least {total}",
+        _sum_of_times(stages),
         readable_bytes(max((stage.peak_memory for stage in stages), default=0) or None),
         *_bytes(stages),
     )
     return table
+
+
+def _sum_of_times(stages: Sequence[StageCost]) -> str:
+    known = [stage.seconds for stage in stages if stage.seconds is not None]
+    if len(known) == len(stages):
+        return readable_time(sum(known))
+    return f"at least {readable_time(sum(known))}" if sum(known) else readable_time(None)
 
 
 def _bytes(stages: Sequence[StageCost]) -> list[str]:

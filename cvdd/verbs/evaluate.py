@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from cvdd.artifact import Artifact
 from cvdd.chain.assistants import assist, assisted
-from cvdd.chain.compare import Distilled, Result, compare, warn_of_equal_rows
+from cvdd.chain.compare import Result, compare, warn_of_equal_rows
 from cvdd.chain.context import Context
 from cvdd.composition.launching import share_of_work
 from cvdd.report.columns import SIZES_AND_COSTS, measured_images
@@ -35,9 +37,9 @@ def evaluate(context: Context, commands: list[str]) -> Made:
         prefix = f"result/{result['row']}/{result['student']}"
         measured = {f"{prefix}/{key}": result[key] for key in ("top1", "best_top1") if result[key] is not None}
         context.log(measured, step=0)
-    made_shown = next((made for made in distilled if made.row == context.shown), distilled[0])
-    shown = next(result for result in results if result.row == made_shown.row)
-    context.log(_of_shown_row(made_shown, shown), step=0)
+    # The first row is the command's own.
+    shown = next((one for one in summary["results"] if one["row"] == context.shown), summary["results"][0])
+    context.log(_of_shown_row(shown), step=0)
     artifacts: dict[str, Artifact] = {}
     for made in results:
         artifacts |= _artifacts(made)
@@ -46,12 +48,11 @@ def evaluate(context: Context, commands: list[str]) -> Made:
     print_ranking(summary["ranking"])
     print_verdict(summary["verdict"])
     log.info("page: %s", page)
-    return Made(float(shown.summary()["top1"]), artifacts, summary["results"])
+    return Made(float(shown["top1"]), artifacts, summary["results"])
 
 
-def _of_shown_row(made: Distilled, result: Result) -> dict[str, float]:
+def _of_shown_row(summary: Mapping[str, Any]) -> dict[str, float]:
     """What a dashboard compares over runs: of the row that a command is about, under keys that do not name it."""
-    summary = result.summary()
     values = {key: summary[key] for key in SHOWN}
     count, seconds = summary["image_count"], summary["image_seconds"]
     values["images_per_second"] = count / seconds if count and seconds else None
